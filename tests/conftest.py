@@ -1,0 +1,128 @@
+"""Shared fixtures. The environment is set before anything imports torch."""
+
+import os
+
+# Two torch processes on two cores spin against each other with libgomp's default policy (measured: up to 37x slower).
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import argparse
+import contextlib
+import inspect
+import io
+import json
+import logging
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+REAL_TEXT_DIR = Path(os.environ.get("REAL_TEXT_DIR") or ROOT.parent / "shared" / "data")
+
+
+@pytest.fixture(scope="session")
+def real_text() -> Path:
+    """Folder with real documents and tokenizers: webmix_train.jsonl.gz, fineweb_val_450.jsonl.gz, fineweb_*_bpe.model."""
+    if not (REAL_TEXT_DIR / "fineweb_val_450.jsonl.gz").exists():
+        pytest.skip(f"no real text at {REAL_TEXT_DIR}; point REAL_TEXT_DIR at it")
+    return REAL_TEXT_DIR
+
+
+# -----------------------------------------------------------------------------
+# A TINY DATA SET AND TINY RUNS
+# -----------------------------------------------------------------------------
+
+TINY_ENV = dict(
+    DEVICE="cpu",
+    DTYPE="fp32",
+    VOCAB_SIZE="512",
+    NUM_LAYERS="3",
+    MODEL_DIM="32",
+    NUM_HEADS="4",
+    NUM_KV_HEADS="2",
+    ROPE_DIMS="4",
+    XSA_LAST_N="1",
+    BIGRAM_VOCAB_SIZE="64",
+    BIGRAM_DIM="8",
+    VE_DIM="8",
+    VE_LAYERS="1,2",
+    TRAIN_SEQ_LEN="32",
+    EVAL_SEQ_LEN="32",
+    TRAIN_BATCH_TOKENS="384",
+    ITERATIONS="12",
+    WARMDOWN_ITERS="8",
+    WARMUP_STEPS="1",
+    MAX_WALLCLOCK_SECONDS="0",
+    TRAIN_LOG_EVERY="5",
+    VAL_LOSS_EVERY="6",
+    MUON_MOMENTUM_WARMUP_STEPS="4",
+    SWA_EVERY="1",
+    EVAL_STRIDE="16",
+    TTT_CHUNK_TOKENS="512",
+    TTT_EPOCHS="1",
+    TTT_BATCH_SEQS="8",
+)
+
+
+class Ran(NamedTuple):
+    """What a run left."""
+
+    code: int
+    out: str
+    err: str
+    folder: Path  # of results
+    log: Path
+
+    @property
+    def result(self) -> dict:
+        return json.loads((self.folder / "result.json").read_text("utf-8"))
+
+    @property
+    def artifact(self) -> bytes:
+        return (self.folder / "artifact.pgolf").read_bytes()
+
+
+def run_here(out: Path, data: Path, run_id: str = "run", tiny: bool = True, **settings) -> Ran:
+    """train_gpt.main in this process: a subprocess would import torch again."""
+    import torch
+
+    import train_gpt
+
+    environ = {**(TINY_ENV if tiny else {}), "DATA_PATH": str(data), "OUT_DIR": str(out), "RUN_ID": run_id}
+    environ |= {name: str(value) for name, value in settings.items()}
+    stdout, stderr, threads = io.StringIO(), io.StringIO(), torch.get_num_threads()
+    torch.set_num_threads(1)  # the order of floating-point sums depends on it
+    try:
+        with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
+            code = train_gpt.main([], environ)
+    finally:
+        torch.set_num_threads(threads)
+    return Ran(code, stdout.getvalue(), stderr.getvalue(), out / "runs" / run_id, out / "logs" / f"{run_id}.txt")
+
+
+def clean_environ(**settings) -> dict[str, str]:
+    """Environment of a subprocess: this one's without settings of the script, and one thread."""
+    kept = {"PATH", "HOME", "LD_LIBRARY_PATH", "TMPDIR", "LANG", "OMP_WAIT_POLICY", "SYSTEMROOT"}
+    base = {name: value for name, value in os.environ.items() if name in kept}
+    return base | {"OMP_NUM_THREADS": "1"} | {name: str(value) for name, value in settings.items()}
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory) -> Path:
+    """Folder with a tokenizer of 512 pieces, training shards and a validation shard of a few thousand tokens, made by
+    data/prepare.py from the standard library's docstrings."""
+    modules = (argparse, inspect, json, logging, subprocess)
+    members = [value for module in modules for value in vars(module).values()]
+    members += [value for member in members if inspect.isclass(member) for value in vars(member).values()]
+    texts = sorted({text for member in members if len(text := str(getattr(member, "__doc__", None) or "")) > 80})
+    folder = tmp_path_factory.mktemp("tiny")
+    source = folder / "documents.jsonl"
+    source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), "utf-8")
+    command = [sys.executable, ROOT / "data" / "prepare.py", "text", source, "--val-docs", "30", "--vocab-size", "512"]
+    command += ["--shard-tokens", "20000", "--workers", "1", "--out", folder / "shards"]
+    subprocess.run(command, check=True, capture_output=True)
+    return folder / "shards"

@@ -1,0 +1,2380 @@
+#!/usr/bin/env python3
+"""Parameter golf in one file: text shards in, a scored artifact of at most 16,000,000 bytes (code included) out.
+
+A run trains an 11-layer GPT with Parallel Muon, averages its weights (EMA, tight SWA), quantizes them to int6/int8 on
+the grid that late QAT trained for, writes one compressed artifact, reads that artifact back from disk and scores it on
+the validation split in bits per byte: plain windows, sliding windows, and legal score-first test-time training (TTT).
+
+    python train_gpt.py                                               CPU, or one GPU where there is one
+    torchrun --standalone --nproc_per_node=8 train_gpt.py             eight GPUs (NCCL) or eight CPU processes (gloo)
+    torchrun --nnodes=2 --node_rank=$N --nproc_per_node=8 \\
+             --rdzv_backend=c10d --rdzv_endpoint=$HOST:29500 train_gpt.py          two hosts; N is 0 or 1
+    python train_gpt.py --settings                                    every setting, as a Markdown table
+    EVAL_ONLY=1 ARTIFACT_PATH=runs/ID/artifact.pgolf python train_gpt.py           repeat an artifact's scores
+
+Every setting is an environment variable. The last line of the log is `result {json}`. Exit codes: 0 done, 2 the user
+can fix it (one `error:` line), 3 a limit was broken (artifact over the cap, non-finite loss).
+
+Shapes are written with B batch, T tokens, D model width, H heads, K head width, V vocabulary, L layers.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import lzma
+import math
+import os
+import queue
+import re
+import resource
+import statistics
+import struct
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+BOS_ID = 1  # every document starts with it; SentencePiece itself never emits it
+
+
+class UserError(Exception):
+    """Something the user can fix. Printed as one `error:` line; exit code 2."""
+
+    agreed = False  # raised on every rank alike: the main rank alone prints it
+
+
+class LimitError(Exception):
+    """A limit of the challenge or of arithmetic was broken during the run; exit code 3."""
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Settings
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def opt(section: str, default: Any, doc: str, lo: float | None = None, hi: float | None = None, choices: Sequence = ()):
+    """One setting: its type is its default's type; lo and hi are inclusive."""
+    return dataclasses.field(default=default, metadata=dict(section=section, doc=doc, lo=lo, hi=hi, choices=choices))
+
+
+@dataclasses.dataclass(frozen=True)
+class Hyperparameters:
+    """Every setting once. The environment variable is the field's name in capitals; the defaults are `pr714.env`."""
+
+    data_path: str = opt("run", "data/datasets/fineweb10B_sp1024", "folder of fineweb_{train,val}_*.bin")
+    tokenizer_path: str = opt("run", "", "SentencePiece model; empty: the one .model in DATA_PATH")
+    run_id: str = opt("run", "", "names the log and the folder of results; empty: date, time and seed")
+    out_dir: str = opt("run", ".", "where logs/ and runs/ go")
+    seed: int = opt("run", 1337, "initial weights", lo=0)
+    device: str = opt("run", "auto", "where to run", choices=("auto", "cuda", "cpu"))
+    dtype: str = opt("run", "auto", "activations, Newton-Schulz, gradient banks", choices=("auto", "bf16", "fp32"))
+    compile: str = opt("run", "auto", "torch.compile; auto: on for CUDA, off for CPU", choices=("auto", "0", "1"))
+    attention: str = opt(
+        "run", "auto", "kernel; auto: the first that works", choices=("auto", "fa3", "fa2", "sdpa", "matmul")
+    )
+    train_log_every: int = opt("run", 500, "steps between training lines, after the first ten; 0: none", lo=0)
+    val_loss_every: int = opt("run", 4000, "steps between validations of the raw weights; 0: only after the last", lo=0)
+    eval_only: bool = opt("run", False, "score ARTIFACT_PATH again; needs no training data")
+    artifact_path: str = opt("run", "", "the artifact that EVAL_ONLY reads")
+    save_weights: bool = opt("run", False, "also keep the averaged float weights (weights.pgolf)")
+    export_only: bool = opt("run", False, "quantize, write and score WEIGHTS_PATH again, without training")
+    weights_path: str = opt("run", "", "the saved weights that EXPORT_ONLY reads")
+
+    vocab_size: int = opt("model", 1024, "V, the tokenizer's pieces", lo=8, hi=65536)
+    num_layers: int = opt("model", 11, "L, transformer blocks", lo=1, hi=128)
+    model_dim: int = opt("model", 512, "D, width of the residual stream", lo=8, hi=16384)
+    num_heads: int = opt("model", 8, "H, query heads", lo=1)
+    num_kv_heads: int = opt("model", 4, "key/value heads (grouped-query attention)", lo=1)
+    mlp_mult: float = opt("model", 3.0, "MLP hidden width, in multiples of D", lo=0.01, hi=64)
+    leaky_relu_slope: float = opt("model", 0.5, "negative slope before the square; 0: relu squared", lo=0, hi=1)
+    tie_embeddings: bool = opt("model", True, "the head is the token embedding")
+    rope_base: float = opt("model", 10000.0, "rotary base frequency", lo=1)
+    rope_dims: int = opt("model", 16, "rotated dimensions of each head, even; 0: all K", lo=0)
+    logit_softcap: float = opt("model", 30.0, "logits pass c*tanh(z/c)", lo=1)
+    qk_gain_init: float = opt("model", 1.5, "initial gain of each query head", lo=0)
+    ln_scale: bool = opt("model", True, "block l scales its normalized inputs by 1/sqrt(l+1)")
+    unet_skips: bool = opt("model", True, "second half adds the outputs of the first half in reverse order")
+    xsa_last_n: int = opt("model", 4, "last n layers remove the own value's direction from attention outputs", lo=0)
+    smear_gate_enabled: bool = opt("model", True, "blend each position's embedding with its predecessor's")
+    bigram_vocab_size: int = opt("model", 3072, "rows of the hashed bigram table; 0: none", lo=0, hi=1 << 24)
+    bigram_dim: int = opt("model", 128, "width of the bigram table", lo=1, hi=16384)
+    ve_enabled: bool = opt("model", True, "value embeddings: a token table added to the values of VE_LAYERS")
+    ve_dim: int = opt("model", 128, "width of the value table", lo=1, hi=16384)
+    ve_layers: str = opt("model", "9,10", "layers that add value embeddings, separated by commas")
+    train_seq_len: int = opt("model", 2048, "training context; rotary frequencies belong to it", lo=2, hi=1 << 20)
+
+    iterations: int = opt("training", 9000, "steps at most", lo=1)
+    max_wallclock_seconds: float = opt("training", 600.0, "training clock; 0: no limit", lo=0)
+    warmdown_iters: int = opt("training", 3500, "steps of linear learning-rate decay at the end", lo=0)
+    warmup_steps: int = opt("training", 20, "untimed steps per graph that compile and are undone", lo=0)
+    train_batch_tokens: int = opt("training", 786432, "targets per step over all ranks", lo=2)
+    micro_batch_tokens: int = opt("training", 0, "targets per forward pass of a rank; 0: as many as fit 98,304", lo=0)
+    embed_lr: float = opt("training", 0.6, "AdamW, tables of an untied model", lo=0)
+    head_lr: float = opt("training", 0.008, "AdamW, untied head", lo=0)
+    tied_embed_lr: float = opt("training", 0.035, "AdamW, tables (token, bigram, value) of a tied model", lo=0)
+    tied_embed_init_std: float = opt("training", 0.005, "initial deviation of the token table", lo=0)
+    matrix_lr: float = opt("training", 0.025, "Muon, block matrices", lo=0)
+    scalar_lr: float = opt("training", 0.025, "AdamW, gains, scales, gates and small projections", lo=0)
+    muon_momentum: float = opt("training", 0.99, "Muon's final momentum", lo=0, hi=0.9999)
+    muon_momentum_warmup_start: float = opt("training", 0.92, "Muon's first momentum", lo=0, hi=0.9999)
+    muon_momentum_warmup_steps: int = opt("training", 1500, "steps from the first to the final momentum", lo=0)
+    muon_backend_steps: int = opt("training", 5, "Newton-Schulz iterations", lo=1, hi=20)
+    muon_wd: float = opt("training", 0.04, "Muon's decoupled weight decay", lo=0)
+    adam_wd: float = opt("training", 0.04, "AdamW's weight decay", lo=0)
+    beta1: float = opt("training", 0.9, "AdamW", lo=0, hi=0.9999)
+    beta2: float = opt("training", 0.95, "AdamW", lo=0, hi=0.99999)
+    adam_eps: float = opt("training", 1e-8, "AdamW", lo=0)
+    grad_clip_norm: float = opt("training", 0.3, "norm of the averaged gradient; 0: no clipping", lo=0)
+
+    ema_enabled: bool = opt("averaging", True, "exponential moving average of all weights")
+    ema_decay: float = opt("averaging", 0.997, "reached through the ramp (1+t)/(10+t)", lo=0, hi=0.99999)
+    swa_enabled: bool = opt("averaging", True, "tight SWA: mean of snapshots while the rate scale is below 0.2")
+    swa_every: int = opt("averaging", 50, "steps between snapshots", lo=1)
+    swa_source: str = opt("averaging", "raw", "what a snapshot takes: EMA or raw weights", choices=("raw", "ema"))
+
+    qat_enabled: bool = opt("quantization", False, "fake quantization from the first step")
+    late_qat: bool = opt("quantization", True, "fake quantization once the learning-rate scale is below the threshold")
+    late_qat_threshold: float = opt("quantization", 0.57, "learning-rate scale that switches late QAT on", lo=0, hi=1)
+    compressor: str = opt("quantization", "lzma", "of the artifact", choices=("lzma", "zstd"))
+    artifact_cap_bytes: int = opt("quantization", 16_000_000, "code plus artifact; above it the exit code is 3", lo=1)
+
+    eval_seq_len: int = opt("evaluation", 2048, "context when scoring; beyond TRAIN_SEQ_LEN: NTK", lo=2, hi=1 << 20)
+    eval_stride: int = opt("evaluation", 64, "targets per sliding window; 0: no sliding pass", lo=0)
+    val_batch_size: int = opt("evaluation", 524288, "tokens per scoring batch over all ranks (a memory limit)", lo=1)
+    ttt_enabled: bool = opt("evaluation", True, "score-first test-time training after the sliding pass")
+    ttt_lr: float = opt("evaluation", 0.002, "SGD learning rate, cosine over the chunks", lo=0)
+    ttt_epochs: int = opt("evaluation", 3, "passes over each scored chunk", lo=1)
+    ttt_chunk_tokens: int = opt("evaluation", 32768, "scored targets per chunk, at least", lo=1)
+    ttt_freeze_blocks: int = opt("evaluation", 0, "first blocks that stay fixed", lo=0)
+    ttt_momentum: float = opt("evaluation", 0.9, "SGD momentum, carried through the pass", lo=0, hi=0.9999)
+    ttt_batch_seqs: int = opt("evaluation", 32, "sequences per SGD step over all ranks", lo=1)
+    ttt_grad_clip: float = opt("evaluation", 1.0, "gradient norm of an SGD step; 0: no clipping", lo=0)
+
+    def __post_init__(self) -> None:
+        for f in dataclasses.fields(self):
+            check_value(f, getattr(self, f.name))
+        for broken, message in self.illegal_combinations():
+            if broken:
+                raise UserError(message)
+
+    def illegal_combinations(self) -> Iterator[tuple[bool, str]]:
+        """Pairs (is it broken, what to say). Lazy: a later rule may rely on the earlier ones."""
+        s = self
+        yield s.model_dim % s.num_heads != 0, f"NUM_HEADS={s.num_heads} must divide MODEL_DIM={s.model_dim}"
+        yield s.num_heads % s.num_kv_heads != 0, f"NUM_KV_HEADS={s.num_kv_heads} must divide NUM_HEADS={s.num_heads}"
+        yield s.head_dim % 2 != 0 or s.head_dim < 4, f"MODEL_DIM/NUM_HEADS={s.head_dim} must be even and at least 4"
+        yield (
+            s.rope_dims != 0 and not (4 <= s.rope_dims <= s.head_dim and s.rope_dims % 2 == 0),
+            f"ROPE_DIMS={s.rope_dims} must be 0 or an even number from 4 to the head width {s.head_dim}",
+        )
+        yield s.bigram_vocab_size == 1, "BIGRAM_VOCAB_SIZE=1 leaves no row to hash into; use 0 (none) or at least 2"
+        yield s.xsa_last_n > s.num_layers, f"XSA_LAST_N={s.xsa_last_n} exceeds NUM_LAYERS={s.num_layers}"
+        yield (
+            s.ve_enabled and not all(re.fullmatch(r"\d{1,3}", x.strip()) for x in s.ve_layers.split(",")),
+            f"VE_LAYERS={s.ve_layers!r} must be layer numbers separated by commas, such as 9,10",
+        )
+        yield (
+            s.ve_enabled and max(s.ve_layer_ids) >= s.num_layers,
+            f"VE_LAYERS={s.ve_layers} names a layer beyond the last, {s.num_layers - 1} (NUM_LAYERS={s.num_layers})",
+        )
+        yield (
+            s.train_batch_tokens % s.train_seq_len != 0,
+            f"TRAIN_BATCH_TOKENS={s.train_batch_tokens} must be a multiple of TRAIN_SEQ_LEN={s.train_seq_len}",
+        )
+        yield (
+            s.micro_batch_tokens % s.train_seq_len != 0,
+            f"MICRO_BATCH_TOKENS={s.micro_batch_tokens} must be a multiple of TRAIN_SEQ_LEN={s.train_seq_len}",
+        )
+        yield (
+            s.swa_enabled and s.swa_source == "ema" and not s.ema_enabled,
+            "SWA_SOURCE=ema needs EMA_ENABLED=1; use SWA_SOURCE=raw or SWA_ENABLED=0",
+        )
+        yield s.eval_stride > s.eval_seq_len, f"EVAL_STRIDE={s.eval_stride} exceeds EVAL_SEQ_LEN={s.eval_seq_len}"
+        yield s.ttt_enabled and s.eval_stride == 0, "TTT_ENABLED=1 needs sliding windows: EVAL_STRIDE of 1 or more"
+        yield (
+            s.ttt_freeze_blocks > s.num_layers,
+            f"TTT_FREEZE_BLOCKS={s.ttt_freeze_blocks} exceeds NUM_LAYERS={s.num_layers}",
+        )
+        yield s.eval_only and s.export_only, "EVAL_ONLY=1 and EXPORT_ONLY=1 exclude each other"
+        yield s.eval_only and not s.artifact_path, "EVAL_ONLY=1 needs ARTIFACT_PATH"
+        yield s.export_only and not s.weights_path, "EXPORT_ONLY=1 needs WEIGHTS_PATH (what SAVE_WEIGHTS=1 wrote)"
+        yield bool(s.artifact_path) and not s.eval_only, "ARTIFACT_PATH is read only with EVAL_ONLY=1"
+        yield bool(s.weights_path) and not s.export_only, "WEIGHTS_PATH is read only with EXPORT_ONLY=1"
+        yield (
+            not re.fullmatch(r"[\w.-]{0,128}", s.run_id) or s.run_id.startswith("."),
+            f"RUN_ID={s.run_id!r} must be a file name of letters, digits, '_', '-' and '.'",
+        )
+
+    @property
+    def head_dim(self) -> int:
+        return self.model_dim // self.num_heads
+
+    @property
+    def mlp_dim(self) -> int:
+        return max(1, round(self.mlp_mult * self.model_dim))
+
+    @property
+    def ve_layer_ids(self) -> list[int]:
+        return sorted({int(x) for x in self.ve_layers.split(",")}) if self.ve_enabled else []
+
+    def section(self, *names: str) -> dict[str, Any]:
+        """The settings of these sections, by field name."""
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.metadata["section"] in names}
+
+    def changed(self) -> dict[str, Any]:
+        """What differs from the defaults, by environment name."""
+        return {f.name.upper(): v for f in dataclasses.fields(self) if (v := getattr(self, f.name)) != f.default}
+
+    def settings_hash(self) -> str:
+        """The same for runs of one configuration: seed, names and paths do not enter."""
+        ignored = ("seed", "run_id", "out_dir", "data_path", "tokenizer_path", "artifact_path", "weights_path")
+        kept = {k: v for k, v in dataclasses.asdict(self).items() if k not in ignored}
+        return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
+
+    def micro_batch(self, world_size: int) -> int:
+        """Targets per forward pass of one rank; raises UserError where the batch cannot be split that way."""
+        if self.train_batch_tokens % (world_size * self.train_seq_len):
+            raise UserError(
+                f"TRAIN_BATCH_TOKENS={self.train_batch_tokens} must be a multiple of WORLD_SIZE={world_size} "
+                f"x TRAIN_SEQ_LEN={self.train_seq_len}"
+            )
+        per_rank = self.train_batch_tokens // world_size
+        if self.micro_batch_tokens:
+            if per_rank % self.micro_batch_tokens:
+                raise UserError(f"MICRO_BATCH_TOKENS={self.micro_batch_tokens} must divide a rank's {per_rank} tokens")
+            return self.micro_batch_tokens
+        sequences = per_rank // self.train_seq_len
+        largest = max(1, min(sequences, 98_304 // self.train_seq_len))
+        return next(n for n in range(largest, 0, -1) if sequences % n == 0) * self.train_seq_len
+
+    @classmethod
+    def from_env(cls, environ: Mapping[str, str], base: Mapping[str, Any] | None = None) -> "Hyperparameters":
+        """Read the environment over `base` (an artifact's own settings), over the defaults. Raises UserError."""
+        known = {f.name.upper(): f for f in dataclasses.fields(cls)}
+        values = dict(base or {})
+        given: dict[str, str] = {}
+        for name, text in sorted(environ.items()):
+            if name in NOT_HERE:
+                off, advice = NOT_HERE[name]
+                if text.strip().lower() not in off:
+                    raise UserError(f"{name}={text} is not offered here: {advice}; leave it out or set {off[0]}")
+                continue
+            target = PUBLIC_NAMES.get(name, name)
+            if target not in known:
+                if close := near_miss(name, known):
+                    raise UserError(f"unknown setting {name}; did you mean {close}?")
+                continue
+            if given.setdefault(target, text) != text:
+                raise UserError(f"{name}={text} contradicts another spelling of {target}={given[target]}; keep one")
+            values[known[target].name] = parse_value(known[target], text)
+        return cls(**values)
+
+
+# Names that public scripts use for a setting we have under another name.
+PUBLIC_NAMES = {
+    "QAT_THRESHOLD": "LATE_QAT_THRESHOLD",
+    "SMEAR_GATE": "SMEAR_GATE_ENABLED",
+    "MUON_WEIGHT_DECAY": "MUON_WD",
+}
+
+# Names of published commands that this script does not offer: (accepted off values, what to do instead).
+NOT_HERE = {
+    "MTP_NUM_HEADS": (("0",), "multi-token prediction was measured as a loss by its authors"),
+    "MTP_LOSS_WEIGHT": (("0", "0.0", "0.1", "0.2"), "there are no multi-token prediction heads"),
+    "LAWA_ENABLED": (("0", "false"), "use SWA_ENABLED=1 with SWA_SOURCE=raw"),
+    "LAWA_K": (("0", "10"), "use SWA_ENABLED=1"),
+    "LAWA_FREQ": (("0", "100"), "use SWA_EVERY"),
+    "DTG_ENABLED": (("0", "false"), "there is no dynamic token gate"),
+    "USE_GPTQ": (("0", "false"), "matrices are quantized by a per-row clip search"),
+    "TRIGRAM": (("0", "false"), "trigram tables were measured as a loss by their authors"),
+    "MUON_BETA2": (("0.95",), "Muon keeps no second moment (public scripts declare it and never read it)"),
+    "VALUE_RESIDUAL": (("0", "false"), "this version has no value residual"),
+    "GATED_ATTENTION": (("0", "false"), "this version has no gated attention"),
+}
+
+# Other programs' variables, never taken for a misspelt setting.
+FOREIGN_PREFIXES = tuple(
+    "TORCH CUDA NCCL GLOO OMP_ MKL_ GOMP_ KMP_ PYTHON PYTEST HF_ LC_ XDG_ SSH_ CI_ GIT NVIDIA_".split()
+)
+
+
+def parse_value(f: dataclasses.Field, text: str) -> Any:
+    """Text of the environment to the type of the setting's default."""
+    kind, text = type(f.default), text.strip()
+    if kind is bool:
+        if text.lower() not in ("0", "1", "true", "false"):
+            raise UserError(f"{f.name.upper()}={text} must be 0, 1, true or false")
+        return text.lower() in ("1", "true")
+    try:
+        return kind(text)
+    except ValueError:
+        wanted = {int: "a whole number", float: "a number"}[kind]
+        raise UserError(f"{f.name.upper()}={text} must be {wanted}") from None
+
+
+def check_value(f: dataclasses.Field, value: Any) -> None:
+    """Type, choices and bounds of one setting. Raises UserError."""
+    name, meta = f.name.upper(), f.metadata
+    if type(value) is not type(f.default):
+        raise UserError(f"{name}={value!r} must be of type {type(f.default).__name__}")
+    if meta["choices"] and value not in meta["choices"]:
+        raise UserError(f"{name}={value} must be one of {', '.join(meta['choices'])}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{name}={value} must be finite")
+    if meta["lo"] is not None and value < meta["lo"]:
+        raise UserError(f"{name}={value} must be at least {meta['lo']}")
+    if meta["hi"] is not None and value > meta["hi"]:
+        raise UserError(f"{name}={value} must be at most {meta['hi']}")
+
+
+def edit_distance(a: str, b: str) -> int:
+    """Insertions, deletions and substitutions between two names (Levenshtein)."""
+    row = list(range(len(b) + 1))
+    for i, x in enumerate(a, 1):
+        diagonal, row[0] = row[0], i
+        for j, y in enumerate(b, 1):
+            diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (x != y))
+    return row[-1]
+
+
+def near_miss(name: str, known: Mapping[str, Any]) -> str | None:
+    """The setting that an unknown variable probably means, or None."""
+    if name != name.upper() or name.startswith(FOREIGN_PREFIXES):
+        return None
+    names = [k for k in (*known, *PUBLIC_NAMES) if len(k) >= 7 and abs(len(k) - len(name)) <= 2]
+    distance, close = min(((edit_distance(name, k), k) for k in names), default=(99, ""))
+    return close if distance <= 2 else None
+
+
+def settings_table() -> str:
+    """The Markdown table that README holds; `python train_gpt.py --settings` prints it."""
+    lines, section = [], None
+    for f in dataclasses.fields(Hyperparameters):
+        meta = f.metadata
+        if meta["section"] != section:
+            section = meta["section"]
+            lines += ["", f"| {section} | default | what it is |", "|---|---|---|"]
+        default = int(f.default) if isinstance(f.default, bool) else f.default
+        limits = [f"{word} {meta[key]:g}" for key, word in (("lo", "from"), ("hi", "to")) if meta[key] not in (None, 0)]
+        extra = f" ({' · '.join(meta['choices'])})" if meta["choices"] else f" ({' '.join(limits)})" if limits else ""
+        lines.append(f"| `{f.name.upper()}` | {f'`{default}`' if default != '' else ''} | {meta['doc']}{extra} |")
+    return "\n".join(lines[1:])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Runtime: ranks, log, phases, clock
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class Ranks:
+    """This process among all of torchrun's. Every collective call of the project goes through here.
+
+    At world size 1 there is no process group and every call is the identity, so all callers have one code path.
+    """
+
+    def __init__(self, hp: Hyperparameters, environ: Mapping[str, str]):
+        self.rank, self.size = int(environ.get("RANK", 0)), int(environ.get("WORLD_SIZE", 1))
+        local_rank = int(environ.get("LOCAL_RANK", 0))
+        wants_cuda = hp.device == "cuda" or (hp.device == "auto" and torch.cuda.is_available())
+        if wants_cuda and not torch.cuda.is_available():
+            raise UserError("DEVICE=cuda, but torch sees no CUDA device; use DEVICE=cpu or a CUDA build of torch")
+        if wants_cuda and local_rank >= torch.cuda.device_count():
+            count = torch.cuda.device_count()
+            raise UserError(f"more than {local_rank} processes on a host with {count} GPUs; lower --nproc_per_node")
+        self.device = torch.device("cuda", local_rank) if wants_cuda else torch.device("cpu")
+        if wants_cuda:
+            torch.cuda.set_device(self.device)
+        if self.size > 1:
+            dist.init_process_group("nccl" if wants_cuda else "gloo")
+            if wants_cuda:
+                dist.barrier(device_ids=[local_rank])  # the communicator is built here, not in the first timed step
+        # torch 2.13 renames the flat collectives; older versions know only the first names.
+        self._gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+        self._scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def sum_(self, x: Tensor) -> Tensor:
+        """x, summed over ranks in place."""
+        self.start_sum(x).wait()
+        return x
+
+    def start_sum(self, x: Tensor):
+        """Start summing x over ranks in place; returns a handle whose wait() completes it."""
+        return dist.all_reduce(x, dist.ReduceOp.SUM, async_op=True) if self.size > 1 else _Done()
+
+    def start_max(self, x: Tensor):
+        """Start taking the maximum of x over ranks in place; returns a handle."""
+        return dist.all_reduce(x, dist.ReduceOp.MAX, async_op=True) if self.size > 1 else _Done()
+
+    def start_reduce_scatter(self, shard: Tensor, full: Tensor):
+        """shard (n/size, …) ← this rank's rows of the sum of full (n, …) over ranks; returns a handle."""
+        return self._scatter(shard, full, op=dist.ReduceOp.SUM, async_op=True) if self.size > 1 else _Done()
+
+    def start_all_gather(self, full: Tensor, shard: Tensor):
+        """full (n, …) ← every rank's shard (n/size, …); returns a handle."""
+        return self._gather(full, shard, async_op=True) if self.size > 1 else _Done()
+
+    def broadcast_object(self, x: Any) -> Any:
+        """The main rank's object, on every rank."""
+        if self.size == 1:
+            return x
+        box = [x]
+        dist.broadcast_object_list(box, src=0, device=self.device)
+        return box[0]
+
+    def agree(self, work: Callable[[], Any]) -> Any:
+        """Run `work` on every rank; a UserError on any rank is raised on all, so that none waits for another."""
+        result, problem = None, None
+        try:
+            result = work()
+        except UserError as error:
+            problem = str(error)
+        if self.size > 1:
+            problems = [None] * self.size
+            dist.all_gather_object(problems, problem)
+            problem = next((p for p in problems if p), None)
+        if problem:
+            error = UserError(problem)
+            error.agreed = True
+            raise error
+        return result
+
+    def share(self, n: int) -> range:
+        """This rank's contiguous part of n items."""
+        return range(n * self.rank // self.size, n * (self.rank + 1) // self.size)
+
+    def close(self) -> None:
+        if self.size > 1:
+            dist.destroy_process_group()
+
+
+class _Done:
+    """The handle of a communication that one rank need not make."""
+
+    def wait(self) -> None:
+        pass
+
+
+class Log:
+    """Console and logs/<RUN_ID>.txt, on the main rank only. One line per call, written through at once."""
+
+    def __init__(self, path: Path | None):
+        self.path = path
+        self._file = path.open("x", encoding="utf-8") if path else None
+
+    def __call__(self, line: str, console: bool = True) -> None:
+        if self._file is None:
+            return
+        self._file.write(line + "\n")
+        self._file.flush()
+        if console:
+            if sys.stderr.isatty():
+                from tqdm import tqdm
+
+                tqdm.write(line)  # does not tear the bar
+            else:
+                print(line, flush=True)
+
+
+def progress_bar(total: int, label: str, log: Log):
+    """A tqdm bar where the main rank has a terminal, else None: pipes and log files get plain lines only."""
+    if log.path is None or not sys.stderr.isatty():
+        return None
+    from tqdm import tqdm
+
+    return tqdm(total=total, desc=label, leave=False, smoothing=0.05)
+
+
+class Phases:
+    """Seconds spent in each named phase of a run, devices drained at both ends."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.seconds = device, {}
+
+    @contextlib.contextmanager
+    def __call__(self, name: str):
+        synchronize(self.device)
+        start = time.perf_counter()
+        yield
+        synchronize(self.device)
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+
+class Clock:
+    """Training time, agreed over ranks (maximum) once a step and read one step later.
+
+    Learning rate, QAT, SWA and the stop are functions of the agreed number alone, so all ranks decide alike. Reading a
+    step late keeps the device busy: the host waits for the step before, never for the one just launched.
+    """
+
+    def __init__(self, ranks: Ranks):
+        self.ranks = ranks
+        self.elapsed_ms = 0.0  # agreed
+        self.durations: deque[float] = deque(maxlen=20)
+        self._before, self._since = 0.0, None
+        self._pending: tuple[Any, Tensor] | None = None
+
+    def resume(self) -> None:
+        synchronize(self.ranks.device)
+        self._since = time.perf_counter()
+
+    def pause(self) -> None:
+        synchronize(self.ranks.device)
+        self._before, self._since = self.local_ms(), None
+
+    def local_ms(self) -> float:
+        return self._before + (1000 * (time.perf_counter() - self._since) if self._since is not None else 0.0)
+
+    @property
+    def step_ms(self) -> float | None:
+        """Median of the last 20 steps; None before there are any (an average would count the slow first step)."""
+        return statistics.median(self.durations) if self.durations else None
+
+    def post(self, loss: Tensor) -> None:
+        """End of a step: adopt the time agreed for the step before, and start agreeing on this one's."""
+        elapsed = torch.full_like(loss, self.local_ms(), dtype=torch.float64)
+        posted = torch.stack([elapsed, (~loss.detach().isfinite()).double()])  # a NaN itself need not survive a maximum
+        self.collect()
+        self._pending = (self.ranks.start_max(posted), posted)
+
+    def collect(self) -> None:
+        """Wait for the posted step and adopt its time; raises LimitError if any rank's loss was not finite."""
+        if self._pending is None:
+            return
+        handle, posted = self._pending
+        handle.wait()
+        elapsed, broken = posted.tolist()
+        self._pending = None
+        self.durations.append(elapsed - self.elapsed_ms)
+        self.elapsed_ms = elapsed
+        if broken:
+            raise LimitError("the training loss is no longer finite; lower MATRIX_LR, SCALAR_LR or TIED_EMBED_LR")
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"cpu {torch.backends.cpu.get_cpu_capability()}"
+
+
+def peak_memory_mib(device: torch.device) -> tuple[int, int]:
+    """(allocated, reserved) at their peak: of the device, or of this process on CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) >> 20, torch.cuda.max_memory_reserved(device) >> 20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB on Linux, bytes on macOS
+    peak >>= 20 if sys.platform == "darwin" else 10
+    return peak, peak
+
+
+def activation_dtype(name: str, device: torch.device) -> torch.dtype:
+    """DTYPE=auto is bf16 where the device has instructions for it."""
+    if name == "auto":
+        fast = torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()
+        name = "bf16" if fast else "fp32"
+    return {"bf16": torch.bfloat16, "fp32": torch.float32}[name]
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write, fsync, rename: under its final name a file is whole or absent."""
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Data: shards, loader, byte accounting
+# ----------------------------------------------------------------------------------------------------------------------
+
+SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES = 20240520, 1, 256 * 4
+
+
+def read_shard(path: Path) -> np.ndarray:
+    """Memory map of a shard's tokens (n,) uint16. Raises UserError for anything that is not a whole shard.
+
+    SHARD: 256 little-endian int32 (magic, version, number of tokens, zeros), then that many little-endian uint16.
+    """
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            header = np.frombuffer(file.read(12), dtype="<i4")
+    except OSError as error:
+        raise UserError(f"cannot read shard {path}: {error.strerror}") from None
+    if size < SHARD_HEADER_BYTES or header[0] != SHARD_MAGIC or header[1] != SHARD_VERSION:
+        raise UserError(f"{path} is no token shard (wrong magic or version); build shards with data/prepare.py")
+    promised = SHARD_HEADER_BYTES + 2 * int(header[2])
+    if size != promised:
+        raise UserError(f"{path} is {size} bytes, but its header promises {promised}; fetch or build it again")
+    if header[2] == 0:
+        raise UserError(f"{path} holds no tokens; build it again")
+    return np.memmap(path, dtype="<u2", mode="r", offset=SHARD_HEADER_BYTES)
+
+
+def find_shards(hp: Hyperparameters, split: str) -> list[Path]:
+    """Sorted shards of a split. Byte side files (fineweb_val_bytes_*) match the same pattern and are not shards."""
+    folder = Path(hp.data_path)
+    paths = sorted(p for p in folder.glob(f"fineweb_{split}_*.bin") if "_bytes_" not in p.name)
+    if not paths:
+        raise UserError(
+            f"no fineweb_{split}_*.bin in DATA_PATH={folder}; prepare data first: `python data/prepare.py fineweb` "
+            "(published shards) or `python data/prepare.py offline` (no download), then set DATA_PATH"
+        )
+    return paths
+
+
+def data_fingerprint(paths: Sequence[Path]) -> str:
+    """SHA-256 over the shards' headers, lengths and three sampled spans each (first, middle, last 64 KiB)."""
+    digest, span = hashlib.sha256(), 65536
+    for path in paths:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            digest.update(size.to_bytes(8, "little") + file.read(SHARD_HEADER_BYTES))
+            for offset in (SHARD_HEADER_BYTES, size // 2, max(SHARD_HEADER_BYTES, size - span)):
+                file.seek(offset)
+                digest.update(file.read(span))
+    return digest.hexdigest()
+
+
+class TokenStream:
+    """The shards of a split as one circular stream of tokens."""
+
+    def __init__(self, paths: Sequence[Path], vocab_size: int):
+        self.shards = [read_shard(path) for path in paths]
+        self.paths, self.vocab_size = list(paths), vocab_size
+        self.ends = np.cumsum([len(shard) for shard in self.shards])
+
+    def __len__(self) -> int:
+        return int(self.ends[-1])
+
+    def read(self, start: int, count: int) -> np.ndarray:
+        """`count` tokens (count,) uint16 from stream position `start`, wrapping at the end. Raises UserError."""
+        parts = []
+        while count:
+            position = start % len(self)
+            index = int(np.searchsorted(self.ends, position, side="right"))
+            offset = position - (int(self.ends[index - 1]) if index else 0)
+            part = self.shards[index][offset : offset + count]
+            self.check(part, index)
+            parts.append(part)
+            start, count = start + len(part), count - len(part)
+        return np.concatenate(parts)
+
+    def check(self, tokens: np.ndarray, index: int) -> None:
+        if (largest := int(tokens.max())) >= self.vocab_size:
+            raise UserError(
+                f"{self.paths[index]} holds token id {largest}, but VOCAB_SIZE={self.vocab_size}; "
+                "set VOCAB_SIZE to the tokenizer's size or use shards made with it"
+            )
+
+
+class BatchLoader:
+    """Step i's batch is the same TRAIN_BATCH_TOKENS targets for every world size; a rank takes its part by arithmetic.
+
+    A thread reads one batch ahead; what it raises is raised by `next`.
+    """
+
+    def __init__(self, stream: TokenStream, hp: Hyperparameters, ranks: Ranks, log: Log):
+        self.stream, self.ranks, self.log = stream, ranks, log
+        self.batch, self.length = hp.train_batch_tokens, hp.train_seq_len
+        self.per_rank = self.batch // ranks.size
+        self._batches: queue.Queue = queue.Queue(maxsize=1)
+        threading.Thread(target=self._read_ahead, daemon=True, name="loader").start()
+
+    def _read_ahead(self) -> None:
+        pinned = self.ranks.device.type == "cuda"
+        step = 0
+        while True:
+            try:
+                start = step * self.batch + self.ranks.rank * self.per_rank
+                tokens = torch.from_numpy(self.stream.read(start, self.per_rank + 1).astype(np.int64))
+                self._batches.put((step, tokens.pin_memory() if pinned else tokens))
+            except Exception as error:  # handed to the training thread, which raises it
+                self._batches.put((step, error))
+                return
+            step += 1
+
+    def next(self) -> tuple[Tensor, Tensor]:
+        """Inputs and targets of this rank for the next step, each (sequences, TRAIN_SEQ_LEN) int64 on the device."""
+        step, tokens = self._batches.get()
+        if isinstance(tokens, Exception):
+            raise tokens
+        epoch = (step + 1) * self.batch // len(self.stream)
+        if epoch > step * self.batch // len(self.stream):
+            self.log(f"train_loader:wrapped epoch:{epoch} step:{step} stream_tokens:{len(self.stream)}")
+        tokens = tokens.to(self.ranks.device, non_blocking=True)
+        return tokens[:-1].view(-1, self.length), tokens[1:].view(-1, self.length)
+
+
+def find_tokenizer(hp: Hyperparameters) -> Path:
+    """TOKENIZER_PATH, else the one .model beside the shards, else the challenge's default place. Raises UserError."""
+    if hp.tokenizer_path:
+        path = Path(hp.tokenizer_path)
+        if not path.is_file():
+            raise UserError(f"TOKENIZER_PATH={path} does not exist")
+        return path
+    beside = sorted(Path(hp.data_path).glob("*.model"))
+    if len(beside) > 1:
+        raise UserError(f"{len(beside)} .model files in DATA_PATH={hp.data_path}; name one with TOKENIZER_PATH")
+    default = Path("data/tokenizers/fineweb_1024_bpe.model")
+    if not beside and not default.is_file():
+        raise UserError(f"no .model in DATA_PATH={hp.data_path} and no {default}; set TOKENIZER_PATH")
+    return beside[0] if beside else default
+
+
+class TokenBytes:
+    """UTF-8 bytes that each token stands for: the denominator of bits per byte, and the only place that counts them.
+
+    A token's bytes are those of its piece, `▁` being one space. A leading `▁` counts unless the token before is a
+    boundary (control, unknown, unused), where decoding drops that space. Byte tokens count 1, control tokens 0.
+    Raises UserError for tokenizers whose text cannot be counted exactly this way.
+    """
+
+    def __init__(self, path: Path, vocab_size: int):
+        import sentencepiece
+
+        try:
+            model = sentencepiece.SentencePieceProcessor(model_file=str(path))
+        except (OSError, RuntimeError) as error:
+            raise UserError(f"{path} is no SentencePiece model: {str(error).splitlines()[0]}") from None
+        n = model.get_piece_size()
+        if n != vocab_size:
+            raise UserError(f"tokenizer {path} has {n} pieces, not VOCAB_SIZE={vocab_size}; set VOCAB_SIZE={n}")
+        pieces = [model.id_to_piece(i) for i in range(n)]
+        is_byte = np.array([model.is_byte(i) for i in range(n)])
+        self.boundary = np.array([model.is_control(i) or model.is_unknown(i) or model.is_unused(i) for i in range(n)])
+        ordinary = ~(is_byte | self.boundary)
+        if not any(p == "▁" and ordinary[i] for i, p in enumerate(pieces)):
+            raise UserError(f"tokenizer {path} has no `▁` piece of its own: a space would become three byte tokens")
+        if int(is_byte.sum()) != 256:
+            raise UserError(
+                f"tokenizer {path} has no byte fallback: rare characters become a lossy <unk>; train it with one"
+            )
+        if not (pieces[BOS_ID] and model.is_control(BOS_ID)):
+            raise UserError(f"tokenizer {path} has no control token with id {BOS_ID} to start a document")
+        self.unknown_id = model.unk_id()
+        self.leading_space = np.array([p.startswith("▁") for p in pieces]) & ordinary
+        lengths = [len(p.removeprefix("▁").replace("▁", " ").encode()) for p in pieces]
+        self.base = np.where(is_byte, 1, np.where(ordinary, lengths, 0)).astype(np.int64)
+        self.sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+
+    def count(self, tokens: np.ndarray) -> np.ndarray:
+        """Bytes (n-1,) int64 of tokens[1:], each given its predecessor; tokens is (n,) of any integer type."""
+        previous, target = tokens[:-1], tokens[1:]
+        return self.base[target] + (self.leading_space[target] & ~self.boundary[previous])
+
+
+class Validation(NamedTuple):
+    tokens: np.ndarray  # (n+1,) uint16, the whole split
+    bytes: np.ndarray  # (n,) int64, of each target
+    fingerprint: str
+    tokenizer_path: Path
+    tokenizer_sha256: str
+
+
+def load_validation(hp: Hyperparameters) -> Validation:
+    """The whole validation split, every id checked, and the bytes of each target. Raises UserError."""
+    path = find_tokenizer(hp)
+    counter = TokenBytes(path, hp.vocab_size)
+    stream = TokenStream(find_shards(hp, "val"), hp.vocab_size)
+    tokens = stream.read(0, len(stream))
+    problems = {
+        "has fewer than two tokens": len(tokens) < 2,
+        f"does not start with BOS ({BOS_ID})": tokens[0] != BOS_ID,
+        "holds <unk>, so its text is lost": (tokens == counter.unknown_id).any(),
+    }
+    for problem, found in problems.items():
+        if found:
+            raise UserError(
+                f"the validation split in DATA_PATH={hp.data_path} {problem}; build it with data/prepare.py"
+            )
+    return Validation(tokens, counter.count(tokens), data_fingerprint(stream.paths), path, counter.sha256)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Model
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class RMSNorm(torch.autograd.Function):
+    """x / sqrt(mean(x²) + eps) over the last dimension, without weights; statistics in fp32.
+
+    Its own backward reuses the output: half the passes over memory of the composite one, a tenth of an eager CPU step.
+    """
+
+    EPS = torch.finfo(torch.float32).eps  # in bf16 too: a fresh token table's mean square is only 2.5e-5
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+        inverse = (norm.square() / x.size(-1) + RMSNorm.EPS).rsqrt()
+        y = (x * inverse).to(x.dtype)
+        ctx.save_for_backward(y, inverse)
+        return y
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        y, inverse = ctx.saved_tensors
+        along = (gradient * y).mean(-1, keepdim=True, dtype=torch.float32).to(y.dtype)
+        return torch.addcmul(gradient, y, along, value=-1) * inverse.to(y.dtype)
+
+
+rms_norm = RMSNorm.apply
+
+
+class CastedLinear(nn.Module):
+    """y = x Wᵀ with an fp32 master weight (out, in) cast to the activations' dtype: the one seam of the model.
+
+    Fake quantization lives here, and whatever else has to see or change what a matrix does. The switch is an attribute
+    of the instance: torch.compile guards instance attributes, while it folds a class attribute into the first graph.
+    """
+
+    def __init__(self, in_dim: int, out_dim: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out_dim, in_dim))
+        self.register_buffer("row_scale", None, persistent=False)  # (out, 1) fp32, set when QAT is prepared
+        self.fake_quant = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight
+        if self.fake_quant:
+            grid = quantize_rows(weight.detach(), self.row_scale, INT6_MAX) * self.row_scale
+            weight = grid + (weight - weight.detach())  # value: the grid's, exactly; gradient: straight through
+        return F.linear(x, weight.to(x.dtype))
+
+
+class BigramHash(nn.Module):
+    """A hashed table of token pairs, added to the embedding. Row M-1 stands for 'no predecessor'."""
+
+    def __init__(self, rows: int, dim: int, model_dim: int):
+        super().__init__()
+        self.table = nn.Embedding(rows, dim, _weight=torch.empty(rows, dim))
+        self.proj = CastedLinear(dim, model_dim)
+        self.scale = nn.Parameter(torch.empty(()))
+
+    def forward(self, tokens: Tensor, starts: Tensor, dtype: torch.dtype) -> Tensor:
+        """tokens (B, T) int, starts (B, T) bool: the first position and every BOS -> (B, T, D)."""
+        rows = self.table.num_embeddings
+        now = tokens.to(torch.int32)
+        pair = torch.bitwise_xor(36313 * now, 27191 * now.roll(1, dims=1)).remainder(rows - 1)
+        index = torch.where(starts, rows - 1, pair)
+        return self.proj(self.table(index).to(dtype)) * self.scale.to(dtype)
+
+
+class SmearGate(nn.Module):
+    """x_i + sigmoid(g) (x_{i-1} - x_i) per channel; nothing crosses into the first position or a BOS."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.gate = nn.Parameter(torch.empty(dim))
+
+    def forward(self, x: Tensor, starts: Tensor) -> Tensor:
+        previous = F.pad(x, (0, 0, 1, -1))
+        return torch.where(starts[..., None], x, torch.lerp(x, previous, self.gate.sigmoid().to(x.dtype)))
+
+
+class ValueEmbedding(nn.Module):
+    """A second token table whose vectors are added to the values of some layers."""
+
+    def __init__(self, vocab_size: int, dim: int, kv_dim: int):
+        super().__init__()
+        self.table = nn.Embedding(vocab_size, dim, _weight=torch.empty(vocab_size, dim))
+        self.proj = CastedLinear(dim, kv_dim)
+        self.scale = nn.Parameter(torch.empty(()))
+
+    def forward(self, tokens: Tensor, dtype: torch.dtype) -> Tensor:
+        """(B, T) -> (B, T, Hkv*K)"""
+        return self.proj(self.table(tokens).to(dtype)) * self.scale.to(dtype)
+
+
+class Rotary(nn.Module):
+    """Rotates the first `dims` of each head's dimensions; tables for one context, computed once.
+
+    NTK rule: a context r times longer than TRAIN_SEQ_LEN multiplies the base by r^(d/(d-2)). Tables cached lazily
+    inside a scoring pass would be inference tensors that the next backward cannot use.
+    """
+
+    def __init__(self, dims: int, base: float, context: int, train_seq_len: int):
+        super().__init__()
+        ratio = max(1.0, context / train_seq_len)
+        base = base * ratio ** (dims / (dims - 2))
+        frequencies = base ** (-torch.arange(0, dims, 2, dtype=torch.float32) / dims)
+        angles = torch.outer(torch.arange(context, dtype=torch.float32), frequencies)[:, None]  # (context, 1, dims/2)
+        self.dims = dims
+        self.register_buffer("cos", angles.cos(), persistent=False)
+        self.register_buffer("sin", angles.sin(), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, H, K) -> the same shape; half-split pairs (x1 c + x2 s, -x1 s + x2 c)."""
+        cos, sin = self.cos[: x.size(1)].to(x.dtype), self.sin[: x.size(1)].to(x.dtype)
+        x1, x2, rest = x.split((self.dims // 2, self.dims // 2, x.size(-1) - self.dims), dim=-1)
+        return torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin, rest), dim=-1)
+
+
+class Attention(nn.Module):
+    """Causal grouped-query attention with normalized queries and keys, partial rotary and a gain per query head."""
+
+    def __init__(self, hp: Hyperparameters, layer: int, rotary: Rotary, attend: Callable):
+        super().__init__()
+        kv_dim = hp.num_kv_heads * hp.head_dim
+        self.q = CastedLinear(hp.model_dim, hp.model_dim)
+        self.k = CastedLinear(hp.model_dim, kv_dim)
+        self.v = CastedLinear(hp.model_dim, kv_dim)
+        self.out = CastedLinear(hp.model_dim, hp.model_dim)
+        self.q_gain = nn.Parameter(torch.empty(hp.num_heads))
+        self.ve_scale = nn.Parameter(torch.empty(())) if layer in hp.ve_layer_ids else None
+        self.exclude_self = layer >= hp.num_layers - hp.xsa_last_n
+        self.head_dim, self.rotary, self.attend = hp.head_dim, rotary, attend
+
+    def forward(self, x: Tensor, value_embedding: Tensor | None) -> Tensor:
+        """(B, T, D) -> (B, T, D); value_embedding is (B, T, Hkv*K)."""
+        heads = (*x.shape[:2], -1, self.head_dim)
+        v = self.v(x)
+        if self.ve_scale is not None:
+            v = v + value_embedding * self.ve_scale.to(x.dtype)
+        q, k, v = self.q(x).view(heads), self.k(x).view(heads), v.view(heads)
+        q = self.rotary(rms_norm(q)) * self.q_gain.to(x.dtype)[:, None]
+        k = self.rotary(rms_norm(k))
+        y = self.attend(q, k, v)
+        if self.exclude_self:
+            y = exclude_own_value(y, v)
+        return self.out(y.reshape(x.shape))
+
+
+def exclude_own_value(y: Tensor, v: Tensor) -> Tensor:
+    """XSA: y (B, T, H, K) without its component along this position's value v (B, T, Hkv, K) of the head's group."""
+    own = F.normalize(v, dim=-1).unsqueeze(3)  # (B, T, Hkv, 1, K)
+    grouped = y.view(*v.shape[:3], -1, y.size(-1))  # (B, T, Hkv, H/Hkv, K)
+    return (grouped - (grouped * own).sum(-1, keepdim=True) * own).view_as(y)
+
+
+class MLP(nn.Module):
+    """W_down · leaky_relu(W_up x)²: the square keeps the sign-blind strength of both sides."""
+
+    def __init__(self, hp: Hyperparameters):
+        super().__init__()
+        self.up = CastedLinear(hp.model_dim, hp.mlp_dim)
+        self.down = CastedLinear(hp.mlp_dim, hp.model_dim)
+        self.slope = hp.leaky_relu_slope
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.leaky_relu(self.up(x), self.slope).square())
+
+
+class Block(nn.Module):
+    """Pre-norm attention and MLP on a mix of the stream x and the first embedding x0."""
+
+    def __init__(self, hp: Hyperparameters, layer: int, rotary: Rotary, attend: Callable):
+        super().__init__()
+        self.attn, self.mlp = Attention(hp, layer, rotary, attend), MLP(hp)
+        self.resid_mix = nn.Parameter(torch.empty(2, hp.model_dim))
+        self.attn_scale = nn.Parameter(torch.empty(hp.model_dim))
+        self.mlp_scale = nn.Parameter(torch.empty(hp.model_dim))
+        self.norm_scale = 1 / math.sqrt(layer + 1) if hp.ln_scale else 1.0
+
+    def forward(self, x: Tensor, x0: Tensor, value_embedding: Tensor | None) -> Tensor:
+        mix = self.resid_mix.to(x.dtype)
+        x = mix[0] * x + mix[1] * x0
+        x = x + self.attn_scale.to(x.dtype) * self.attn(rms_norm(x) * self.norm_scale, value_embedding)
+        return x + self.mlp_scale.to(x.dtype) * self.mlp(rms_norm(x) * self.norm_scale)
+
+
+class GPT(nn.Module):
+    """The whole model for one context length. Parameters are uninitialized until init_weights or load_state_dict.
+
+    It reads only the model section of the settings and knows no learning rate, rank, clock or tokenizer.
+    """
+
+    def __init__(self, hp: Hyperparameters, context: int, attend: Callable, dtype: torch.dtype):
+        super().__init__()
+        dim = hp.model_dim
+        self.tok_emb = nn.Embedding(hp.vocab_size, dim, _weight=torch.empty(hp.vocab_size, dim))
+        self.bigram = BigramHash(hp.bigram_vocab_size, hp.bigram_dim, dim) if hp.bigram_vocab_size else None
+        self.smear = SmearGate(dim) if hp.smear_gate_enabled else None
+        self.value_embedding = None
+        if hp.ve_enabled:
+            self.value_embedding = ValueEmbedding(hp.vocab_size, hp.ve_dim, hp.num_kv_heads * hp.head_dim)
+        rotary = Rotary(hp.rope_dims or hp.head_dim, hp.rope_base, context, hp.train_seq_len)
+        self.blocks = nn.ModuleList(Block(hp, layer, rotary, attend) for layer in range(hp.num_layers))
+        self.encoder_layers = hp.num_layers // 2 if hp.unet_skips else 0
+        self.skip_weights = nn.Parameter(torch.empty(self.encoder_layers, dim)) if self.encoder_layers else None
+        self.lm_head = None if hp.tie_embeddings else CastedLinear(dim, hp.vocab_size)
+        self.softcap, self.dtype = hp.logit_softcap, dtype
+
+    def trunk(self, tokens: Tensor) -> Tensor:
+        """(B, T) int -> (B, T, D): normalized output of the last block. Nothing but attention crosses a BOS."""
+        starts = tokens == BOS_ID
+        starts[:, 0] = True
+        x = self.tok_emb(tokens).to(self.dtype)
+        if self.bigram is not None:
+            x = x + self.bigram(tokens, starts, self.dtype)
+        x = rms_norm(x)
+        if self.smear is not None:
+            x = self.smear(x, starts)
+        x0, skips = x, []
+        ve = self.value_embedding(tokens, self.dtype) if self.value_embedding is not None else None
+        for layer, block in enumerate(self.blocks):
+            if layer >= self.encoder_layers and skips:
+                x = x + self.skip_weights[layer - self.encoder_layers].to(x.dtype) * skips.pop()
+            x = block(x, x0, ve)
+            if layer < self.encoder_layers:
+                skips.append(x)
+        return rms_norm(x)
+
+    def head(self, x: Tensor) -> Tensor:
+        """(B, T, D) -> softcapped logits (B, T, V) fp32."""
+        z = self.lm_head(x) if self.lm_head is not None else F.linear(x, self.tok_emb.weight.to(x.dtype))
+        return self.softcap * torch.tanh(z.float() / self.softcap)
+
+    def logits(self, tokens: Tensor) -> Tensor:
+        """(B, T) int -> (B, T, V) fp32"""
+        return self.head(self.trunk(tokens))
+
+    def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        """Nats (B, S) fp32, unreduced, of the last S targets. tokens is (B, T) int, targets (B, S) int64, S <= T.
+
+        Sliding windows score only their last positions: the head runs on those alone.
+        """
+        x = self.trunk(tokens)[:, tokens.size(1) - targets.size(1) :]
+        return F.cross_entropy(self.head(x).flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
+
+
+# Every parameter belongs to exactly one class. The class decides optimizer row and storage, never the size.
+TENSOR_CLASSES = {
+    "attention": r"blocks\.\d+\.attn\.(q|k|v|out)\.weight",
+    "mlp": r"blocks\.\d+\.mlp\.(up|down)\.weight",
+    "embedding": r"(tok_emb|bigram\.table|value_embedding\.table)\.weight",
+    "head": r"lm_head\.weight",
+    "projection": r"(bigram|value_embedding)\.proj\.weight",
+    "control": r"blocks\.\d+\.(attn\.(q_gain|ve_scale)|resid_mix|attn_scale|mlp_scale)"
+    r"|skip_weights|smear\.gate|(bigram|value_embedding)\.scale",
+}
+
+
+def one_match(name: str, patterns: Mapping[str, str], what: str) -> str:
+    """The key of the only pattern that matches a parameter's name; none or two is a defect of the program."""
+    keys = [key for key, pattern in patterns.items() if re.fullmatch(pattern, name)]
+    if len(keys) != 1:
+        raise RuntimeError(f"parameter {name} has {len(keys)} {what}: {keys}")
+    return keys[0]
+
+
+def tensor_class(name: str) -> str:
+    return one_match(name, TENSOR_CLASSES, "tensor classes")
+
+
+def init_weights(model: GPT, hp: Hyperparameters) -> None:
+    """Initial values by name, from SEED, the same on every device and rank (drawn on CPU).
+
+    Orthogonal inputs and zero outputs: every block starts as the identity and every matrix has a gradient by step two.
+    """
+    generator = torch.Generator().manual_seed(hp.seed)
+    initial = {
+        "orthogonal": lambda w: nn.init.orthogonal_(w, generator=generator),
+        "token table": lambda w: nn.init.normal_(w, std=hp.tied_embed_init_std, generator=generator),
+        "value table": lambda w: nn.init.normal_(w, std=0.01, generator=generator),
+        "zero": nn.init.zeros_,
+        "one": nn.init.ones_,
+        "gain": lambda w: nn.init.constant_(w, hp.qk_gain_init),
+        "mix": lambda w: w.copy_(torch.tensor([[1.0], [0.0]]).expand_as(w)),
+        "bigram scale": lambda w: nn.init.constant_(w, 0.05),
+        "value scale": lambda w: nn.init.constant_(w, 0.1),
+    }
+    rules = {
+        "orthogonal": r"blocks\.\d+\.(attn\.(q|k|v)|mlp\.up)\.weight|(bigram|value_embedding)\.proj\.weight",
+        "token table": r"tok_emb\.weight",
+        "value table": r"value_embedding\.table\.weight",
+        "zero": r"blocks\.\d+\.(attn\.out|mlp\.down)\.weight|lm_head\.weight|bigram\.table\.weight|smear\.gate",
+        "one": r"blocks\.\d+\.(attn_scale|mlp_scale|attn\.ve_scale)|skip_weights",
+        "gain": r"blocks\.\d+\.attn\.q_gain",
+        "mix": r"blocks\.\d+\.resid_mix",
+        "bigram scale": r"bigram\.scale",
+        "value scale": r"value_embedding\.scale",
+    }
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            drawn = torch.empty(parameter.shape)
+            initial[one_match(name, rules, "initial values")](drawn)
+            parameter.copy_(drawn)
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """torch's own causal attention in the layout of the flash kernels: q (B, T, H, K), k and v (B, T, Hkv, K)."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.size(1) != k.size(1)).transpose(1, 2)
+
+
+def matmul_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The same attention as three batched products, for short contexts on CPUs with bf16 instructions.
+
+    There it takes half the time of SDPA, whose CPU kernel is made for long ones; memory grows with T² instead.
+    """
+    batch, length, heads, width = q.shape
+    groups = k.size(2)
+    q = q.view(batch, length, groups, -1, width).permute(0, 2, 3, 1, 4).reshape(batch * groups, -1, width)
+    k, v = (x.transpose(1, 2).reshape(batch * groups, length, width) for x in (k, v))
+    future = torch.full((length, length), -math.inf, dtype=q.dtype, device=q.device).triu_(1)
+    mask = future.repeat(heads // groups, 1).expand(batch * groups, -1, -1)
+    y = torch.baddbmm(mask, q, k.mT, alpha=width**-0.5).softmax(-1) @ v
+    return y.view(batch, groups, -1, length, width).permute(0, 3, 1, 2, 4).reshape(batch, length, heads, width)
+
+
+def load_flash(kind: str) -> Callable:
+    """The causal kernel of FlashAttention 3 or 2 on (B, T, H, K); raises ImportError where it is not installed."""
+    if kind == "fa3":
+        from flash_attn_interface import flash_attn_func
+    else:
+        from flash_attn import flash_attn_func
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        y = flash_attn_func(q.bfloat16(), k.bfloat16(), v.bfloat16(), causal=True)
+        return (y[0] if isinstance(y, tuple) else y).to(q.dtype)  # some FA3 versions also return the log-sum-exp
+
+    return attend
+
+
+def choose_attention(hp: Hyperparameters, device: torch.device, dtype: torch.dtype) -> tuple[str, Callable]:
+    """(what the log says, attend). A flash kernel asked for by name works or is a UserError; auto takes the first of
+    FA3, FA2, SDPA that works on CUDA, and on CPU the faster of SDPA and plain products."""
+    plain = {"sdpa": sdpa, "matmul": matmul_attention}
+    if hp.attention in plain:
+        return hp.attention, plain[hp.attention]
+    if hp.attention == "auto" and device.type == "cpu":
+        short = max(hp.train_seq_len, hp.eval_seq_len) <= 512 and dtype == torch.bfloat16
+        return ("matmul", matmul_attention) if short else ("sdpa", sdpa)
+    reasons = []
+    for kind in ("fa3", "fa2") if hp.attention == "auto" else (hp.attention,):
+        if device.type != "cuda":
+            reason = "needs CUDA"
+        elif kind == "fa3" and torch.cuda.get_device_capability(device)[0] != 9:
+            reason = "needs a Hopper GPU"
+        elif dtype != torch.bfloat16:
+            reason = "needs DTYPE=bf16"
+        elif hp.head_dim % 8:
+            reason = f"needs a head width divisible by 8, not {hp.head_dim}"
+        else:
+            try:
+                return kind, load_flash(kind)
+            except ImportError as error:
+                reason = f"cannot be imported ({error})"
+        if hp.attention == kind:
+            raise UserError(f"ATTENTION={kind} {reason}; use ATTENTION=auto or sdpa")
+        reasons.append(f"{kind} {reason}")
+    return f"sdpa ({'; '.join(reasons)})", sdpa
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Optimizers and schedule
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def newton_schulz(x: Tensor, steps: int) -> Tensor:
+    """Nearly orthogonal factor of each matrix of x (n, rows, cols), in x's dtype (Jordan et al., Muon, 2024).
+
+    The quintic's coefficients maximize the slope at zero; singular values land in about 0.7 … 1.2, not at 1.
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)  # the first gradients of q, k, v and up are exactly zero
+    tall = x.size(-2) > x.size(-1)
+    x = x.mT if tall else x
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x.mT if tall else x
+
+
+class Bank:
+    """One contiguous (n, rows, cols) fp32 tensor that all matrices of one shape are views of, and its Muon state.
+
+    n is padded to a multiple of the world size; padding rows have zero gradients and never move.
+    """
+
+    def __init__(self, parameters: list[nn.Parameter], ranks: Ranks, dtype: torch.dtype):
+        self.parameters, self.ranks = parameters, ranks
+        rows, cols = parameters[0].shape
+        device, n = parameters[0].device, -(-len(parameters) // ranks.size) * ranks.size
+        self.weight = torch.zeros(n, rows, cols, device=device)
+        self.gradient = torch.zeros(n, rows, cols, device=device, dtype=dtype)
+        self.update = torch.zeros(n, rows, cols, device=device, dtype=dtype)
+        mine = slice(n * ranks.rank // ranks.size, n * (ranks.rank + 1) // ranks.size)
+        # At world size 1 a shard is the whole bank and the collectives are the identity.
+        self.update_shard = self.update[mine]
+        self.gradient_shard = self.gradient if ranks.size == 1 else torch.zeros_like(self.gradient[mine])
+        self.momentum = torch.zeros(self.gradient_shard.shape, device=device)
+        self.step_size = math.sqrt(max(1.0, rows / cols))
+        for i, parameter in enumerate(parameters):
+            self.weight[i].copy_(parameter.data)
+            parameter.data = self.weight[i]
+
+    def reduce_gradient(self):
+        """Sum this shape's gradients over ranks into the owners' shards; returns a handle."""
+        torch._foreach_copy_(list(self.gradient.unbind())[: len(self.parameters)], [p.grad for p in self.parameters])
+        return self.ranks.start_reduce_scatter(self.gradient_shard, self.gradient)
+
+    def orthogonalize(self, momentum: float, clip: Tensor, steps: int, polar: Callable):
+        """Nesterov momentum and Newton-Schulz on this rank's shard; returns the handle of the gather of all updates."""
+        gradient = self.gradient_shard.float().mul_(clip)
+        self.momentum.mul_(momentum).add_(gradient)
+        nesterov = gradient.add_(self.momentum, alpha=momentum)
+        self.update_shard.copy_(polar(nesterov.to(self.update.dtype), steps))
+        return self.ranks.start_all_gather(self.update, self.update_shard)
+
+    def apply(self, lr: float, weight_decay: float) -> None:
+        self.weight.mul_(1 - lr * weight_decay).add_(self.update, alpha=-lr * self.step_size)
+
+
+class Optimizers:
+    """Muon for the block matrices, AdamW for everything else; every parameter in exactly one row of `rows`.
+
+    One step, with gradients already divided by the global token count:
+      1. per bank, largest first: copy gradients in, start a reduce-scatter; meanwhile all-reduce the small gradients;
+      2. one scalar sum gives the norm of the averaged gradient, hence the clip factor, which stays on the device;
+      3. AdamW; then per bank Newton-Schulz on this rank's shard, its all-gather overlapping the next bank's work.
+    """
+
+    def __init__(self, model: GPT, hp: Hyperparameters, ranks: Ranks, dtype: torch.dtype, compile: bool):
+        self.hp, self.ranks = hp, ranks
+        self.rows = {  # tensor classes: (optimizer, learning rate, weight decay)
+            ("attention", "mlp"): ("muon", hp.matrix_lr, hp.muon_wd),
+            ("embedding",): ("adamw", hp.tied_embed_lr if hp.tie_embeddings else hp.embed_lr, hp.adam_wd),
+            ("control", "projection"): ("adamw", hp.scalar_lr, hp.adam_wd),
+            ("head",): ("adamw", hp.head_lr, hp.adam_wd),
+        }
+        by_shape: dict[tuple[int, ...], list[nn.Parameter]] = {}
+        groups = []
+        claimed = 0
+        for classes, (kind, lr, weight_decay) in self.rows.items():
+            members = [p for name, p in model.named_parameters() if tensor_class(name) in classes]
+            claimed += len(members)
+            if kind == "muon":
+                for parameter in members:
+                    by_shape.setdefault(tuple(parameter.shape), []).append(parameter)
+            elif members:
+                groups.append(dict(params=members, lr=lr, base_lr=lr, weight_decay=weight_decay))
+        count = len(list(model.parameters()))
+        if claimed != count:
+            raise RuntimeError(f"{claimed} parameters in optimizer rows, {count} in the model")
+        self.banks = [Bank(parameters, ranks, dtype) for parameters in by_shape.values()]
+        self.banks.sort(key=lambda bank: bank.weight.numel(), reverse=True)
+        self.adam = torch.optim.AdamW(groups, betas=(hp.beta1, hp.beta2), eps=hp.adam_eps, fused=True)
+        self.small = [p for group in groups for p in group["params"]]
+        self.polar = torch.compile(newton_schulz) if compile else newton_schulz
+
+    def step(self, lr_scale: float, momentum: float) -> None:
+        """One update of all weights from the ranks' accumulated gradients, which are dropped."""
+        handles = [bank.reduce_gradient() for bank in self.banks]
+        flat = torch.cat([p.grad.flatten() for p in self.small])
+        handles.append(self.ranks.start_sum(flat))
+        for handle in handles:
+            handle.wait()
+        clip = self.clip_factor(flat)
+        flat.mul_(clip)
+        for parameter, gradient in zip(self.small, flat.split([p.numel() for p in self.small]), strict=True):
+            parameter.grad = gradient.view_as(parameter)
+        for group in self.adam.param_groups:
+            group["lr"] = group["base_lr"] * lr_scale
+        self.adam.step()
+        steps, lr, decay = self.hp.muon_backend_steps, self.hp.matrix_lr * lr_scale, self.hp.muon_wd
+        gathers = [bank.orthogonalize(momentum, clip, steps, self.polar) for bank in self.banks]
+        for bank, gather in zip(self.banks, gathers, strict=True):
+            gather.wait()
+            bank.apply(lr, decay)
+        self.zero_grad()
+
+    def clip_factor(self, flat: Tensor) -> Tensor:
+        """min(1, GRAD_CLIP_NORM / norm) of the averaged gradient, (), on the device. Each entry counts on one rank."""
+        squares = torch.stack([bank.gradient_shard.float().square().sum() for bank in self.banks]).sum()
+        if self.ranks.is_main:
+            squares = squares + flat.square().sum()
+        self.ranks.sum_(squares)
+        if not self.hp.grad_clip_norm:
+            return torch.ones_like(squares)
+        return (self.hp.grad_clip_norm / (squares.sqrt() + 1e-6)).clamp(max=1.0)
+
+    def zero_grad(self) -> None:
+        self.adam.zero_grad(set_to_none=True)
+        for bank in self.banks:
+            for parameter in bank.parameters:
+                parameter.grad = None
+
+    def reset(self) -> None:
+        """Forget every step taken: AdamW's moments and counters, and Muon's sharded momentum too."""
+        self.adam.state.clear()
+        for bank in self.banks:
+            bank.momentum.zero_()
+        self.zero_grad()
+
+
+def lr_scale(step: int, hp: Hyperparameters, elapsed_ms: float, step_ms: float | None) -> float:
+    """min(1, steps left / WARMDOWN_ITERS, time left / their time): whichever end comes first rules."""
+    if hp.warmdown_iters == 0:
+        return 1.0
+    scale = min(1.0, (hp.iterations - step) / hp.warmdown_iters)
+    if hp.max_wallclock_seconds and step_ms:
+        left_ms = max(0.0, 1000 * hp.max_wallclock_seconds - elapsed_ms)
+        scale = min(scale, left_ms / (hp.warmdown_iters * step_ms))
+    return scale
+
+
+def muon_momentum(step: int, hp: Hyperparameters) -> float:
+    """Linear from MUON_MOMENTUM_WARMUP_START to MUON_MOMENTUM."""
+    share = min(1.0, step / hp.muon_momentum_warmup_steps) if hp.muon_momentum_warmup_steps else 1.0
+    return (1 - share) * hp.muon_momentum_warmup_start + share * hp.muon_momentum
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Weight averaging
+# ----------------------------------------------------------------------------------------------------------------------
+
+SWA_BELOW = 0.2  # learning-rate scale under which tight SWA takes snapshots
+
+
+class Averages:
+    """EMA and tight SWA of every parameter, fp32. What is exported: the SWA mean of two snapshots or more, else the
+    EMA, else the raw weights. That order is a rule, never a choice made on validation scores."""
+
+    def __init__(self, model: GPT, hp: Hyperparameters):
+        self.hp, self.live = hp, [p.data for p in model.parameters()]
+        self.ema = [w.clone() for w in self.live] if hp.ema_enabled else None
+        self.swa: list[Tensor] | None = None
+        self.swa_samples = 0
+
+    @torch.no_grad()
+    def update(self, step: int, scale: float) -> bool:
+        """After step `step`; True when it took the first SWA snapshot."""
+        if self.ema is not None:
+            decay = min(self.hp.ema_decay, (1 + step) / (10 + step))  # without the ramp a short run returns its init
+            torch._foreach_lerp_(self.ema, self.live, 1 - decay)
+        if not self.hp.swa_enabled or scale >= SWA_BELOW or step % self.hp.swa_every:
+            return False
+        source = self.ema if self.hp.swa_source == "ema" else self.live
+        if self.swa is None:
+            self.swa = [w.clone() for w in source]
+        else:
+            torch._foreach_lerp_(self.swa, source, 1 / (self.swa_samples + 1))
+        self.swa_samples += 1
+        return self.swa_samples == 1
+
+    def exported(self) -> tuple[str, list[Tensor]]:
+        """(swa | ema | raw, weights in the order of model.parameters())."""
+        if self.swa_samples >= 2:
+            return "swa", self.swa
+        return ("ema", self.ema) if self.ema is not None else ("raw", self.live)
+
+    @contextlib.contextmanager
+    def swapped_in(self, weights: list[Tensor]):
+        """The model holds these weights inside the block, and its own again after it."""
+        own = [w.clone() for w in self.live]
+        torch._foreach_copy_(self.live, weights)
+        try:
+            yield
+        finally:
+            torch._foreach_copy_(self.live, own)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Quantization
+# ----------------------------------------------------------------------------------------------------------------------
+
+INT6_MAX, INT8_MAX = 31, 127
+CLIP_QUANTILES = (0.999, 0.9995, 0.9999, 0.99999)
+QAT_REFRESH_STEPS = 16  # the scale search in every forward would cost about a third of a step
+
+# How each tensor class is stored. The order is also the order of the artifact's streams: like beside like.
+STORAGE = {
+    "attention": "int6",
+    "mlp": "int6",
+    "embedding": "int8",
+    "head": "int8",
+    "projection": "fp16",
+    "control": "fp32",
+}
+
+
+class Stored(NamedTuple):
+    """A tensor as the artifact holds it: int6/int8 codes with one fp16 scale per row, or plain fp16/fp32."""
+
+    kind: str
+    data: Tensor  # int8 codes (rows, cols), or fp16/fp32 of any shape
+    scale: Tensor | None  # fp16 (rows, 1)
+
+    def dequantize(self) -> Tensor:
+        """fp32, of the original shape."""
+        return self.data.float() if self.scale is None else self.data.float() * self.scale.float()
+
+
+def quantize_rows(w: Tensor, scale: Tensor, q_max: int) -> Tensor:
+    """Codes of w (rows, cols) on the grid scale (rows, 1) * {-q_max … q_max}, as floats; rows of scale 0 become 0."""
+    return torch.where(scale > 0, (w / scale).round().clamp(-q_max, q_max), 0.0)
+
+
+def fp16_scale(clip: Tensor, q_max: int) -> Tensor:
+    """clip / q_max, rounded to fp16 before anything uses it, as fp32. No floor: tiny rows keep all their levels."""
+    return (clip / q_max).half().float()
+
+
+def search_row_scales(w: Tensor, q_max: int) -> Tensor:
+    """GPTQ-lite: the clip among four quantiles of |w| and the maximum with the least squared error, row by row.
+
+    w is (rows, cols) fp32, the result (rows, 1) fp32 with fp16 values.
+    """
+    cols = w.size(1)
+    # The largest entries hold all quantiles from 0.999 up: descending order, index j is rank cols-1-j.
+    top = w.abs().topk(min(cols, math.ceil((1 - CLIP_QUANTILES[0]) * (cols - 1)) + 1), dim=1).values
+    clips = [top[:, :1]]
+    for quantile in CLIP_QUANTILES:
+        position = (1 - quantile) * (cols - 1)  # from the top, linear between entries
+        low = int(position)
+        clips.append(torch.lerp(top[:, low : low + 1], top[:, min(low + 1, top.size(1) - 1)][:, None], position - low))
+    best, best_error = None, None
+    for clip in clips:
+        scale = fp16_scale(clip, q_max)
+        error = (quantize_rows(w, scale, q_max) * scale - w).square().sum(1, keepdim=True)
+        better = error < best_error if best is not None else None
+        best = scale if best is None else torch.where(better, scale, best)
+        best_error = error if better is None else torch.where(better, error, best_error)
+    return best
+
+
+def store(name: str, w: Tensor) -> Stored:
+    """One weight in the form that its class decides."""
+    kind, w = STORAGE[tensor_class(name)], w.detach().float().cpu()
+    if not w.isfinite().all():
+        raise LimitError(f"{name} holds non-finite weights; nothing was exported")
+    if kind == "int6":
+        scale = search_row_scales(w, INT6_MAX)
+        return Stored(kind, quantize_rows(w, scale, INT6_MAX).to(torch.int8), scale.half())
+    if kind == "int8":
+        scale = fp16_scale(w.abs().amax(1, keepdim=True), INT8_MAX)
+        return Stored(kind, quantize_rows(w, scale, INT8_MAX).to(torch.int8), scale.half())
+    return Stored(kind, w.half() if kind == "fp16" else w, None)
+
+
+def quantize(weights: Mapping[str, Tensor]) -> dict[str, Stored]:
+    """All weights as the artifact holds them, in the artifact's order (class by class)."""
+    order = list(STORAGE)
+    names = sorted(weights, key=lambda name: order.index(tensor_class(name)))  # stable: model order within a class
+    return {name: store(name, weights[name]) for name in names}
+
+
+class QAT:
+    """Fake quantization of every int6 matrix on the exporter's own grid, switched per module instance."""
+
+    def __init__(self, model: GPT):
+        self.layers = [
+            module
+            for name, module in model.named_modules()
+            if isinstance(module, CastedLinear) and STORAGE[tensor_class(f"{name}.weight")] == "int6"
+        ]
+        self.on = False
+        for layer in self.layers:
+            layer.row_scale = torch.ones(layer.weight.size(0), 1, device=layer.weight.device)
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Search the row scales of the present weights, outside the graph, into the buffers that it reads."""
+        for layer in self.layers:
+            layer.row_scale.copy_(search_row_scales(layer.weight, INT6_MAX))
+
+    def switch(self, on: bool) -> None:
+        self.on = on
+        if on:
+            self.refresh()
+        for layer in self.layers:
+            layer.fake_quant = on
+
+    @contextlib.contextmanager
+    def switched(self, on: bool):
+        """This state inside the block, the present one after it; scales are left as they are."""
+        before = self.on
+        for layer in self.layers:
+            layer.fake_quant = on
+        try:
+            yield
+        finally:
+            for layer in self.layers:
+                layer.fake_quant = before
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Artifact
+# ----------------------------------------------------------------------------------------------------------------------
+
+# ARTIFACT, little-endian.
+#   0   5  magic b"PGOLF"
+#   5   1  format version
+#   6   1  compressor: 0 stored, 1 lzma (raw LZMA2, dictionary from the payload's length), 2 zstd
+#   7   1  zero
+#   8   8  u64 length of the body
+#   16  8  u64 length of the payload
+#   24  32 SHA-256 of bytes 0…23 and the body
+#   56  …  body: the compressed payload
+# Payload: u32 length of a compact JSON header, the header, then without padding
+#   the data of every tensor in the order of the header's table, row-major: int6 and int8 codes one int8 each, fp16, fp32
+#   the fp16 row scales of the int6 and int8 tensors in the same order, all high bytes first, then all low bytes
+# Header: {"kind": "artifact"|"weights", "architecture": {…}, "evaluation": {…}, "tokenizer_sha256": hex,
+#   "tensors": [[name, shape, "int6"|"int8"|"fp16"|"fp32"], …]}. Nothing in it depends on time, paths or names of runs.
+MAGIC, FORMAT_VERSION, PREFIX_BYTES = b"PGOLF", 1, 56
+MAX_PAYLOAD_BYTES, MAX_HEADER_BYTES = 1 << 30, 1 << 20
+COMPRESSORS = ("stored", "lzma", "zstd")
+KINDS = {"int6": (torch.int8, 1), "int8": (torch.int8, 1), "fp16": (torch.float16, 2), "fp32": (torch.float32, 4)}
+
+
+class ArtifactError(UserError):
+    """The bytes are no whole artifact of ours."""
+
+
+def load_compressor(name: str):
+    """The zstandard module where `name` needs it. A missing compressor is an error, never another compressor."""
+    if name != "zstd":
+        return None
+    try:
+        import zstandard
+    except ImportError:
+        raise UserError("COMPRESSOR=zstd needs `pip install zstandard`; or use COMPRESSOR=lzma") from None
+    return zstandard
+
+
+def lzma_filters(payload_bytes: int) -> list[dict]:
+    """Codes are single bytes without alignment, so no position bits; the dictionary covers the payload."""
+    dictionary = min(max(1 << max(payload_bytes - 1, 1).bit_length(), 1 << 12), 1 << 26)
+    return [dict(id=lzma.FILTER_LZMA2, preset=9 | lzma.PRESET_EXTREME, dict_size=dictionary, lc=0, lp=0, pb=0)]
+
+
+def compress(payload: bytes, name: str) -> bytes:
+    if name == "lzma":
+        return lzma.compress(payload, lzma.FORMAT_RAW, filters=lzma_filters(len(payload)))
+    if name == "zstd":
+        return load_compressor(name).ZstdCompressor(level=22).compress(payload)
+    return payload
+
+
+def decompress(body: bytes, name: str, size: int) -> bytes:
+    """Exactly `size` bytes or an ArtifactError; never allocates more than that."""
+    try:
+        if name == "lzma":
+            stream = lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=lzma_filters(size))
+            payload = stream.decompress(body, max_length=size + 1)
+            trailing = stream.unused_data
+        elif name == "zstd":
+            zstandard = load_compressor(name)
+            if zstandard.frame_content_size(body) != size:
+                raise ArtifactError("artifact is damaged: the compressed body declares another length")
+            stream = zstandard.ZstdDecompressor(max_window_size=1 << 27).decompressobj()
+            payload = stream.decompress(body)
+            trailing = stream.unused_data
+        else:
+            payload, trailing = body, b""
+    except (lzma.LZMAError, EOFError, MemoryError) as error:
+        raise ArtifactError(f"artifact is damaged: its {name} body cannot be decompressed ({error})") from None
+    except Exception as error:
+        if type(error).__name__ != "ZstdError":
+            raise
+        raise ArtifactError(f"artifact is damaged: its {name} body cannot be decompressed ({error})") from None
+    if len(payload) != size or trailing:
+        raise ArtifactError("artifact is damaged: its body does not decompress to the declared length")
+    return payload
+
+
+def pack_artifact(header: dict, tensors: Mapping[str, Stored], compressor: str) -> bytes:
+    """The file's bytes, ready to be written. `header` lacks only the tensor table."""
+    table = [[name, list(t.data.shape), t.kind] for name, t in tensors.items()]
+    header_bytes = json.dumps({**header, "tensors": table}, separators=(",", ":"), sort_keys=True).encode()
+    data = [t.data.contiguous().numpy().tobytes() for t in tensors.values()]
+    scales = b"".join(t.scale.numpy().astype("<f2").tobytes() for t in tensors.values() if t.scale is not None)
+    payload = b"".join([struct.pack("<I", len(header_bytes)), header_bytes, *data, scales[1::2], scales[::2]])
+    body = compress(payload, compressor)
+    prefix = struct.pack("<5sBBBQQ", MAGIC, FORMAT_VERSION, COMPRESSORS.index(compressor), 0, len(body), len(payload))
+    return prefix + hashlib.sha256(prefix + body).digest() + body
+
+
+def unpack_artifact(blob: bytes) -> tuple[dict, dict[str, Stored]]:
+    """(header, tensors) of pack_artifact's bytes, exactly. Raises ArtifactError for anything else; executes nothing."""
+    if len(blob) < PREFIX_BYTES or blob[:5] != MAGIC:
+        raise ArtifactError("not an artifact of this script (wrong magic or too short)")
+    _, version, compressor, zero, body_bytes, payload_bytes = struct.unpack("<5sBBBQQ", blob[:24])
+    if version != FORMAT_VERSION:
+        raise ArtifactError(f"artifact has format version {version}; this script reads {FORMAT_VERSION}")
+    if len(blob) != PREFIX_BYTES + body_bytes:
+        raise ArtifactError(
+            f"artifact is {len(blob)} bytes, not the {PREFIX_BYTES + body_bytes} it declares: truncated or padded"
+        )
+    if hashlib.sha256(blob[:24] + blob[PREFIX_BYTES:]).digest() != blob[24:PREFIX_BYTES]:
+        raise ArtifactError("artifact is damaged: its checksum does not match")
+    if compressor >= len(COMPRESSORS) or zero or not 4 <= payload_bytes <= MAX_PAYLOAD_BYTES:
+        raise ArtifactError("artifact names an unknown compressor or an impossible length")
+    payload = decompress(blob[PREFIX_BYTES:], COMPRESSORS[compressor], payload_bytes)
+    header_bytes = int.from_bytes(payload[:4], "little")
+    if header_bytes > min(MAX_HEADER_BYTES, len(payload) - 4):
+        raise ArtifactError("artifact is damaged: its header is longer than the file allows")
+    header = parse_header(payload[4 : 4 + header_bytes])
+    return header, read_tensors(header["tensors"], memoryview(payload)[4 + header_bytes :])
+
+
+def parse_header(text: bytes) -> dict:
+    """The JSON header with its shape checked; settings in it pass the same checks as those of the environment."""
+    wanted = dict(kind=str, architecture=dict, evaluation=dict, tokenizer_sha256=str, tensors=list)
+    try:
+        header = json.loads(text)
+    except (ValueError, RecursionError):
+        raise ArtifactError("artifact is damaged: its header is no JSON") from None
+    if not isinstance(header, dict) or {k: type(v) for k, v in header.items()} != wanted:
+        raise ArtifactError("artifact is damaged: its header lacks a field or has one too many")
+    try:
+        hp = Hyperparameters(**header["architecture"], **header["evaluation"])
+    except (TypeError, UserError) as error:
+        raise ArtifactError(f"artifact is damaged: its settings are not valid ({error})") from None
+    if header["architecture"] != hp.section("model"):
+        raise ArtifactError("artifact is damaged: its architecture is not the list of model settings")
+    with torch.device("meta"):  # shapes only: nothing is allocated on a header's word
+        expected = {name: list(p.shape) for name, p in GPT(hp, 2, sdpa, torch.float32).named_parameters()}
+    table = header["tensors"]
+    if not all(isinstance(row, list) and len(row) == 3 and isinstance(row[0], str) for row in table):
+        raise ArtifactError("artifact is damaged: its tensor table is malformed")
+    if len(table) != len(expected) or {name: shape for name, shape, _ in table} != expected:
+        raise ArtifactError("artifact is damaged: its tensors are not those of its architecture")
+    for name, _, kind in table:
+        if kind != (STORAGE[tensor_class(name)] if header["kind"] == "artifact" else "fp32"):
+            raise ArtifactError(f"artifact is damaged: {name} is stored as {kind!r}")
+    return header
+
+
+def read_tensors(table: list, data: memoryview) -> dict[str, Stored]:
+    """Tensors of a checked table from the payload after the header. Lengths are compared before anything is made."""
+    sizes = [math.prod(shape) * KINDS[kind][1] for _, shape, kind in table]
+    rows = [shape[0] if kind in ("int6", "int8") else 0 for _, shape, kind in table]
+    if sum(sizes) + 2 * sum(rows) != len(data):
+        raise ArtifactError("artifact is damaged: its streams are shorter or longer than its table")
+    planes = np.frombuffer(data[sum(sizes) :], dtype=np.uint8).reshape(2, -1)
+    scales = torch.from_numpy(planes[::-1].T.copy().view("<f2").astype(np.float16)).split(rows)
+    tensors, offset = {}, 0
+    for (name, shape, kind), size, scale in zip(table, sizes, scales, strict=True):
+        values = torch.frombuffer(bytearray(data[offset : offset + size]), dtype=KINDS[kind][0]).view(shape)
+        offset += size
+        limit = {"int6": INT6_MAX, "int8": INT8_MAX}.get(kind)
+        if limit and (int(values.max()) > limit or int(values.min()) < -limit):
+            raise ArtifactError(f"artifact is damaged: codes of {name} lie outside {kind}")
+        if not (scale if limit else values).isfinite().all() or (limit and (scale < 0).any()):
+            raise ArtifactError(f"artifact is damaged: {name} holds values that are not finite")
+        tensors[name] = Stored(kind, values, scale if limit else None)
+    return tensors
+
+
+def artifact_header(kind: str, hp: Hyperparameters, dtype: torch.dtype, tokenizer_sha256: str) -> dict:
+    """Everything needed to rebuild the model and to repeat its scores, and nothing else."""
+    evaluation = hp.section("evaluation") | dict(dtype="bf16" if dtype == torch.bfloat16 else "fp32")
+    return dict(kind=kind, architecture=hp.section("model"), evaluation=evaluation, tokenizer_sha256=tokenizer_sha256)
+
+
+def read_artifact_file(path: str, kind: str) -> tuple[bytes, dict, dict[str, Stored]]:
+    """(bytes, header, tensors) of a file of this kind. Raises UserError naming the file."""
+    try:
+        blob = Path(path).read_bytes()
+        header, tensors = unpack_artifact(blob)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    except ArtifactError as error:
+        raise UserError(f"{path}: {error}") from None
+    if header["kind"] != kind:
+        use = "EXPORT_ONLY=1 WEIGHTS_PATH" if header["kind"] == "weights" else "EVAL_ONLY=1 ARTIFACT_PATH"
+        raise UserError(f"{path} holds {header['kind']}; read it with {use}=…")
+    return blob, header, tensors
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Scoring
+# ----------------------------------------------------------------------------------------------------------------------
+
+# Tokens of one scoring forward of a rank: enough to fill the device; on CPU, small enough for its caches.
+SCORE_TOKENS = {"cuda": 131_072, "cpu": 16_384}
+
+
+class Score(NamedTuple):
+    """Totals over scored targets; nats and bytes are sums."""
+
+    nats: float
+    tokens: int
+    bytes: int
+
+    @property
+    def loss(self) -> float:
+        """Nats per token."""
+        return self.nats / self.tokens
+
+    @property
+    def bpb(self) -> float:
+        """Bits per byte: the score of the challenge."""
+        return self.nats / math.log(2) / self.bytes
+
+
+def plan_windows(n: int, context: int, stride: int) -> np.ndarray:
+    """Windows (W, 3) int64 of (start, first, end): a window reads tokens start…end-1 and scores targets first…end-1.
+
+    Target i is the token after token i. The first window scores all its targets, each next one its last `stride`; the
+    last window is the last `context` tokens and scores only what is left: every target once. stride = context is plain
+    evaluation without overlap.
+    """
+    if n <= context:
+        return np.array([[0, 0, n]], dtype=np.int64)
+    ends = np.append(np.arange(context, n, stride), n)
+    firsts = np.append(0, ends[:-1])
+    return np.stack([ends - context, firsts, ends], axis=1).astype(np.int64)
+
+
+def score_batch_windows(hp: Hyperparameters, ranks: Ranks, context: int) -> int:
+    """Windows of one scoring forward of one rank."""
+    return max(1, min(hp.val_batch_size // ranks.size, SCORE_TOKENS[ranks.device.type]) // context)
+
+
+@torch.no_grad()
+def score(
+    model: nn.Module, tokens: np.ndarray, windows: np.ndarray, stride: int, batch: int, ranks: Ranks, bar=None
+) -> np.ndarray:
+    """Nats (m,) float32 of every target of the windows, in stream order, the same on every rank.
+
+    tokens reaches to windows[-1].end + 1 at least; windows is a consecutive part of plan_windows(…, stride). Every
+    forward has `batch` windows (the last is padded by repeating), so that a score does not depend on how many windows
+    are asked for and no further graph is compiled. A window that scores at most `stride` runs the head on those alone.
+    """
+    origin, end = int(windows[0, 1]), int(windows[-1, 2])
+    nats = torch.zeros(end - origin, device=ranks.device)
+    mine = windows[ranks.share(len(windows)).start : ranks.share(len(windows)).stop]
+    whole = mine[:, 2] - mine[:, 1] > stride  # only the stream's first window
+    for group, width in ((mine[whole], None), (mine[~whole], stride)):
+        for i in range(0, len(group), batch):
+            part = group[i : i + batch]
+            starts = np.concatenate([part[:, 0], np.repeat(part[-1, 0], batch - len(part))])
+            index = starts[:, None] + np.arange(part[0, 2] - part[0, 0] + 1)
+            text = torch.from_numpy(tokens[index].astype(np.int64)).to(ranks.device)
+            targets = text[:, 1:] if width is None else text[:, 1:][:, -width:]
+            scored = model(text[:, :-1], targets)[: len(part)]
+            widths = torch.from_numpy(part[:, 2] - part[:, 1]).to(ranks.device)
+            kept = torch.arange(scored.size(1), 0, -1, device=ranks.device) <= widths[:, None]
+            # Consecutive windows score consecutive targets, so what is kept is one span of the stream.
+            nats[part[0, 1] - origin : part[-1, 2] - origin] = scored[kept]
+            if bar is not None:
+                bar.update(len(part))
+    return ranks.sum_(nats).cpu().numpy()
+
+
+def total(nats: np.ndarray, target_bytes: np.ndarray) -> Score:
+    """float64 sum in stream order of (n,) float32 nats; the bytes of the same n targets."""
+    if len(nats) != len(target_bytes):
+        raise RuntimeError(f"{len(nats)} scores for {len(target_bytes)} targets")
+    return Score(float(nats.sum(dtype=np.float64)), len(nats), int(target_bytes.sum()))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Test-time training
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def plan_chunks(windows: np.ndarray, chunk_tokens: int) -> list[np.ndarray]:
+    """Cut a window plan into the shortest runs of whole windows with at least `chunk_tokens` scored targets."""
+    chunks, start, first = [], 0, 0
+    for i, (_, _, end) in enumerate(windows):
+        if end - first >= chunk_tokens or i == len(windows) - 1:
+            chunks.append(windows[start : i + 1])
+            start, first = i + 1, end
+    return chunks
+
+
+def check_chunks(hp: Hyperparameters, targets: int) -> None:
+    """TTT with one chunk would adapt on nothing: a UserError that names a chunk size that works, before any work."""
+    if not hp.ttt_enabled:
+        return
+    windows = plan_windows(targets, hp.eval_seq_len, hp.eval_stride)
+    if len(windows) < 2:
+        raise UserError(
+            f"TTT_ENABLED=1 needs more than one window of EVAL_SEQ_LEN={hp.eval_seq_len}; here are {targets} targets"
+        )
+    if len(plan_chunks(windows, hp.ttt_chunk_tokens)) < 2:
+        fits = next(size for size in (targets // 4, 1) if len(plan_chunks(windows, size)) > 1)
+        raise UserError(
+            f"TTT_CHUNK_TOKENS={hp.ttt_chunk_tokens} makes one chunk of {targets} targets; use TTT_CHUNK_TOKENS={fits}"
+        )
+
+
+class Adapter:
+    """SGD over scored text: all weights but those of the first TTT_FREEZE_BLOCKS blocks, tables too.
+
+    A step is TTT_BATCH_SEQS sequences over all ranks and its gradient Σ token gradients / Σ tokens whatever the split,
+    so every rank keeps the same weights.
+    """
+
+    def __init__(self, model: GPT, forward: Callable, hp: Hyperparameters, ranks: Ranks):
+        self.model, self.forward, self.hp, self.ranks = model, forward, hp, ranks
+        frozen = re.compile("|".join(rf"blocks\.{i}\..*" for i in range(hp.ttt_freeze_blocks)) or r"(?!)")
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(not frozen.fullmatch(name))
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.SGD(self.parameters, lr=hp.ttt_lr, momentum=hp.ttt_momentum, foreach=True)
+        self.length = min(hp.train_seq_len, hp.eval_seq_len)
+        self.micro = max(1, SCORE_TOKENS[ranks.device.type] // self.length)
+
+    def adapt(self, tokens: np.ndarray, lr: float) -> None:
+        """TTT_EPOCHS passes over the targets tokens[1:], which have all been scored; tokens is (m+1,) uint16."""
+        targets = len(tokens) - 1
+        starts = np.arange(0, targets, self.length)
+        self.optimizer.param_groups[0]["lr"] = lr
+        for _ in range(self.hp.ttt_epochs):
+            for i in range(0, len(starts), self.hp.ttt_batch_seqs):
+                self.step(tokens, starts[i : i + self.hp.ttt_batch_seqs])
+
+    def step(self, tokens: np.ndarray, starts: np.ndarray) -> None:
+        """One SGD step on the sequences that start at `starts`, each at most `length` targets long."""
+        counted = int(np.minimum(starts + self.length, len(tokens) - 1).max() - starts[0])
+        mine = starts[self.ranks.share(len(starts)).start : self.ranks.share(len(starts)).stop]
+        for i in range(0, len(mine), self.micro):
+            # The stream's last sequence may be short: it is filled up with its last token, and what is filled weighs 0.
+            index = mine[i : i + self.micro, None] + np.arange(self.length + 1)
+            weight = torch.from_numpy((index[:, 1:] < len(tokens)).astype(np.float32)).to(self.ranks.device)
+            text = torch.from_numpy(tokens[np.minimum(index, len(tokens) - 1)].astype(np.int64)).to(self.ranks.device)
+            ((self.forward(text[:, :-1], text[:, 1:]) * weight).sum() / counted).backward()
+        gradients = (torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters)  # None: no share
+        flat = torch.cat([gradient.flatten() for gradient in gradients])
+        self.ranks.sum_(flat)
+        if self.hp.ttt_grad_clip:
+            flat.mul_((self.hp.ttt_grad_clip / (flat.norm() + 1e-6)).clamp(max=1.0))
+        for parameter, gradient in zip(self.parameters, flat.split([p.numel() for p in self.parameters]), strict=True):
+            parameter.grad = gradient.view_as(parameter)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+
+def adapt_and_score(
+    adapter: Adapter, tokens: np.ndarray, windows: np.ndarray, batch: int, phases: Phases, bar=None
+) -> np.ndarray:
+    """Legal test-time training: nats (n,) float32 of every target, each scored before anything learned from it.
+
+    For each chunk: score it, keep the scores for good, and only then adapt on exactly its targets. Nothing is scored
+    twice and the last chunk is never trained on. With TTT_LR=0 this is the sliding score.
+    """
+    hp, chunks, nats = adapter.hp, plan_chunks(windows, adapter.hp.ttt_chunk_tokens), []
+    for k, chunk in enumerate(chunks):
+        first, end = int(chunk[0, 1]), int(chunk[-1, 2])
+        visible = tokens[: end + 1]  # later text is out of reach
+        with phases("score"):
+            nats.append(score(adapter.forward, visible, chunk, hp.eval_stride, batch, adapter.ranks, bar))
+        if k + 1 < len(chunks):
+            with phases("adapt"):
+                lr = hp.ttt_lr * 0.5 * (1 + math.cos(math.pi * k / (len(chunks) - 1)))
+                adapter.adapt(visible[first:], lr)
+    return np.concatenate(nats)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Training
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class Run(NamedTuple):
+    """What every stage of a run needs."""
+
+    hp: Hyperparameters
+    ranks: Ranks
+    log: Log
+    phases: Phases
+    dtype: torch.dtype
+    attend: Callable
+    compile: bool
+
+    def build(self, context: int) -> GPT:
+        """An uninitialized model for this context, on CPU."""
+        return GPT(self.hp, context, self.attend, self.dtype)
+
+    def compiled(self, model: GPT) -> Callable:
+        """The model's forward, compiled for fixed shapes where COMPILE says so."""
+        return torch.compile(model, dynamic=False, fullgraph=True) if self.compile else model
+
+
+def accumulate_gradients(forward: Callable, inputs: Tensor, targets: Tensor, rows: int, batch_tokens: int) -> Tensor:
+    """Backward over micro-batches of `rows` sequences; returns this rank's part of the mean loss, ().
+
+    Each loss is divided by the tokens of the global batch, so that gradients and losses only have to be summed.
+    """
+    loss = torch.zeros((), device=inputs.device)
+    for x, y in zip(inputs.split(rows), targets.split(rows), strict=True):
+        part = forward(x, y).sum() / batch_tokens
+        part.backward()
+        loss += part.detach()
+    return loss
+
+
+def validate(run: Run, forward: Callable, val: Validation, context: int, label: str) -> Score:
+    """The whole validation split in windows without overlap."""
+    n = len(val.tokens) - 1
+    windows = plan_windows(n, context, context)
+    batch = score_batch_windows(run.hp, run.ranks, context)
+    bar = progress_bar(len(windows) // run.ranks.size, label, run.log)
+    nats = score(forward, val.tokens, windows, context, batch, run.ranks, bar)
+    if bar is not None:
+        bar.close()
+    return total(nats, val.bytes)
+
+
+def out_of_time(hp: Hyperparameters, clock: Clock) -> bool:
+    """True where another step would end beyond the cap: one step is not yet reported, and the next has to fit too."""
+    cap_ms = 1000 * hp.max_wallclock_seconds
+    return cap_ms > 0 and clock.elapsed_ms + 2 * (clock.step_ms or 0.0) > cap_ms
+
+
+def warn_of_warmdown(hp: Hyperparameters, clock: Clock, log: Log) -> None:
+    """Once the step time is known: a warmdown as long as the whole budget never trains at the full learning rate."""
+    steps = hp.iterations
+    if hp.max_wallclock_seconds and clock.step_ms:
+        steps = min(steps, int(1000 * hp.max_wallclock_seconds / clock.step_ms))
+    if hp.warmdown_iters >= steps:
+        fits = max(1, int(0.4 * steps))
+        log(f"warning: WARMDOWN_ITERS={hp.warmdown_iters} covers all {steps} steps; WARMDOWN_ITERS={fits} would fit")
+
+
+class Trainer:
+    """The trained model with everything that moves while it trains."""
+
+    def __init__(self, run: Run, stream: TokenStream, val: Validation):
+        self.run, self.stream, self.val = run, stream, val
+        hp, ranks = run.hp, run.ranks
+        self.model = run.build(hp.train_seq_len)
+        init_weights(self.model, hp)
+        self.model.to(ranks.device)
+        # After .to(): parameters become views of banks here, and a later move would silently part them.
+        self.optimizers = Optimizers(self.model, hp, ranks, run.dtype, run.compile)
+        self.averages, self.qat = Averages(self.model, hp), QAT(self.model)
+        self.forward = run.compiled(self.model)
+        self.micro_rows = hp.micro_batch(ranks.size) // hp.train_seq_len
+        self.clock, self.step = Clock(ranks), 0
+        run.log(f"model_params:{sum(p.numel() for p in self.model.parameters())}")
+        accumulation = hp.train_batch_tokens // ranks.size // hp.micro_batch(ranks.size)
+        run.log(f"world_size:{ranks.size} grad_accum_steps:{accumulation}")
+
+    def warm_up(self) -> None:
+        """Run every graph of the timed loop on synthetic tokens, then undo all of it: weights and optimizer state.
+
+        Variants: with and without fake quantization (where late QAT will switch), and scoring without gradients.
+        """
+        run, hp = self.run, self.run.hp
+        initial = [p.detach().clone() for p in self.model.parameters()]
+        generator = torch.Generator().manual_seed(0)
+
+        def synthetic(rows: int) -> Tensor:
+            shape = (2, rows, hp.train_seq_len)
+            return torch.randint(hp.vocab_size, shape, generator=generator).to(run.ranks.device)
+
+        variants = [False] * (not hp.qat_enabled) + [True] * (hp.qat_enabled or hp.late_qat)
+        for i in range(hp.warmup_steps):
+            for fake_quant in variants:
+                with self.qat.switched(fake_quant):
+                    inputs, targets = synthetic(self.micro_rows)
+                    accumulate_gradients(self.forward, inputs, targets, self.micro_rows, hp.train_batch_tokens)
+                    self.optimizers.step(1.0, hp.muon_momentum)
+            run.log(f"warmup_step:{i + 1}/{hp.warmup_steps}")
+        with torch.no_grad():
+            if hp.warmup_steps and run.compile:
+                self.forward(*synthetic(score_batch_windows(hp, run.ranks, hp.train_seq_len)))
+            for parameter, value in zip(self.model.parameters(), initial, strict=True):
+                parameter.copy_(value)
+        self.optimizers.reset()
+
+    def train_step(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        """One update from this rank's (sequences, T) part of the batch; returns its part of the mean loss, ()."""
+        hp, clock, step = self.run.hp, self.clock, self.step
+        scale = lr_scale(step, hp, clock.elapsed_ms, clock.step_ms)
+        if not self.qat.on and (hp.qat_enabled or (hp.late_qat and scale < hp.late_qat_threshold)):
+            self.qat.switch(True)
+            self.run.log(f"{'late_qat' if hp.late_qat else 'qat'}:enabled step:{step} scale:{scale:.4f}")
+        elif self.qat.on and step % QAT_REFRESH_STEPS == 0:
+            self.qat.refresh()
+        loss = accumulate_gradients(self.forward, inputs, targets, self.micro_rows, hp.train_batch_tokens)
+        self.optimizers.step(scale, muon_momentum(step, hp))
+        if self.averages.update(step, scale):
+            self.run.log(f"swa:start step:{step}")
+        clock.post(loss)
+        self.step += 1
+        return loss
+
+    def train(self) -> None:
+        """The timed loop: until ITERATIONS or the wall-clock cap. Validation stops the clock."""
+        hp, log, clock = self.run.hp, self.run.log, self.clock
+        loader = BatchLoader(self.stream, hp, self.run.ranks, log)
+        bar = progress_bar(hp.iterations, "train", log)
+        clock.resume()
+        while self.step < hp.iterations and not out_of_time(hp, clock):
+            loss = self.train_step(*loader.next())
+            if bar is not None:
+                bar.update()
+            if hp.train_log_every and (self.step <= 10 or self.step % hp.train_log_every == 0):
+                mean = self.run.ranks.sum_(loss.clone()).item()
+                clock.collect()
+                log(f"step:{self.step}/{hp.iterations} train_loss:{mean:.4f} {self.timing()}")
+            if self.step == min(20, hp.iterations):
+                warn_of_warmdown(hp, clock, log)
+            if hp.val_loss_every and self.step % hp.val_loss_every == 0 and self.step < hp.iterations:
+                clock.pause()
+                self.validate_raw()
+                clock.resume()
+        clock.pause()
+        clock.collect()
+        if bar is not None:
+            bar.close()
+        if self.step < hp.iterations:
+            log(f"stopping_early: wallclock_cap train_time:{clock.elapsed_ms:.0f}ms step:{self.step}/{hp.iterations}")
+        allocated, reserved = peak_memory_mib(self.run.ranks.device)
+        log(f"peak memory allocated: {allocated} MiB reserved: {reserved} MiB")
+        self.run.phases.seconds["train"] = clock.elapsed_ms / 1000
+
+    def timing(self) -> str:
+        ms = self.clock.elapsed_ms
+        return f"train_time:{ms:.0f}ms step_avg:{ms / max(self.step, 1):.2f}ms"
+
+    def exported_weights(self) -> tuple[str, dict[str, Tensor]]:
+        """(swa | ema | raw, fp32 weights by name on CPU): what is quantized."""
+        with self.run.phases("average"):
+            source, weights = self.averages.exported()
+            names = [name for name, _ in self.model.named_parameters()]
+            self.run.log(f"export_weights:{source} swa_samples:{self.averages.swa_samples}")
+            return source, {name: w.float().cpu() for name, w in zip(names, weights, strict=True)}
+
+    def validate_raw(self) -> Score:
+        with self.run.phases("validate"), self.qat.switched(False):
+            raw = validate(self.run, self.forward, self.val, self.run.hp.train_seq_len, "validate")
+        steps = f"step:{self.step}/{self.run.hp.iterations}"
+        self.run.log(f"{steps} val_loss:{raw.loss:.4f} val_bpb:{raw.bpb:.4f} {self.timing()}")
+        return raw
+
+    def diagnose(self) -> dict[str, Score]:
+        """Scores of the unquantized weights, for the log alone: nothing is chosen by them."""
+        scores = {"raw": self.validate_raw()}
+        source, _ = self.averages.exported()
+        averages = {"ema": self.averages.ema, "swa": self.averages.swa if source == "swa" else None}
+        for name, weights in averages.items():
+            if weights is not None:
+                start = time.perf_counter()
+                with self.run.phases("validate"), self.qat.switched(False), self.averages.swapped_in(weights):
+                    context = self.run.hp.train_seq_len
+                    scores[name] = validate(self.run, self.forward, self.val, context, f"post_{name}")
+                log_score(self.run.log, f"DIAGNOSTIC post_{name}", scores[name], start)
+        return scores
+
+
+def log_score(log: Log, label: str, result: Score, start: float, extra: str = "") -> None:
+    ms = 1000 * (time.perf_counter() - start)
+    log(f"{label} val_loss:{result.loss:.4f} val_bpb:{result.bpb:.4f} {extra}eval_time:{ms:.0f}ms")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Main: train, export, evaluate
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def evaluate(run: Run, tensors: Mapping[str, Stored], val: Validation) -> dict[str, Score]:
+    """Every score of an artifact's tensors, in the order of the log; the last one is the headline."""
+    hp, ranks, log = run.hp, run.ranks, run.log
+    model = run.build(hp.eval_seq_len)
+    model.load_state_dict({name: stored.dequantize() for name, stored in tensors.items()})
+    model.to(ranks.device)
+    forward = run.compiled(model)
+    batch = score_batch_windows(hp, ranks, hp.eval_seq_len)
+    adapter = Adapter(model, forward, hp, ranks) if hp.ttt_enabled else None
+    if run.compile:
+        with run.phases("warmup"):
+            warm_up_evaluation(run, forward, batch, adapter)
+    scores: dict[str, Score] = {}
+
+    def score_as(label: str, stride: int, extra: str, scorer: Callable) -> None:
+        windows, start = plan_windows(len(val.tokens) - 1, hp.eval_seq_len, stride), time.perf_counter()
+        bar = progress_bar(len(windows) // ranks.size, label, log)
+        scores[label] = total(scorer(windows, bar), val.bytes)
+        if bar is not None:
+            bar.close()
+        log_score(log, label, scores[label], start, extra)
+        log(f"{label}_exact val_loss:{scores[label].loss:.8f} val_bpb:{scores[label].bpb:.8f}")
+
+    def plain(stride: int) -> Callable:
+        def scorer(windows, bar):
+            with run.phases("score"):
+                return score(forward, val.tokens, windows, stride, batch, ranks, bar)
+
+        return scorer
+
+    score_as("final_int6_roundtrip", hp.eval_seq_len, "", plain(hp.eval_seq_len))
+    if hp.eval_stride:
+        stride = hp.eval_stride
+        score_as("final_int6_sliding_window", stride, f"stride:{stride} ", plain(stride))
+    if adapter is not None:
+        chunks = plan_chunks(plan_windows(len(val.tokens) - 1, hp.eval_seq_len, hp.eval_stride), hp.ttt_chunk_tokens)
+        log(f"ttt:start chunks:{len(chunks)} adapted_params:{sum(p.numel() for p in adapter.parameters)}")
+        score_as(
+            "legal_ttt",
+            hp.eval_stride,
+            "",
+            lambda w, bar: adapt_and_score(adapter, val.tokens, w, batch, run.phases, bar),
+        )
+    return scores
+
+
+def warm_up_evaluation(run: Run, forward: Callable, batch: int, adapter: Adapter | None) -> None:
+    """Compile the graphs of scoring and of TTT on synthetic tokens, before any validation token is read."""
+    hp, generator = run.hp, torch.Generator().manual_seed(0)
+    text = torch.randint(hp.vocab_size, (batch, hp.eval_seq_len + 1), generator=generator).to(run.ranks.device)
+    with torch.no_grad():
+        for width in {hp.eval_seq_len, hp.eval_stride or hp.eval_seq_len}:
+            forward(text[:, :-1], text[:, 1:][:, -width:])
+    if adapter is not None:
+        sequences = min(hp.ttt_batch_seqs, -(-hp.ttt_chunk_tokens // adapter.length))
+        rows = min(adapter.micro, len(run.ranks.share(sequences)))
+        if rows:
+            text = torch.randint(hp.vocab_size, (rows, adapter.length + 1), generator=generator).to(run.ranks.device)
+            forward(text[:, :-1], text[:, 1:]).sum().backward()
+            adapter.optimizer.zero_grad(set_to_none=True)
+
+
+class Job(NamedTuple):
+    """What to do, decided before any work: settings and, for EVAL_ONLY and EXPORT_ONLY, what they start from."""
+
+    hp: Hyperparameters
+    blob: bytes | None = None  # EVAL_ONLY: the artifact
+    tensors: dict[str, Stored] | None = None  # EXPORT_ONLY: the saved weights
+    tokenizer_sha256: str | None = None
+    notes: tuple[str, ...] = ()
+
+
+def read_job(environ: Mapping[str, str]) -> Job:
+    """Settings from the environment; with EVAL_ONLY or EXPORT_ONLY over those of the file. Raises UserError.
+
+    The file's architecture stands: a variable that contradicts it is an error. One that changes the evaluation is used
+    and named in the log.
+    """
+    modes = {"EVAL_ONLY", "ARTIFACT_PATH", "EXPORT_ONLY", "WEIGHTS_PATH"}
+    mode = Hyperparameters.from_env({name: text for name, text in environ.items() if name in modes})
+    if not (mode.eval_only or mode.export_only):
+        return Job(Hyperparameters.from_env(environ))
+    path, kind = (mode.artifact_path, "artifact") if mode.eval_only else (mode.weights_path, "weights")
+    blob, header, tensors = read_artifact_file(path, kind)
+    hp = Hyperparameters.from_env(environ, header["architecture"] | header["evaluation"])
+    for name, value in header["architecture"].items():
+        if getattr(hp, name) != value:
+            raise UserError(f"{name.upper()}={getattr(hp, name)} contradicts {path}, made with {value}; leave it out")
+    notes = [
+        f"evaluation:changed {name.upper()}={getattr(hp, name)} file:{value}"
+        for name, value in header["evaluation"].items()
+        if getattr(hp, name) != value
+    ]
+    sha256 = header["tokenizer_sha256"]
+    return Job(hp, blob if mode.eval_only else None, tensors if mode.export_only else None, sha256, tuple(notes))
+
+
+def open_outputs(hp: Hyperparameters, run_id: str, ranks: Ranks) -> tuple[Log, Path]:
+    """The log and the folder of results, made on the main rank. Raises UserError where they cannot be made."""
+    out, folder = Path(hp.out_dir), Path(hp.out_dir) / "runs" / run_id
+    if not ranks.is_main:
+        return Log(None), folder
+    path = out / "logs" / f"{run_id}.txt"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        return Log(path), folder
+    except FileExistsError:
+        raise UserError(f"RUN_ID={run_id} has a log already; choose another or move {path} away") from None
+    except OSError as error:
+        raise UserError(f"cannot write to OUT_DIR={hp.out_dir}: {error.strerror} ({error.filename})") from None
+
+
+def log_run(
+    run: Run, attention: str, source: bytes, val: Validation, stream: TokenStream | None, notes: Sequence[str]
+) -> None:
+    """Where and what: the first lines of the log. The file alone also gets all settings and the source that runs."""
+    hp, log, ranks = run.hp, run.log, run.ranks
+    log(f"code_sha256:{hashlib.sha256(source).hexdigest()} settings_hash:{hp.settings_hash()}")
+    python = sys.version.split()[0]
+    log(f"torch:{torch.__version__} cuda:{torch.version.cuda} python:{python} device:{device_name(ranks.device)}")
+    log(f"threads:{torch.get_num_threads()} omp_wait_policy:{os.environ.get('OMP_WAIT_POLICY', 'unset')}")
+    log(f"dtype:{str(run.dtype).removeprefix('torch.')} compile:{int(run.compile)} attention:{attention}")
+    for name, value in hp.changed().items():
+        log(f"setting:{name}={int(value) if isinstance(value, bool) else value}")
+    for note in notes:
+        log(note)
+    log(f"settings {json.dumps(dataclasses.asdict(hp))}", console=False)
+    log(f"===== source begin bytes:{len(source)} =====\n{source.decode()}\n===== source end =====", console=False)
+    log(f"seed:{hp.seed}")
+    log(f"val_bpb:enabled tokenizer_kind=sentencepiece tokenizer_path={val.tokenizer_path}")
+    if stream is not None:
+        log(f"train_loader:dataset:{Path(hp.data_path).name} train_shards:{len(stream.paths)}")
+        log(f"train_loader:fingerprint:{data_fingerprint(stream.paths)} tokens:{len(stream)}")
+    log(f"val_loader:shards pattern={Path(hp.data_path) / 'fineweb_val_*.bin'} tokens:{len(val.tokens) - 1}")
+    log(f"val_loader:fingerprint:{val.fingerprint} bytes:{int(val.bytes.sum())}")
+
+
+def export(run: Run, weights: Mapping[str, Tensor], val: Validation, folder: Path) -> bytes:
+    """Quantize, compress, write; the artifact's bytes as read back from the main rank's disk, on every rank."""
+    blob, path = None, folder / "artifact.pgolf"
+    if run.ranks.is_main:
+        with run.phases("quantize"):
+            tensors = quantize(weights)
+        with run.phases("compress"):
+            header = artifact_header("artifact", run.hp, run.dtype, val.tokenizer_sha256)
+            write_atomic(path, pack_artifact(header, tensors, run.hp.compressor))
+        blob = path.read_bytes()
+    return run.ranks.broadcast_object(blob)
+
+
+def save_weights(run: Run, weights: Mapping[str, Tensor], val: Validation, folder: Path) -> None:
+    """The float weights in the artifact's own format, uncompressed, for EXPORT_ONLY."""
+    header = artifact_header("weights", run.hp, run.dtype, val.tokenizer_sha256)
+    tensors = {name: Stored("fp32", w.float().cpu(), None) for name, w in weights.items()}
+    write_atomic(folder / "weights.pgolf", pack_artifact(header, tensors, "stored"))
+    run.log(f"saved weights: {folder / 'weights.pgolf'}")
+
+
+def run_job(job: Job, ranks: Ranks) -> int:
+    """The whole run after the settings are known. Returns the exit code."""
+    hp = job.hp
+    dtype = activation_dtype(hp.dtype, ranks.device)
+    attention, attend = ranks.agree(lambda: choose_attention(hp, ranks.device, dtype))
+    val = ranks.agree(lambda: load_validation(hp))
+    ranks.agree(lambda: check_job(job, val, ranks))
+    trains = not (hp.eval_only or hp.export_only)
+    stream = ranks.agree(lambda: TokenStream(find_shards(hp, "train"), hp.vocab_size)) if trains else None
+    stamp = f"{time.strftime('%Y%m%d-%H%M%S')}-seed{hp.seed}-{os.urandom(2).hex()}"
+    run_id = ranks.broadcast_object(hp.run_id or stamp)
+    log, folder = ranks.agree(lambda: open_outputs(hp, run_id, ranks))
+    compile = hp.compile == "1" or (hp.compile == "auto" and ranks.device.type == "cuda")
+    run = Run(hp, ranks, log, Phases(ranks.device), dtype, attend, compile)
+    source = Path(__file__).read_bytes()
+    log_run(run, attention, source, val, stream, job.notes)
+
+    mode = "train" if trains else "eval_only" if hp.eval_only else "export_only"
+    result: dict[str, Any] = dict(run_id=run_id, mode=mode)
+    trainer, blob, scores = None, job.blob, {}
+    if trains:
+        trainer = Trainer(run, stream, val)
+        with run.phases("warmup"):
+            trainer.warm_up()
+        trainer.train()
+        result |= dict(steps=trainer.step, train_tokens=trainer.step * hp.train_batch_tokens)
+        result["exported"], weights = trainer.exported_weights()
+        if hp.save_weights and ranks.is_main:
+            save_weights(run, weights, val, folder)
+        blob = export(run, weights, val, folder)  # before any diagnostic: a run that dies later has its artifact
+    elif hp.export_only:
+        log(f"export_only: weights from {hp.weights_path}; this is no timed run")
+        blob = export(run, {name: stored.dequantize() for name, stored in job.tensors.items()}, val, folder)
+    header, tensors = unpack_artifact(blob)
+    compressor = COMPRESSORS[blob[6]]
+    log(f"Serialized model int6+{compressor}: {len(blob)} bytes")
+    log(f"Code size: {len(source)} bytes")
+    log(f"Total submission size int6+{compressor}: {len(blob) + len(source)} bytes")
+    if trainer is not None:
+        scores = {f"float_{name}": s for name, s in trainer.diagnose().items()}
+        trainer = None  # frees its memory before the evaluation
+    scores |= evaluate(run, tensors, val)
+    return finish(run, result, scores, val, stream, blob, source, folder)
+
+
+def check_job(job: Job, val: Validation, ranks: Ranks) -> None:
+    """What can only be known with the data at hand, before any work. Raises UserError."""
+    if job.tokenizer_sha256 not in (None, val.tokenizer_sha256):
+        raise UserError(
+            f"tokenizer {val.tokenizer_path} is not the one that the file was made with; set TOKENIZER_PATH"
+        )
+    check_chunks(job.hp, len(val.tokens) - 1)
+
+
+def finish(
+    run: Run,
+    result: dict,
+    scores: Mapping[str, Score],
+    val: Validation,
+    stream: TokenStream | None,
+    blob: bytes,
+    source: bytes,
+    folder: Path,
+) -> int:
+    """The `result` line and file, and the exit code: 3 where code and artifact exceed the cap."""
+    hp, ranks, log, seconds = run.hp, run.ranks, run.log, run.phases.seconds
+    for name, spent in seconds.items():
+        log(f"phase:{name} seconds:{spent:.2f}")
+    headline = list(scores)[-1]
+    size = len(blob) + len(source)
+    result |= dict(
+        seed=hp.seed,
+        settings_hash=hp.settings_hash(),
+        code_sha256=hashlib.sha256(source).hexdigest(),
+        artifact_sha256=hashlib.sha256(blob).hexdigest(),
+        train_fingerprint=data_fingerprint(stream.paths) if stream is not None else None,
+        val_fingerprint=val.fingerprint,
+        tokenizer_sha256=val.tokenizer_sha256,
+        world_size=ranks.size,
+        device=device_name(ranks.device),
+        torch=torch.__version__,
+        dtype=str(run.dtype).removeprefix("torch."),
+        train_seconds=seconds.get("train", 0.0),
+        eval_seconds=seconds.get("score", 0.0) + seconds.get("adapt", 0.0),
+        phase_seconds=seconds,
+        bytes_code=len(source),
+        bytes_artifact=len(blob),
+        bytes_total=size,
+        bytes_cap=hp.artifact_cap_bytes,
+        scores={k: dict(val_loss=s.loss, val_bpb=s.bpb, tokens=s.tokens, bytes=s.bytes) for k, s in scores.items()},
+        headline=dict(label=headline, val_loss=scores[headline].loss, val_bpb=scores[headline].bpb),
+    )
+    line = json.dumps(result)
+    if ranks.is_main:
+        write_atomic(folder / "result.json", (line + "\n").encode())
+        artifact = hp.artifact_path or folder / "artifact.pgolf"
+        log(f"files: log {log.path} artifact {artifact} result {folder / 'result.json'}")
+    over = size - hp.artifact_cap_bytes
+    if over > 0:
+        log(f"limit: code and artifact are {size} bytes, {over} over ARTIFACT_CAP_BYTES={hp.artifact_cap_bytes}")
+    log(f"result {line}")
+    return 3 if over > 0 else 0
+
+
+def main(argv: Sequence[str], environ: Mapping[str, str]) -> int:
+    """Exit code of a run with this environment."""
+    if list(argv) == ["--settings"]:
+        print(settings_table())
+        return 0
+    ranks = None
+    try:
+        if argv:
+            raise UserError(f"unknown argument {argv[0]}; settings are environment variables, `--settings` lists them")
+        job = read_job(environ)
+        job.hp.micro_batch(int(environ.get("WORLD_SIZE", 1)))
+        load_compressor(job.hp.compressor)
+        ranks = Ranks(job.hp, environ)
+        return run_job(job, ranks)
+    except UserError as error:
+        # Before the ranks met, all of them read the same environment; after that, an error may be one rank's own.
+        if environ.get("RANK", "0") == "0" or (ranks is not None and not error.agreed):
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+    except LimitError as error:
+        print(f"limit: {error}", file=sys.stderr, flush=True)
+        return 3
+    finally:
+        if ranks is not None:
+            ranks.close()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:], os.environ))
