@@ -1,0 +1,44 @@
+# make train: from nothing to a scored artifact (about two minutes of training on two CPU cores). make test: all fast tests.
+PYTHON ?= python3
+# A plain `pip install torch` on Linux fetches the CUDA build. CPU only, smaller:
+#   make train PIP_FLAGS="--extra-index-url https://download.pytorch.org/whl/cpu" TORCH=torch==2.13.0+cpu
+TORCH ?= torch==2.13.0
+PIP_FLAGS ?=
+BIN := .venv/bin
+DEMO_DATA := data/datasets/offline
+
+# Two torch processes on two cores spin against each other with libgomp's default policy (measured: up to 37x slower).
+export OMP_WAIT_POLICY ?= PASSIVE
+
+.PHONY: train test test-slow lint clean
+.DELETE_ON_ERROR:
+
+train: $(DEMO_DATA)/manifest.json
+	env $$(grep -v '^#' records/recipes/cpu_demo.env) DATA_PATH=$(DEMO_DATA) $(BIN)/python train_gpt.py
+
+test: .venv/dev
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: .venv/dev
+	$(BIN)/python -m pytest -m slow
+
+lint: .venv/dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+$(DEMO_DATA)/manifest.json: | .venv/run
+	$(BIN)/python data/prepare.py offline --out $(DEMO_DATA)
+
+# A Python that has torch already (a competition pod, with its own attention kernels) lends it to the environment.
+.venv/run: requirements.txt
+	@if $(PYTHON) -c "import torch" 2>/dev/null; then $(PYTHON) -m venv --system-site-packages .venv; \
+	else $(PYTHON) -m venv .venv && $(BIN)/pip install -q $(PIP_FLAGS) $(TORCH); fi
+	$(BIN)/pip install -q $(PIP_FLAGS) -r requirements.txt
+	@touch $@
+
+.venv/dev: .venv/run requirements-dev.txt
+	$(BIN)/pip install -q $(PIP_FLAGS) -r requirements-dev.txt
+	@touch $@
+
+clean:
+	rm -rf .venv $(DEMO_DATA)
