@@ -27,7 +27,6 @@ import math
 import os
 import queue
 import re
-import resource
 import statistics
 import struct
 import sys
@@ -452,9 +451,10 @@ class Ranks:
             raise error
         return result
 
-    def share(self, n: int) -> range:
-        """This rank's contiguous part of n items."""
-        return range(n * self.rank // self.size, n * (self.rank + 1) // self.size)
+    def part(self, items: np.ndarray) -> np.ndarray:
+        """This rank's contiguous part of an array's rows; the parts of all ranks make the whole."""
+        n = len(items)
+        return items[n * self.rank // self.size : n * (self.rank + 1) // self.size]
 
     def close(self) -> None:
         if self.size > 1:
@@ -532,8 +532,13 @@ class Clock:
         self._since = time.perf_counter()
 
     def pause(self) -> None:
+        """Stop, with the device drained: the agreed time is exact here, not a step old."""
+        self.collect()
         synchronize(self.ranks.device)
         self._before, self._since = self.local_ms(), None
+        now = torch.tensor(self._before, dtype=torch.float64, device=self.ranks.device)
+        self.ranks.start_max(now).wait()
+        self.elapsed_ms = now.item()
 
     def local_ms(self) -> float:
         return self._before + (1000 * (time.perf_counter() - self._since) if self._since is not None else 0.0)
@@ -579,6 +584,8 @@ def peak_memory_mib(device: torch.device) -> tuple[int, int]:
     """(allocated, reserved) at their peak: of the device, or of this process on CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) >> 20, torch.cuda.max_memory_reserved(device) >> 20
+    import resource  # not on Windows
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB on Linux, bytes on macOS
     peak >>= 20 if sys.platform == "darwin" else 10
     return peak, peak
@@ -587,7 +594,11 @@ def peak_memory_mib(device: torch.device) -> tuple[int, int]:
 def activation_dtype(name: str, device: torch.device) -> torch.dtype:
     """DTYPE=auto is bf16 where the device has instructions for it."""
     if name == "auto":
-        fast = torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()
+        fast = (
+            torch.cuda.is_bf16_supported(including_emulation=False)
+            if device.type == "cuda"
+            else torch.cpu._is_avx512_bf16_supported()
+        )
         name = "bf16" if fast else "fp32"
     return {"bf16": torch.bfloat16, "fp32": torch.float32}[name]
 
@@ -790,6 +801,10 @@ class Validation(NamedTuple):
     tokenizer_path: Path
     tokenizer_sha256: str
 
+    @property
+    def targets(self) -> int:
+        return len(self.tokens) - 1
+
 
 def load_validation(hp: Hyperparameters) -> Validation:
     """The whole validation split, every id checked, and the bytes of each target. Raises UserError."""
@@ -801,6 +816,7 @@ def load_validation(hp: Hyperparameters) -> Validation:
         "has fewer than two tokens": len(tokens) < 2,
         f"does not start with BOS ({BOS_ID})": tokens[0] != BOS_ID,
         "holds <unk>, so its text is lost": (tokens == counter.unknown_id).any(),
+        "holds no text": counter.count(tokens).sum() == 0,
     }
     for problem, found in problems.items():
         if found:
@@ -815,18 +831,19 @@ def load_validation(hp: Hyperparameters) -> Validation:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+NORM_EPS = torch.finfo(torch.float32).eps  # for bf16 too: the mean square of a fresh token table is only 2.5e-5
+
+
 class RMSNorm(torch.autograd.Function):
     """x / sqrt(mean(x²) + eps) over the last dimension, without weights; statistics in fp32.
 
     Its own backward reuses the output: half the passes over memory of the composite one, a tenth of an eager CPU step.
     """
 
-    EPS = torch.finfo(torch.float32).eps  # in bf16 too: a fresh token table's mean square is only 2.5e-5
-
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-        inverse = (norm.square() / x.size(-1) + RMSNorm.EPS).rsqrt()
+        inverse = (norm.square() / x.size(-1) + NORM_EPS).rsqrt()
         y = (x * inverse).to(x.dtype)
         ctx.save_for_backward(y, inverse)
         return y
@@ -1277,7 +1294,7 @@ class Optimizers:
         self.banks.sort(key=lambda bank: bank.weight.numel(), reverse=True)
         self.adam = torch.optim.AdamW(groups, betas=(hp.beta1, hp.beta2), eps=hp.adam_eps, fused=True)
         self.small = [p for group in groups for p in group["params"]]
-        self.polar = torch.compile(newton_schulz) if compile else newton_schulz
+        self.polar = torch.compile(newton_schulz, dynamic=False) if compile else newton_schulz
 
     def step(self, lr_scale: float, momentum: float) -> None:
         """One update of all weights from the ranks' accumulated gradients, which are dropped."""
@@ -1529,7 +1546,7 @@ class QAT:
 #   24  32 SHA-256 of bytes 0…23 and the body
 #   56  …  body: the compressed payload
 # Payload: u32 length of a compact JSON header, the header, then without padding
-#   the data of every tensor in the order of the header's table, row-major: int6 and int8 codes one int8 each, fp16, fp32
+#   the data of every tensor in the order of the header's table, row-major: codes one int8 each, fp16, fp32
 #   the fp16 row scales of the int6 and int8 tensors in the same order, all high bytes first, then all low bytes
 # Header: {"kind": "artifact"|"weights", "architecture": {…}, "evaluation": {…}, "tokenizer_sha256": hex,
 #   "tensors": [[name, shape, "int6"|"int8"|"fp16"|"fp32"], …]}. Nothing in it depends on time, paths or names of runs.
@@ -1643,8 +1660,9 @@ def parse_header(text: bytes) -> dict:
         hp = Hyperparameters(**header["architecture"], **header["evaluation"])
     except (TypeError, UserError) as error:
         raise ArtifactError(f"artifact is damaged: its settings are not valid ({error})") from None
-    if header["architecture"] != hp.section("model"):
-        raise ArtifactError("artifact is damaged: its architecture is not the list of model settings")
+    evaluation = hp.section("evaluation") | dict(dtype=hp.dtype)
+    if header["architecture"] != hp.section("model") or header["evaluation"] != evaluation:
+        raise ArtifactError("artifact is damaged: it does not list each setting of model and evaluation")
     with torch.device("meta"):  # shapes only: nothing is allocated on a header's word
         expected = {name: list(p.shape) for name, p in GPT(hp, 2, sdpa, torch.float32).named_parameters()}
     table = header["tensors"]
@@ -1757,7 +1775,7 @@ def score(
     """
     origin, end = int(windows[0, 1]), int(windows[-1, 2])
     nats = torch.zeros(end - origin, device=ranks.device)
-    mine = windows[ranks.share(len(windows)).start : ranks.share(len(windows)).stop]
+    mine = ranks.part(windows)
     whole = mine[:, 2] - mine[:, 1] > stride  # only the stream's first window
     for group, width in ((mine[whole], None), (mine[~whole], stride)):
         for i in range(0, len(group), batch):
@@ -1765,8 +1783,9 @@ def score(
             starts = np.concatenate([part[:, 0], np.repeat(part[-1, 0], batch - len(part))])
             index = starts[:, None] + np.arange(part[0, 2] - part[0, 0] + 1)
             text = torch.from_numpy(tokens[index].astype(np.int64)).to(ranks.device)
-            targets = text[:, 1:] if width is None else text[:, 1:][:, -width:]
-            scored = model(text[:, :-1], targets)[: len(part)]
+            # Contiguous, as in training and warm-up: other strides would be another compiled graph.
+            inputs, targets = text[:, :-1].contiguous(), text[:, 1:][:, -(width or text.size(1)) :].contiguous()
+            scored = model(inputs, targets)[: len(part)]
             widths = torch.from_numpy(part[:, 2] - part[:, 1]).to(ranks.device)
             kept = torch.arange(scored.size(1), 0, -1, device=ranks.device) <= widths[:, None]
             # Consecutive windows score consecutive targets, so what is kept is one span of the stream.
@@ -1843,13 +1862,14 @@ class Adapter:
     def step(self, tokens: np.ndarray, starts: np.ndarray) -> None:
         """One SGD step on the sequences that start at `starts`, each at most `length` targets long."""
         counted = int(np.minimum(starts + self.length, len(tokens) - 1).max() - starts[0])
-        mine = starts[self.ranks.share(len(starts)).start : self.ranks.share(len(starts)).stop]
+        mine = self.ranks.part(starts)
         for i in range(0, len(mine), self.micro):
             # The stream's last sequence may be short: it is filled up with its last token, and what is filled weighs 0.
             index = mine[i : i + self.micro, None] + np.arange(self.length + 1)
             weight = torch.from_numpy((index[:, 1:] < len(tokens)).astype(np.float32)).to(self.ranks.device)
             text = torch.from_numpy(tokens[np.minimum(index, len(tokens) - 1)].astype(np.int64)).to(self.ranks.device)
-            ((self.forward(text[:, :-1], text[:, 1:]) * weight).sum() / counted).backward()
+            nats = self.forward(text[:, :-1].contiguous(), text[:, 1:].contiguous())
+            ((nats * weight).sum() / counted).backward()
         gradients = (torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters)  # None: no share
         flat = torch.cat([gradient.flatten() for gradient in gradients])
         self.ranks.sum_(flat)
@@ -1894,9 +1914,13 @@ class Run(NamedTuple):
     ranks: Ranks
     log: Log
     phases: Phases
-    dtype: torch.dtype
+    dtype: torch.dtype  # of activations
     attend: Callable
     compile: bool
+    val: Validation
+    stream: TokenStream | None  # training text, where the run trains
+    folder: Path  # of results
+    source: bytes  # of this file, as it runs
 
     def build(self, context: int) -> GPT:
         """An uninitialized model for this context, on CPU."""
@@ -1904,7 +1928,11 @@ class Run(NamedTuple):
 
     def compiled(self, model: GPT) -> Callable:
         """The model's forward, compiled for fixed shapes where COMPILE says so."""
-        return torch.compile(model, dynamic=False, fullgraph=True) if self.compile else model
+        if not self.compile:
+            return model
+        # A run has about ten graphs of one forward: with and without QAT and gradients, two widths of scored windows …
+        torch._dynamo.config.recompile_limit = 64
+        return torch.compile(model, dynamic=False, fullgraph=True)
 
 
 def accumulate_gradients(forward: Callable, inputs: Tensor, targets: Tensor, rows: int, batch_tokens: int) -> Tensor:
@@ -1920,16 +1948,15 @@ def accumulate_gradients(forward: Callable, inputs: Tensor, targets: Tensor, row
     return loss
 
 
-def validate(run: Run, forward: Callable, val: Validation, context: int, label: str) -> Score:
+def validate(run: Run, forward: Callable, context: int, label: str) -> Score:
     """The whole validation split in windows without overlap."""
-    n = len(val.tokens) - 1
-    windows = plan_windows(n, context, context)
+    windows = plan_windows(run.val.targets, context, context)
     batch = score_batch_windows(run.hp, run.ranks, context)
     bar = progress_bar(len(windows) // run.ranks.size, label, run.log)
-    nats = score(forward, val.tokens, windows, context, batch, run.ranks, bar)
+    nats = score(forward, run.val.tokens, windows, context, batch, run.ranks, bar)
     if bar is not None:
         bar.close()
-    return total(nats, val.bytes)
+    return total(nats, run.val.bytes)
 
 
 def out_of_time(hp: Hyperparameters, clock: Clock) -> bool:
@@ -1951,9 +1978,8 @@ def warn_of_warmdown(hp: Hyperparameters, clock: Clock, log: Log) -> None:
 class Trainer:
     """The trained model with everything that moves while it trains."""
 
-    def __init__(self, run: Run, stream: TokenStream, val: Validation):
-        self.run, self.stream, self.val = run, stream, val
-        hp, ranks = run.hp, run.ranks
+    def __init__(self, run: Run):
+        self.run, hp, ranks = run, run.hp, run.ranks
         self.model = run.build(hp.train_seq_len)
         init_weights(self.model, hp)
         self.model.to(ranks.device)
@@ -1972,7 +1998,7 @@ class Trainer:
 
         Variants: with and without fake quantization (where late QAT will switch), and scoring without gradients.
         """
-        run, hp = self.run, self.run.hp
+        run, hp, start = self.run, self.run.hp, time.perf_counter()
         initial = [p.detach().clone() for p in self.model.parameters()]
         generator = torch.Generator().manual_seed(0)
 
@@ -1994,6 +2020,7 @@ class Trainer:
             for parameter, value in zip(self.model.parameters(), initial, strict=True):
                 parameter.copy_(value)
         self.optimizers.reset()
+        run.phases.seconds["warmup"] = time.perf_counter() - start
 
     def train_step(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """One update from this rank's (sequences, T) part of the batch; returns its part of the mean loss, ()."""
@@ -2001,7 +2028,7 @@ class Trainer:
         scale = lr_scale(step, hp, clock.elapsed_ms, clock.step_ms)
         if not self.qat.on and (hp.qat_enabled or (hp.late_qat and scale < hp.late_qat_threshold)):
             self.qat.switch(True)
-            self.run.log(f"{'late_qat' if hp.late_qat else 'qat'}:enabled step:{step} scale:{scale:.4f}")
+            self.run.log(f"{'qat' if hp.qat_enabled else 'late_qat'}:enabled step:{step} scale:{scale:.4f}")
         elif self.qat.on and step % QAT_REFRESH_STEPS == 0:
             self.qat.refresh()
         loss = accumulate_gradients(self.forward, inputs, targets, self.micro_rows, hp.train_batch_tokens)
@@ -2015,7 +2042,7 @@ class Trainer:
     def train(self) -> None:
         """The timed loop: until ITERATIONS or the wall-clock cap. Validation stops the clock."""
         hp, log, clock = self.run.hp, self.run.log, self.clock
-        loader = BatchLoader(self.stream, hp, self.run.ranks, log)
+        loader = BatchLoader(self.run.stream, hp, self.run.ranks, log)
         bar = progress_bar(hp.iterations, "train", log)
         clock.resume()
         while self.step < hp.iterations and not out_of_time(hp, clock):
@@ -2033,7 +2060,6 @@ class Trainer:
                 self.validate_raw()
                 clock.resume()
         clock.pause()
-        clock.collect()
         if bar is not None:
             bar.close()
         if self.step < hp.iterations:
@@ -2056,7 +2082,7 @@ class Trainer:
 
     def validate_raw(self) -> Score:
         with self.run.phases("validate"), self.qat.switched(False):
-            raw = validate(self.run, self.forward, self.val, self.run.hp.train_seq_len, "validate")
+            raw = validate(self.run, self.forward, self.run.hp.train_seq_len, "validate")
         steps = f"step:{self.step}/{self.run.hp.iterations}"
         self.run.log(f"{steps} val_loss:{raw.loss:.4f} val_bpb:{raw.bpb:.4f} {self.timing()}")
         return raw
@@ -2070,8 +2096,7 @@ class Trainer:
             if weights is not None:
                 start = time.perf_counter()
                 with self.run.phases("validate"), self.qat.switched(False), self.averages.swapped_in(weights):
-                    context = self.run.hp.train_seq_len
-                    scores[name] = validate(self.run, self.forward, self.val, context, f"post_{name}")
+                    scores[name] = validate(self.run, self.forward, self.run.hp.train_seq_len, f"post_{name}")
                 log_score(self.run.log, f"DIAGNOSTIC post_{name}", scores[name], start)
         return scores
 
@@ -2086,9 +2111,9 @@ def log_score(log: Log, label: str, result: Score, start: float, extra: str = ""
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def evaluate(run: Run, tensors: Mapping[str, Stored], val: Validation) -> dict[str, Score]:
+def evaluate(run: Run, tensors: Mapping[str, Stored]) -> dict[str, Score]:
     """Every score of an artifact's tensors, in the order of the log; the last one is the headline."""
-    hp, ranks, log = run.hp, run.ranks, run.log
+    hp, ranks, log, val = run.hp, run.ranks, run.log, run.val
     model = run.build(hp.eval_seq_len)
     model.load_state_dict({name: stored.dequantize() for name, stored in tensors.items()})
     model.to(ranks.device)
@@ -2101,7 +2126,7 @@ def evaluate(run: Run, tensors: Mapping[str, Stored], val: Validation) -> dict[s
     scores: dict[str, Score] = {}
 
     def score_as(label: str, stride: int, extra: str, scorer: Callable) -> None:
-        windows, start = plan_windows(len(val.tokens) - 1, hp.eval_seq_len, stride), time.perf_counter()
+        windows, start = plan_windows(val.targets, hp.eval_seq_len, stride), time.perf_counter()
         bar = progress_bar(len(windows) // ranks.size, label, log)
         scores[label] = total(scorer(windows, bar), val.bytes)
         if bar is not None:
@@ -2121,7 +2146,7 @@ def evaluate(run: Run, tensors: Mapping[str, Stored], val: Validation) -> dict[s
         stride = hp.eval_stride
         score_as("final_int6_sliding_window", stride, f"stride:{stride} ", plain(stride))
     if adapter is not None:
-        chunks = plan_chunks(plan_windows(len(val.tokens) - 1, hp.eval_seq_len, hp.eval_stride), hp.ttt_chunk_tokens)
+        chunks = plan_chunks(plan_windows(val.targets, hp.eval_seq_len, hp.eval_stride), hp.ttt_chunk_tokens)
         log(f"ttt:start chunks:{len(chunks)} adapted_params:{sum(p.numel() for p in adapter.parameters)}")
         score_as(
             "legal_ttt",
@@ -2135,16 +2160,19 @@ def evaluate(run: Run, tensors: Mapping[str, Stored], val: Validation) -> dict[s
 def warm_up_evaluation(run: Run, forward: Callable, batch: int, adapter: Adapter | None) -> None:
     """Compile the graphs of scoring and of TTT on synthetic tokens, before any validation token is read."""
     hp, generator = run.hp, torch.Generator().manual_seed(0)
-    text = torch.randint(hp.vocab_size, (batch, hp.eval_seq_len + 1), generator=generator).to(run.ranks.device)
+
+    def synthetic(rows: int, length: int) -> Tensor:
+        return torch.randint(hp.vocab_size, (2, rows, length), generator=generator).to(run.ranks.device)
+
     with torch.no_grad():
+        inputs, targets = synthetic(batch, hp.eval_seq_len)
         for width in {hp.eval_seq_len, hp.eval_stride or hp.eval_seq_len}:
-            forward(text[:, :-1], text[:, 1:][:, -width:])
+            forward(inputs, targets[:, -width:].contiguous())
     if adapter is not None:
         sequences = min(hp.ttt_batch_seqs, -(-hp.ttt_chunk_tokens // adapter.length))
-        rows = min(adapter.micro, len(run.ranks.share(sequences)))
+        rows = min(adapter.micro, len(run.ranks.part(np.arange(sequences))))
         if rows:
-            text = torch.randint(hp.vocab_size, (rows, adapter.length + 1), generator=generator).to(run.ranks.device)
-            forward(text[:, :-1], text[:, 1:]).sum().backward()
+            forward(*synthetic(rows, adapter.length)).sum().backward()
             adapter.optimizer.zero_grad(set_to_none=True)
 
 
@@ -2199,14 +2227,12 @@ def open_outputs(hp: Hyperparameters, run_id: str, ranks: Ranks) -> tuple[Log, P
         raise UserError(f"cannot write to OUT_DIR={hp.out_dir}: {error.strerror} ({error.filename})") from None
 
 
-def log_run(
-    run: Run, attention: str, source: bytes, val: Validation, stream: TokenStream | None, notes: Sequence[str]
-) -> None:
+def log_run(run: Run, attention: str, notes: Sequence[str]) -> None:
     """Where and what: the first lines of the log. The file alone also gets all settings and the source that runs."""
-    hp, log, ranks = run.hp, run.log, run.ranks
-    log(f"code_sha256:{hashlib.sha256(source).hexdigest()} settings_hash:{hp.settings_hash()}")
+    hp, log, val, stream = run.hp, run.log, run.val, run.stream
+    log(f"code_sha256:{hashlib.sha256(run.source).hexdigest()} settings_hash:{hp.settings_hash()}")
     python = sys.version.split()[0]
-    log(f"torch:{torch.__version__} cuda:{torch.version.cuda} python:{python} device:{device_name(ranks.device)}")
+    log(f"torch:{torch.__version__} cuda:{torch.version.cuda} python:{python} device:{device_name(run.ranks.device)}")
     log(f"threads:{torch.get_num_threads()} omp_wait_policy:{os.environ.get('OMP_WAIT_POLICY', 'unset')}")
     log(f"dtype:{str(run.dtype).removeprefix('torch.')} compile:{int(run.compile)} attention:{attention}")
     for name, value in hp.changed().items():
@@ -2214,123 +2240,129 @@ def log_run(
     for note in notes:
         log(note)
     log(f"settings {json.dumps(dataclasses.asdict(hp))}", console=False)
-    log(f"===== source begin bytes:{len(source)} =====\n{source.decode()}\n===== source end =====", console=False)
+    log(f"===== source begin bytes:{len(run.source)} =====", console=False)
+    log(run.source.decode(), console=False)
+    log("===== source end =====", console=False)
     log(f"seed:{hp.seed}")
     log(f"val_bpb:enabled tokenizer_kind=sentencepiece tokenizer_path={val.tokenizer_path}")
     if stream is not None:
         log(f"train_loader:dataset:{Path(hp.data_path).name} train_shards:{len(stream.paths)}")
         log(f"train_loader:fingerprint:{data_fingerprint(stream.paths)} tokens:{len(stream)}")
-    log(f"val_loader:shards pattern={Path(hp.data_path) / 'fineweb_val_*.bin'} tokens:{len(val.tokens) - 1}")
+    log(f"val_loader:shards pattern={Path(hp.data_path) / 'fineweb_val_*.bin'} tokens:{val.targets}")
     log(f"val_loader:fingerprint:{val.fingerprint} bytes:{int(val.bytes.sum())}")
 
 
-def export(run: Run, weights: Mapping[str, Tensor], val: Validation, folder: Path) -> bytes:
+def export(run: Run, weights: Mapping[str, Tensor]) -> bytes:
     """Quantize, compress, write; the artifact's bytes as read back from the main rank's disk, on every rank."""
-    blob, path = None, folder / "artifact.pgolf"
+    blob, path = None, run.folder / "artifact.pgolf"
     if run.ranks.is_main:
         with run.phases("quantize"):
             tensors = quantize(weights)
         with run.phases("compress"):
-            header = artifact_header("artifact", run.hp, run.dtype, val.tokenizer_sha256)
+            header = artifact_header("artifact", run.hp, run.dtype, run.val.tokenizer_sha256)
             write_atomic(path, pack_artifact(header, tensors, run.hp.compressor))
         blob = path.read_bytes()
     return run.ranks.broadcast_object(blob)
 
 
-def save_weights(run: Run, weights: Mapping[str, Tensor], val: Validation, folder: Path) -> None:
+def save_weights(run: Run, weights: Mapping[str, Tensor]) -> None:
     """The float weights in the artifact's own format, uncompressed, for EXPORT_ONLY."""
-    header = artifact_header("weights", run.hp, run.dtype, val.tokenizer_sha256)
+    header = artifact_header("weights", run.hp, run.dtype, run.val.tokenizer_sha256)
     tensors = {name: Stored("fp32", w.float().cpu(), None) for name, w in weights.items()}
-    write_atomic(folder / "weights.pgolf", pack_artifact(header, tensors, "stored"))
-    run.log(f"saved weights: {folder / 'weights.pgolf'}")
+    write_atomic(run.folder / "weights.pgolf", pack_artifact(header, tensors, "stored"))
+    run.log(f"saved weights: {run.folder / 'weights.pgolf'}")
 
 
-def run_job(job: Job, ranks: Ranks) -> int:
-    """The whole run after the settings are known. Returns the exit code."""
-    hp = job.hp
+def prepare(job: Job, ranks: Ranks) -> Run:
+    """All that can go wrong before any work goes wrong here, on all ranks alike. Raises UserError."""
+    hp, trains = job.hp, job.blob is None and job.tensors is None
     dtype = activation_dtype(hp.dtype, ranks.device)
     attention, attend = ranks.agree(lambda: choose_attention(hp, ranks.device, dtype))
     val = ranks.agree(lambda: load_validation(hp))
-    ranks.agree(lambda: check_job(job, val, ranks))
-    trains = not (hp.eval_only or hp.export_only)
+    ranks.agree(lambda: check_data(job, val))
     stream = ranks.agree(lambda: TokenStream(find_shards(hp, "train"), hp.vocab_size)) if trains else None
     stamp = f"{time.strftime('%Y%m%d-%H%M%S')}-seed{hp.seed}-{os.urandom(2).hex()}"
     run_id = ranks.broadcast_object(hp.run_id or stamp)
     log, folder = ranks.agree(lambda: open_outputs(hp, run_id, ranks))
     compile = hp.compile == "1" or (hp.compile == "auto" and ranks.device.type == "cuda")
-    run = Run(hp, ranks, log, Phases(ranks.device), dtype, attend, compile)
     source = Path(__file__).read_bytes()
-    log_run(run, attention, source, val, stream, job.notes)
+    run = Run(hp, ranks, log, Phases(ranks.device), dtype, attend, compile, val, stream, folder, source)
+    log_run(run, attention, job.notes)
+    return run
 
-    mode = "train" if trains else "eval_only" if hp.eval_only else "export_only"
-    result: dict[str, Any] = dict(run_id=run_id, mode=mode)
-    trainer, blob, scores = None, job.blob, {}
-    if trains:
-        trainer = Trainer(run, stream, val)
-        with run.phases("warmup"):
-            trainer.warm_up()
-        trainer.train()
-        result |= dict(steps=trainer.step, train_tokens=trainer.step * hp.train_batch_tokens)
-        result["exported"], weights = trainer.exported_weights()
-        if hp.save_weights and ranks.is_main:
-            save_weights(run, weights, val, folder)
-        blob = export(run, weights, val, folder)  # before any diagnostic: a run that dies later has its artifact
+
+def check_data(job: Job, val: Validation) -> None:
+    """Whether this validation split and tokenizer suit the settings and the file. Raises UserError."""
+    if job.tokenizer_sha256 not in (None, val.tokenizer_sha256):
+        raise UserError(f"{val.tokenizer_path} is not the tokenizer that the file was made with; set TOKENIZER_PATH")
+    check_chunks(job.hp, val.targets)
+
+
+def run_job(job: Job, ranks: Ranks) -> int:
+    """The whole run after the settings are known. Returns the exit code."""
+    run = prepare(job, ranks)
+    try:
+        return carry_out(run, job)
+    except LimitError as error:
+        run.log(f"limit: {error}", console=False)
+        raise
+
+
+def carry_out(run: Run, job: Job) -> int:
+    """Train or take up what is there, export, read back, score. Returns the exit code."""
+    hp, log = run.hp, run.log
+    result: dict[str, Any] = dict(run_id=run.folder.name, mode="train", steps=None, train_tokens=None, exported=None)
+    trainer = None
+    if hp.eval_only:
+        result["mode"], blob = "eval_only", job.blob
     elif hp.export_only:
         log(f"export_only: weights from {hp.weights_path}; this is no timed run")
-        blob = export(run, {name: stored.dequantize() for name, stored in job.tensors.items()}, val, folder)
-    header, tensors = unpack_artifact(blob)
-    compressor = COMPRESSORS[blob[6]]
-    log(f"Serialized model int6+{compressor}: {len(blob)} bytes")
-    log(f"Code size: {len(source)} bytes")
-    log(f"Total submission size int6+{compressor}: {len(blob) + len(source)} bytes")
-    if trainer is not None:
-        scores = {f"float_{name}": s for name, s in trainer.diagnose().items()}
-        trainer = None  # frees its memory before the evaluation
-    scores |= evaluate(run, tensors, val)
-    return finish(run, result, scores, val, stream, blob, source, folder)
+        result["mode"] = "export_only"
+        blob = export(run, {name: stored.dequantize() for name, stored in job.tensors.items()})
+    else:
+        trainer = Trainer(run)
+        trainer.warm_up()
+        trainer.train()
+        source, weights = trainer.exported_weights()
+        result |= dict(steps=trainer.step, train_tokens=trainer.step * hp.train_batch_tokens, exported=source)
+        if hp.save_weights and run.ranks.is_main:
+            save_weights(run, weights)
+        blob = export(run, weights)  # before any diagnostic: a run that dies later has its artifact
+    _, tensors = unpack_artifact(blob)
+    label = f"int6+{COMPRESSORS[blob[6]]}"
+    log(f"Serialized model {label}: {len(blob)} bytes")
+    log(f"Code size: {len(run.source)} bytes")
+    log(f"Total submission size {label}: {len(blob) + len(run.source)} bytes")
+    scores = {f"float_{name}": s for name, s in trainer.diagnose().items()} if trainer is not None else {}
+    trainer = None  # frees its memory before the evaluation
+    scores |= evaluate(run, tensors)
+    return finish(run, result, scores, blob)
 
 
-def check_job(job: Job, val: Validation, ranks: Ranks) -> None:
-    """What can only be known with the data at hand, before any work. Raises UserError."""
-    if job.tokenizer_sha256 not in (None, val.tokenizer_sha256):
-        raise UserError(
-            f"tokenizer {val.tokenizer_path} is not the one that the file was made with; set TOKENIZER_PATH"
-        )
-    check_chunks(job.hp, len(val.tokens) - 1)
-
-
-def finish(
-    run: Run,
-    result: dict,
-    scores: Mapping[str, Score],
-    val: Validation,
-    stream: TokenStream | None,
-    blob: bytes,
-    source: bytes,
-    folder: Path,
-) -> int:
+def finish(run: Run, result: dict, scores: Mapping[str, Score], blob: bytes) -> int:
     """The `result` line and file, and the exit code: 3 where code and artifact exceed the cap."""
-    hp, ranks, log, seconds = run.hp, run.ranks, run.log, run.phases.seconds
+    hp, log, val, seconds = run.hp, run.log, run.val, run.phases.seconds
     for name, spent in seconds.items():
         log(f"phase:{name} seconds:{spent:.2f}")
     headline = list(scores)[-1]
-    size = len(blob) + len(source)
+    size = len(blob) + len(run.source)
     result |= dict(
         seed=hp.seed,
         settings_hash=hp.settings_hash(),
-        code_sha256=hashlib.sha256(source).hexdigest(),
+        code_sha256=hashlib.sha256(run.source).hexdigest(),
         artifact_sha256=hashlib.sha256(blob).hexdigest(),
-        train_fingerprint=data_fingerprint(stream.paths) if stream is not None else None,
+        train_fingerprint=data_fingerprint(run.stream.paths) if run.stream is not None else None,
         val_fingerprint=val.fingerprint,
         tokenizer_sha256=val.tokenizer_sha256,
-        world_size=ranks.size,
-        device=device_name(ranks.device),
+        world_size=run.ranks.size,
+        device=device_name(run.ranks.device),
         torch=torch.__version__,
         dtype=str(run.dtype).removeprefix("torch."),
         train_seconds=seconds.get("train", 0.0),
         eval_seconds=seconds.get("score", 0.0) + seconds.get("adapt", 0.0),
         phase_seconds=seconds,
-        bytes_code=len(source),
+        peak_memory_mib=peak_memory_mib(run.ranks.device)[0],
+        bytes_code=len(run.source),
         bytes_artifact=len(blob),
         bytes_total=size,
         bytes_cap=hp.artifact_cap_bytes,
@@ -2338,10 +2370,10 @@ def finish(
         headline=dict(label=headline, val_loss=scores[headline].loss, val_bpb=scores[headline].bpb),
     )
     line = json.dumps(result)
-    if ranks.is_main:
-        write_atomic(folder / "result.json", (line + "\n").encode())
-        artifact = hp.artifact_path or folder / "artifact.pgolf"
-        log(f"files: log {log.path} artifact {artifact} result {folder / 'result.json'}")
+    if run.ranks.is_main:
+        artifact, file = hp.artifact_path or run.folder / "artifact.pgolf", run.folder / "result.json"
+        write_atomic(file, (line + "\n").encode())
+        log(f"files: log {log.path} artifact {artifact} result {file}")
     over = size - hp.artifact_cap_bytes
     if over > 0:
         log(f"limit: code and artifact are {size} bytes, {over} over ARTIFACT_CAP_BYTES={hp.artifact_cap_bytes}")
@@ -2369,8 +2401,11 @@ def main(argv: Sequence[str], environ: Mapping[str, str]) -> int:
             print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
     except LimitError as error:
-        print(f"limit: {error}", file=sys.stderr, flush=True)
+        if environ.get("RANK", "0") == "0":
+            print(f"limit: {error}", file=sys.stderr, flush=True)
         return 3
+    except KeyboardInterrupt:
+        return 130
     finally:
         if ranks is not None:
             ranks.close()
