@@ -26,7 +26,7 @@ REAL_TEXT_DIR = Path(os.environ.get("REAL_TEXT_DIR") or ROOT.parent / "shared" /
 
 @pytest.fixture(scope="session")
 def real_text() -> Path:
-    """Folder with real documents and tokenizers: webmix_train.jsonl.gz, fineweb_val_450.jsonl.gz, fineweb_*_bpe.model."""
+    """Folder with real documents: webmix_train.jsonl.gz, fineweb_val_450.jsonl.gz, fineweb_*_bpe.model."""
     if not (REAL_TEXT_DIR / "fineweb_val_450.jsonl.gz").exists():
         pytest.skip(f"no real text at {REAL_TEXT_DIR}; point REAL_TEXT_DIR at it")
     return REAL_TEXT_DIR
@@ -54,13 +54,14 @@ TINY_ENV = dict(
     EVAL_SEQ_LEN="32",
     TRAIN_BATCH_TOKENS="384",
     ITERATIONS="12",
-    WARMDOWN_ITERS="8",
+    WARMDOWN_ITERS="11",
     WARMUP_STEPS="1",
     MAX_WALLCLOCK_SECONDS="0",
     TRAIN_LOG_EVERY="5",
     VAL_LOSS_EVERY="6",
     MUON_MOMENTUM_WARMUP_STEPS="4",
     SWA_EVERY="1",
+    VAL_BATCH_SIZE="2048",
     EVAL_STRIDE="16",
     TTT_CHUNK_TOKENS="512",
     TTT_EPOCHS="1",

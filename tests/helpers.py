@@ -1,0 +1,91 @@
+"""Small builders that several test files share."""
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+
+import train_gpt as pg
+
+TINY = dict(
+    device="cpu",
+    dtype="fp32",
+    compile="0",
+    attention="sdpa",
+    vocab_size=48,
+    num_layers=3,
+    model_dim=24,
+    num_heads=4,
+    num_kv_heads=2,
+    mlp_mult=2.0,
+    rope_dims=4,
+    xsa_last_n=1,
+    bigram_vocab_size=37,
+    bigram_dim=8,
+    ve_dim=8,
+    ve_layers="1,2",
+    train_seq_len=16,
+    train_batch_tokens=64,
+    iterations=8,
+    max_wallclock_seconds=0.0,
+    warmdown_iters=4,
+    warmup_steps=0,
+    eval_seq_len=16,
+    eval_stride=4,
+    val_batch_size=64,
+    ttt_chunk_tokens=24,
+    ttt_epochs=2,
+    ttt_batch_seqs=2,
+    ttt_lr=0.05,
+)
+
+
+def tiny_hp(**changes: Any) -> pg.Hyperparameters:
+    """Settings of a model of three narrow layers with every technique on."""
+    return pg.Hyperparameters(**{**TINY, **changes})
+
+
+def single_rank(hp: pg.Hyperparameters | None = None) -> pg.Ranks:
+    """One process without torchrun."""
+    return pg.Ranks(hp or tiny_hp(), {})
+
+
+def randomize(model: torch.nn.Module, seed: int = 0, std: float = 0.3) -> torch.nn.Module:
+    """Give every parameter ordinary random values: a fresh model has zero outputs, which hides most mistakes."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            spread = std if p.dim() < 2 or "resid_mix" in name else 1 / math.sqrt(p.size(-1))
+            centre = 1.0 if name.endswith(("scale", "q_gain", "resid_mix", "skip_weights")) else 0.0
+            p.copy_(centre + spread * torch.randn(p.shape, generator=generator))
+    return model
+
+
+def build_model(
+    hp: pg.Hyperparameters | None = None,
+    context: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    seed: int | None = 0,
+) -> pg.GPT:
+    """A GPT with random weights for TRAIN_SEQ_LEN or `context`; seed None: as init_weights leaves it."""
+    hp = hp or tiny_hp()
+    model = pg.GPT(hp, context or hp.train_seq_len, pg.sdpa, dtype)
+    if seed is None:
+        pg.init_weights(model, hp)
+        return model
+    return randomize(model, seed)
+
+
+def random_tokens(n: int, vocab_size: int = 48, seed: int = 0, document: int = 11) -> np.ndarray:
+    """(n,) uint16 that start with BOS and have one about every `document` tokens; no other control token."""
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(4, vocab_size, n).astype(np.uint16)
+    tokens[rng.random(n) < 1 / document] = pg.BOS_ID
+    tokens[0] = pg.BOS_ID
+    return tokens
+
+
+def weights_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """A copy of every parameter by name."""
+    return {name: p.detach().clone() for name, p in model.named_parameters()}

@@ -1,0 +1,404 @@
+"""The model against a plain reference, its causality, its switches and its initial values."""
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import build_model, random_tokens, randomize, single_rank, tiny_hp, weights_of
+
+import train_gpt as pg
+
+
+def batch(*rows: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(np.stack(rows).astype(np.int64))
+
+
+def losses(model: pg.GPT, tokens: np.ndarray) -> torch.Tensor:
+    """(T-1,) nats of one sequence's own next tokens."""
+    text = batch(tokens)
+    with torch.no_grad():
+        return model(text[:, :-1], text[:, 1:])[0]
+
+
+# The reference: one sequence, one position, one head at a time, in float64.
+
+
+def ref_rms(x):
+    return x / (x.square().mean(-1, keepdim=True) + torch.finfo(torch.float32).eps).sqrt()
+
+
+def int32(x: int) -> int:
+    return (x + 2**31) % 2**32 - 2**31
+
+
+def ref_bigram_row(tokens, i: int, rows: int) -> int:
+    if i == 0 or tokens[i] == 1:
+        return rows - 1
+    return (int32(36313 * int(tokens[i])) ^ int32(27191 * int(tokens[i - 1]))) % (rows - 1)
+
+
+def ref_rotate(x, position: int, hp, context: int):
+    d = hp.rope_dims or len(x)
+    base = hp.rope_base * max(1, context / hp.train_seq_len) ** (d / (d - 2))
+    y = x.clone()
+    for j in range(d // 2):
+        angle = position * base ** (-2 * j / d)
+        c, s = math.cos(angle), math.sin(angle)
+        y[j] = x[j] * c + x[j + d // 2] * s
+        y[j + d // 2] = -x[j] * s + x[j + d // 2] * c
+    return y
+
+
+def ref_attention(x, ve, layer: int, hp, w, context: int):
+    length, width = len(x), hp.model_dim // hp.num_heads
+    group = hp.num_heads // hp.num_kv_heads
+    name = f"blocks.{layer}.attn"
+    q, k, v = (x @ w[f"{name}.{part}.weight"].T for part in "qkv")
+    if f"{name}.ve_scale" in w:
+        v = v + ve * w[f"{name}.ve_scale"]
+    y = torch.zeros(length, hp.num_heads, width, dtype=torch.float64)
+    for h in range(hp.num_heads):
+        mine, shared = slice(h * width, (h + 1) * width), slice(h // group * width, (h // group + 1) * width)
+        keys = torch.stack([ref_rotate(ref_rms(k[t, shared]), t, hp, context) for t in range(length)])
+        for t in range(length):
+            query = ref_rotate(ref_rms(q[t, mine]), t, hp, context) * w[f"{name}.q_gain"][h]
+            share = torch.softmax(keys[: t + 1] @ query / math.sqrt(width), 0)
+            out = share @ v[: t + 1, shared]
+            if layer >= hp.num_layers - hp.xsa_last_n:
+                unit = v[t, shared] / v[t, shared].norm()
+                out = out - (out @ unit) * unit
+            y[t, h] = out
+    return y.flatten(1) @ w[f"{name}.out.weight"].T
+
+
+def ref_mlp(x, layer: int, hp, w):
+    z = x @ w[f"blocks.{layer}.mlp.up.weight"].T
+    return torch.where(z > 0, z, hp.leaky_relu_slope * z) ** 2 @ w[f"blocks.{layer}.mlp.down.weight"].T
+
+
+def ref_logits(tokens, hp, weights, context: int):
+    w = {name: value.double() for name, value in weights.items()}
+    x = w["tok_emb.weight"][tokens]
+    if hp.bigram_vocab_size:
+        rows = [ref_bigram_row(tokens, i, hp.bigram_vocab_size) for i in range(len(tokens))]
+        x = x + w["bigram.scale"] * (w["bigram.table.weight"][rows] @ w["bigram.proj.weight"].T)
+    x = ref_rms(x)
+    if hp.smear_gate_enabled:
+        share = 1 / (1 + torch.exp(-w["smear.gate"]))
+        keep = [i == 0 or tokens[i] == 1 for i in range(len(tokens))]
+        x = torch.stack([x[i] if keep[i] else x[i] + share * (x[i - 1] - x[i]) for i in range(len(tokens))])
+    ve = None
+    if hp.ve_enabled:
+        table = w["value_embedding.table.weight"][tokens]
+        ve = w["value_embedding.scale"] * (table @ w["value_embedding.proj.weight"].T)
+    x0, stack, half = x, [], hp.num_layers // 2 if hp.unet_skips else 0
+    for layer in range(hp.num_layers):
+        name = f"blocks.{layer}"
+        if layer >= half and stack:
+            x = x + w["skip_weights"][layer - half] * stack.pop()
+        scale = 1 / math.sqrt(layer + 1) if hp.ln_scale else 1.0
+        u = w[f"{name}.resid_mix"][0] * x + w[f"{name}.resid_mix"][1] * x0
+        u = u + w[f"{name}.attn_scale"] * ref_attention(ref_rms(u) * scale, ve, layer, hp, w, context)
+        x = u + w[f"{name}.mlp_scale"] * ref_mlp(ref_rms(u) * scale, layer, hp, w)
+        if layer < half:
+            stack.append(x)
+    z = ref_rms(x) @ (w["tok_emb.weight"] if hp.tie_embeddings else w["lm_head.weight"]).T
+    return hp.logit_softcap * torch.tanh(z / hp.logit_softcap)
+
+
+NOTHING = dict(
+    bigram_vocab_size=0, smear_gate_enabled=False, ve_enabled=False, xsa_last_n=0, ln_scale=False, unet_skips=False
+)
+
+
+@pytest.mark.parametrize(
+    "changes, context",
+    [
+        (dict(), 16),
+        (NOTHING, 16),
+        (dict(num_layers=5, xsa_last_n=3, ve_layers="0,3", num_kv_heads=1, logit_softcap=2.0), 16),
+        (dict(num_layers=4, num_kv_heads=4, tie_embeddings=False, leaky_relu_slope=0.1), 16),
+        (dict(rope_dims=0, train_seq_len=8, rope_base=50.0, mlp_mult=1.3), 16),
+        (dict(num_layers=1, ve_layers="0", leaky_relu_slope=0.0), 16),
+    ],
+    ids=["all", "nothing", "five-layers", "untied", "ntk", "one-layer"],
+)
+def test_model_equals_plain_reference(changes, context):
+    hp = tiny_hp(**changes)
+    model = build_model(hp, context, seed=3)
+    tokens = random_tokens(14, seed=5, document=5)
+    with torch.no_grad():
+        ours = model.logits(batch(tokens))[0].double()
+    torch.testing.assert_close(ours, ref_logits(tokens, hp, weights_of(model), context), atol=2e-4, rtol=2e-4)
+
+
+def test_bigram_hash_wraps_in_int32():
+    hash_ = randomize(pg.BigramHash(1009, 4, 8))
+    tokens = np.array([1, 65535, 60000, 59999, 1, 7, 65535, 65535], dtype=np.int64)
+    starts = torch.tensor([[i == 0 or t == 1 for i, t in enumerate(tokens)]])
+    rows = [ref_bigram_row(tokens, i, 1009) for i in range(len(tokens))]
+    assert rows[0] == rows[4] == 1008 and max(np.delete(rows, [0, 4])) < 1008
+    expected = F.linear(hash_.table.weight[rows], hash_.proj.weight) * hash_.scale
+    torch.testing.assert_close(hash_(batch(tokens), starts, torch.float32)[0], expected)
+
+
+def test_exclude_own_value_leaves_nothing_along_the_groups_value():
+    generator = torch.Generator().manual_seed(0)
+    y, v = torch.randn(2, 5, 6, 8, generator=generator), torch.randn(2, 5, 3, 8, generator=generator)
+    out = pg.exclude_own_value(y, v)
+    along = (out * v.repeat_interleave(2, dim=2)).sum(-1)
+    assert along.abs().max() < 1e-5
+    assert (out - y).abs().max() > 0.1
+
+
+# Forward, logits, context
+
+
+def test_forward_is_the_unreduced_cross_entropy_of_logits():
+    model, tokens = build_model(), batch(random_tokens(17), random_tokens(17, seed=1))
+    with torch.no_grad():
+        nats, logits = model(tokens[:, :-1], tokens[:, 1:]), model.logits(tokens[:, :-1])
+    assert nats.shape == (2, 16) and nats.dtype == torch.float32
+    log_probabilities = logits.log_softmax(-1)
+    torch.testing.assert_close(nats, -log_probabilities.gather(-1, tokens[:, 1:, None])[..., 0])
+    torch.testing.assert_close(log_probabilities.exp().sum(-1), torch.ones(2, 16))
+    assert logits.size(-1) == 48
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fewer_targets_are_the_tail_of_the_full_forward(dtype):
+    model, tokens = build_model(dtype=dtype), batch(random_tokens(17), random_tokens(17, seed=1))
+    with torch.no_grad():
+        full = model(tokens[:, :-1], tokens[:, 1:])
+        for count in (1, 4, 15):
+            tail = model(tokens[:, :-1], tokens[:, 1:][:, -count:])
+            torch.testing.assert_close(tail, full[:, -count:], atol=1e-5 if dtype == torch.float32 else 0.1, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_changed_token_leaves_earlier_scores_bit_identical(dtype):
+    hp = tiny_hp(train_seq_len=64, train_batch_tokens=64)
+    model, tokens = build_model(hp, dtype=dtype), random_tokens(65)
+    before = losses(model, tokens)
+    for t in (1, 2, 17, 40, 63):
+        changed = tokens.copy()
+        changed[t] = 5 if tokens[t] != 5 else 6
+        after = losses(model, changed)
+        assert torch.equal(before[: t - 1], after[: t - 1]), f"token {t} reaches back"
+        assert not torch.equal(before[t:], after[t:]), f"token {t} has no effect on what follows"
+
+
+def test_smear_and_bigram_do_not_cross_documents():
+    model = build_model()
+    first, second = np.array([1, 5, 6, 7], dtype=np.int64), np.array([1, 9, 8, 7, 6], dtype=np.int64)
+    x = torch.randn(1, 9, 24, generator=torch.Generator().manual_seed(0))
+
+    def outputs(tokens, x):
+        starts = batch(tokens) == 1
+        return model.bigram(batch(tokens), starts, torch.float32)[0], model.smear(x, starts)[0]
+
+    packed = outputs(np.concatenate([first, second]), x)
+    for alone, part in ((outputs(first, x[:, :4]), slice(0, 4)), (outputs(second, x[:, 4:]), slice(4, 9))):
+        for ours, theirs in zip(alone, packed, strict=True):
+            torch.testing.assert_close(ours, theirs[part], atol=1e-6, rtol=1e-6)
+    within = torch.lerp(x[0, 5], x[0, 4], model.smear.gate.sigmoid())
+    torch.testing.assert_close(packed[1][5], within)  # but it does act inside a document
+
+
+def test_trunk_restarts_smear_and_bigram_at_each_bos():
+    """The first block sees the same input for a document whether it is packed behind another or alone."""
+    model, seen = build_model(), []
+    model.blocks[0].register_forward_hook(lambda _, args, out: seen.append(args[1]))
+    first, second = np.array([1, 5, 6, 7], dtype=np.int64), np.array([1, 9, 8, 7], dtype=np.int64)
+    with torch.no_grad():
+        for tokens in (np.concatenate([first, second]), second, first):
+            model.logits(batch(tokens))
+    torch.testing.assert_close(seen[0][:, 4:], seen[1], atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(seen[0][:, :4], seen[2], atol=1e-6, rtol=1e-6)
+
+
+# Rotary
+
+
+def rotary_angles(rotary: pg.Rotary) -> torch.Tensor:
+    """Frequencies (dims/2,), read from the tables at position 1."""
+    return torch.atan2(rotary.sin[1, 0], rotary.cos[1, 0])
+
+
+def test_the_training_context_leaves_base_frequencies_alone():
+    for length in (16, 32):
+        model = build_model(tiny_hp(train_seq_len=length, train_batch_tokens=64, rope_base=100.0, rope_dims=6))
+        expected = 100.0 ** (-torch.tensor([0.0, 2.0, 4.0]) / 6)
+        torch.testing.assert_close(rotary_angles(model.blocks[0].attn.rotary), expected)
+
+
+def test_a_longer_context_applies_the_ntk_rule_once_and_a_shorter_one_never():
+    hp = tiny_hp(rope_base=100.0, rope_dims=6)
+    stretched = (100.0 * 2 ** (6 / 4)) ** (-torch.tensor([0.0, 2.0, 4.0]) / 6)
+    plain = 100.0 ** (-torch.tensor([0.0, 2.0, 4.0]) / 6)
+    for context, expected in ((32, stretched), (8, plain)):
+        for block in build_model(hp, context).blocks:
+            torch.testing.assert_close(rotary_angles(block.attn.rotary), expected)
+
+
+def test_rotation_of_a_position_does_not_depend_on_the_inputs_length():
+    rotary = build_model(context=64).blocks[0].attn.rotary
+    x = torch.randn(1, 64, 2, 6, generator=torch.Generator().manual_seed(0))
+    full = rotary(x)
+    for length in (1, 5, 17, 40):
+        assert torch.equal(rotary(x[:, :length]), full[:, :length])
+
+
+def test_rope_dims_zero_rotates_the_whole_head_and_four_rotate_four():
+    x = torch.randn(1, 8, 4, 6, generator=torch.Generator().manual_seed(0))
+    moved = {}
+    for dims in (0, 4, 6):
+        rotary = build_model(tiny_hp(rope_dims=dims)).blocks[0].attn.rotary
+        moved[dims] = rotary(x)
+    assert torch.equal(moved[0], moved[6])
+    assert torch.equal(moved[4][..., 4:], x[..., 4:])
+    assert (moved[4][:, 1:, :, :4] != x[:, 1:, :, :4]).all() and (moved[0][:, 1:] != x[:, 1:]).all()
+
+
+# Switches
+
+OFF = [
+    (dict(bigram_vocab_size=0), ("bigram.",)),
+    (dict(smear_gate_enabled=False), ("smear.",)),
+    (dict(ve_enabled=False), ("value_embedding.", "ve_scale")),
+    (dict(unet_skips=False), ("skip_weights",)),
+    (dict(tie_embeddings=True), ("lm_head",)),
+    (dict(xsa_last_n=0), ()),
+    (dict(ln_scale=False), ()),
+    (dict(leaky_relu_slope=0.0), ()),
+    (dict(rope_dims=0), ()),
+    (dict(logit_softcap=5.0), ()),
+]
+
+
+@pytest.mark.parametrize("off, absent", OFF, ids=[next(iter(off)) for off, _ in OFF])
+def test_a_technique_that_is_off_is_absent_and_changes_the_loss(off, absent):
+    base = dict(tie_embeddings=False) if "tie_embeddings" in off else {}
+    on = build_model(tiny_hp(**base))
+    without = pg.GPT(tiny_hp(**(base | off)), 16, pg.sdpa, torch.float32)
+    names = {name for name, _ in without.named_parameters()}
+    gone = {name for name, _ in on.named_parameters() if any(part in name for part in absent)}
+    assert bool(gone) == bool(absent)
+    assert names == {name for name, _ in on.named_parameters()} - gone
+    without.load_state_dict({name: w for name, w in weights_of(on).items() if name in names})
+    tokens = random_tokens(17)
+    assert (losses(on, tokens) - losses(without, tokens)).abs().max() > 1e-4
+
+
+def test_value_embeddings_act_in_their_layers_alone():
+    model = build_model(tiny_hp(ve_layers="1"))
+    assert [block.attn.ve_scale is not None for block in model.blocks] == [False, True, False]
+
+
+def test_qk_gain_init_reaches_every_query_head():
+    model = build_model(tiny_hp(qk_gain_init=2.5), seed=None)
+    assert all(torch.equal(block.attn.q_gain, torch.full((4,), 2.5)) for block in model.blocks)
+
+
+@pytest.mark.parametrize("field", ["mlp_mult", "num_kv_heads", "ve_dim", "bigram_dim", "num_layers"])
+def test_each_size_reaches_the_model(field):
+    hp = tiny_hp()
+    value = {"mlp_mult": 3.0, "num_kv_heads": 4}.get(field, getattr(hp, field) + 1)
+    sizes = [
+        sum(p.numel() for p in build_model(h).parameters()) for h in (hp, dataclasses.replace(hp, **{field: value}))
+    ]
+    assert sizes[0] < sizes[1]
+
+
+# Initial values
+
+EVERYTHING = [dict(), dict(tie_embeddings=False), NOTHING, dict(num_layers=12)]
+
+
+@pytest.mark.parametrize("changes", EVERYTHING, ids=["all", "untied", "nothing", "twelve-layers"])
+def test_every_parameter_has_one_initial_value_one_class_and_one_optimizer_row(changes):
+    hp = tiny_hp(**changes)
+    model = pg.GPT(hp, 16, pg.sdpa, torch.float32)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.fill_(float("nan"))
+    pg.init_weights(model, hp)
+    optimizers = pg.Optimizers(model, hp, single_rank(hp), torch.float32, False)
+    owners = [id(p) for p in optimizers.small] + [id(p) for bank in optimizers.banks for p in bank.parameters]
+    assert sorted(owners) == sorted(id(p) for p in model.parameters())
+    for name, p in model.named_parameters():
+        assert p.isfinite().all(), f"{name} was not initialized"
+        assert pg.tensor_class(name) in pg.STORAGE
+        assert sum(pg.tensor_class(name) in classes for classes in optimizers.rows) == 1
+
+
+def test_an_unknown_parameter_is_refused_everywhere():
+    hp = tiny_hp()
+    model = build_model(hp)
+    model.surprise = torch.nn.Parameter(torch.zeros(3))
+    with pytest.raises(RuntimeError, match="surprise"):
+        pg.tensor_class("surprise")
+    with pytest.raises(RuntimeError, match="surprise"):
+        pg.init_weights(model, hp)
+    with pytest.raises(RuntimeError, match="surprise"):
+        pg.Optimizers(model, hp, single_rank(hp), torch.float32, False)
+    with pytest.raises(RuntimeError, match="2 rules"):
+        pg.one_match("ab", {"one": "a.", "two": ".b"}, "rules")
+
+
+def test_a_class_without_an_optimizer_row_is_refused(monkeypatch):
+    monkeypatch.setitem(pg.TENSOR_CLASSES, "new", "surprise")
+    model = build_model()
+    model.surprise = torch.nn.Parameter(torch.zeros(3))
+    with pytest.raises(RuntimeError, match="parameters in optimizer rows"):
+        pg.Optimizers(model, tiny_hp(), single_rank(), torch.float32, False)
+
+
+def test_initial_weights_follow_the_seed():
+    one, same, other = (weights_of(build_model(tiny_hp(seed=s), seed=None)) for s in (1, 1, 2))
+    assert all(torch.equal(one[name], same[name]) for name in one)
+    drawn = [name for name in one if one[name].dim() == 2 and one[name].unique().numel() > 2]
+    assert len(drawn) > 10 and all(not torch.equal(one[name], other[name]) for name in drawn)
+    assert not torch.equal(one["blocks.0.attn.q.weight"], one["blocks.1.attn.q.weight"])
+
+
+def test_blocks_start_as_the_identity():
+    model = build_model(seed=None)
+    x, x0 = torch.randn(2, 1, 8, 24, generator=torch.Generator().manual_seed(0)).unbind()
+    ve = model.value_embedding(torch.arange(8)[None], torch.float32)
+    for block in model.blocks:
+        assert torch.equal(block(x, x0, ve), x)
+
+
+def test_initial_values_are_those_of_the_formulas():
+    hp = tiny_hp(vocab_size=512, tied_embed_init_std=0.02, tie_embeddings=False)
+    w = weights_of(build_model(hp, seed=None))
+    for name, value in w.items():
+        if name.endswith((".q.weight", ".k.weight", ".v.weight", ".up.weight", ".proj.weight")):
+            gram = value @ value.T if value.size(0) <= value.size(1) else value.T @ value
+            torch.testing.assert_close(gram, torch.eye(len(gram)), atol=1e-4, rtol=0)
+        if name.endswith((".out.weight", ".down.weight", "lm_head.weight", "bigram.table.weight", "smear.gate")):
+            assert not value.any()
+        if name.endswith(("attn_scale", "mlp_scale", "ve_scale", "skip_weights")):
+            assert (value == 1).all()
+        if name.endswith("resid_mix"):
+            assert (value[0] == 1).all() and not value[1].any()
+    assert w["tok_emb.weight"].std() == pytest.approx(0.02, rel=0.05)
+    assert w["value_embedding.table.weight"].std() == pytest.approx(0.01, rel=0.05)
+    assert w["bigram.scale"] == pytest.approx(0.05) and w["value_embedding.scale"] == pytest.approx(0.1)
+
+
+def test_every_parameter_learns_by_the_second_step():
+    hp = tiny_hp(grad_clip_norm=0.0)
+    model = build_model(hp, seed=None)
+    optimizers = pg.Optimizers(model, hp, single_rank(hp), torch.float32, False)
+    text = batch(*(random_tokens(17, seed=s) for s in range(4)))
+    for _ in range(2):
+        optimizers.zero_grad()
+        model(text[:, :-1], text[:, 1:]).mean().backward()
+        gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
+        optimizers.step(1.0, 0.9)
+    assert [name for name, g in gradients.items() if not g.any()] == []

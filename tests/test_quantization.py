@@ -1,0 +1,265 @@
+"""The quantizer's per-row choice, the storage classes, and fake quantization on the exporter's own grid."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import build_model, random_tokens, tiny_hp, weights_of
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import train_gpt as pg
+
+INT6, INT8 = "blocks.0.attn.q.weight", "tok_emb.weight"
+
+
+def normal(rows: int, cols: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(rows, cols, generator=torch.Generator().manual_seed(seed))
+
+
+def heavy_tailed(rows: int, cols: int, seed: int = 0) -> torch.Tensor:
+    return normal(rows, cols, seed) ** 5
+
+
+def on_grid(w: torch.Tensor, clip: torch.Tensor, q_max: int) -> torch.Tensor:
+    """Round to nearest with one fp16 scale per row, written without the code under test."""
+    scale = torch.from_numpy((clip / q_max).numpy().astype(np.float16).astype(np.float32))
+    codes = torch.round(w / torch.where(scale > 0, scale, torch.ones(()))).clamp(-q_max, q_max)
+    return torch.where(scale > 0, codes * scale, torch.zeros(()))
+
+
+def squared_error(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    return (a.double() - b.double()).square().sum(1)
+
+
+@pytest.mark.parametrize("cols", [1, 2, 3, 100, 1000, 1001, 1002, 5000])
+@pytest.mark.parametrize("make", [normal, heavy_tailed])
+def test_each_row_takes_the_best_of_four_quantiles_and_the_maximum(make, cols):
+    w = make(12, cols)
+    stored = pg.store(INT6, w)
+    candidates = [w.abs().amax(1, keepdim=True)]
+    candidates += [torch.quantile(w.abs(), q, dim=1, keepdim=True) for q in (0.999, 0.9995, 0.9999, 0.99999)]
+    errors = torch.stack([squared_error(on_grid(w, clip, 31), w) for clip in candidates])
+    ours = squared_error(stored.dequantize(), w)
+    assert (ours <= errors[0] * (1 + 1e-5)).all(), "worse than the maximum"
+    torch.testing.assert_close(ours, errors.min(0).values, rtol=2e-3, atol=0)
+
+
+def test_clipping_wins_where_it_should():
+    """Rows with outliers among thousands choose a quantile: the search is not idle."""
+    w = heavy_tailed(16, 4000)
+    maximum = (w.abs().amax(1, keepdim=True) / 31).half()
+    assert (pg.store(INT6, w).scale < maximum).any()
+    even = normal(16, 100).sign()
+    assert torch.equal(pg.store(INT6, even).scale, torch.full((16, 1), 1 / 31).half())
+
+
+@pytest.mark.parametrize("name, q_max", [(INT6, 31), (INT8, 127)])
+def test_codes_are_whole_and_in_range_and_scales_are_one_fp16_per_row(name, q_max):
+    stored = pg.store(name, heavy_tailed(20, 300))
+    assert stored.data.dtype == torch.int8 and stored.scale.dtype == torch.float16 and stored.scale.shape == (20, 1)
+    assert int(stored.data.abs().max()) == q_max
+    assert torch.equal(stored.dequantize(), stored.data.float() * stored.scale.float())
+
+
+@pytest.mark.parametrize("name, q_max", [(INT6, 31), (INT8, 127)])
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.lists(
+        st.lists(st.floats(-1e4, 1e4, width=32), min_size=9, max_size=9), min_size=1, max_size=6
+    )
+)  # fmt: skip
+def test_the_error_is_at_most_half_a_step_inside_the_clip(name, q_max, rows):
+    w = torch.tensor(rows)
+    stored = pg.store(name, w)
+    scale = stored.scale.float()
+    inside = w.abs() <= scale * q_max
+    error = (stored.dequantize() - w).abs()
+    assert (error <= scale * 0.5001)[inside & (scale > 0)].all()
+    assert (stored.dequantize()[(scale == 0).expand_as(w)] == 0).all()
+    clipped_to = (scale * q_max).expand_as(w)
+    assert torch.equal(stored.dequantize().abs()[~inside], clipped_to[~inside])
+
+
+@pytest.mark.parametrize("name", [INT6, INT8])
+def test_zero_rows_stay_zero_beside_ordinary_rows(name):
+    w = normal(4, 32)
+    w[1] = 0
+    back = pg.store(name, w).dequantize()
+    assert not back[1].any() and back.isfinite().all() and back[0].any()
+
+
+@pytest.mark.parametrize("name, levels", [(INT6, 31), (INT8, 127)])
+@pytest.mark.parametrize("size", [1e-4, 1e-3, 1e-1, 10.0, 1e4])
+def test_relative_precision_does_not_depend_on_a_rows_size(name, levels, size):
+    """A floor under the scale would leave small rows with a few levels or none."""
+    w = normal(8, 64)
+    unit = (pg.store(name, w).dequantize() - w).norm() / w.norm()
+    scaled = (pg.store(name, size * w).dequantize() - size * w).norm() / (size * w).norm()
+    assert unit < 1.5 / levels and scaled < 1.3 * unit
+
+
+@pytest.mark.parametrize("name, levels", [(INT6, 31), (INT8, 127)])
+def test_a_step_of_a_millionth_keeps_its_levels(name, levels):
+    """A floor under the scale (1/31 was published) would store such rows as zeros."""
+    w = normal(8, 64)
+    w *= 1e-6 * levels / w.abs().amax(1, keepdim=True)
+    stored = pg.store(name, w)
+    # fp16 says 1e-6 to within 3 %: as much of the largest weight may be clipped.
+    assert (stored.dequantize() - w).abs().max() < 0.5e-6 + 0.03e-6 * levels
+    assert stored.data.unique().numel() > levels / 2
+
+
+@pytest.mark.parametrize("name", [INT6, INT8])
+@pytest.mark.parametrize("size", [1e-5, 1e-6, 1e-7, 1e-8, 1e-40])
+def test_the_tiniest_rows_are_never_worse_than_zeros(name, size):
+    w = size * normal(8, 64)
+    back = pg.store(name, w).dequantize()
+    assert back.isfinite().all() and (squared_error(back, w) <= squared_error(0 * w, w)).all()
+
+
+@pytest.mark.parametrize("name", [INT6, INT8, "bigram.proj.weight", "blocks.0.attn_scale"])
+@pytest.mark.parametrize("size", [1e5, 1e6, 1e7, 1e30])
+def test_huge_finite_weights_are_stored_finite_or_refused(name, size):
+    w = normal(4, 2000)
+    w[2, 7] = size
+    try:
+        back = pg.store(name, w).dequantize()
+    except pg.LimitError:
+        return
+    assert back.isfinite().all(), "an export that cannot be read back"
+    assert (back[0] - w[0]).norm() < 0.1 * w[0].norm()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("name", [INT6, INT8, "bigram.proj.weight", "blocks.0.attn_scale", "smear.gate"])
+def test_non_finite_weights_are_a_broken_limit(name, bad):
+    w = normal(4, 8)
+    w[1, 2] = bad
+    with pytest.raises(pg.LimitError, match=name):
+        pg.store(name, w)
+
+
+def expected_kind(name: str) -> str:
+    if name.startswith("blocks.") and name.endswith(".weight"):
+        return "int6"
+    if name.endswith((".table.weight", "tok_emb.weight", "lm_head.weight")):
+        return "int8"
+    return "fp16" if name.endswith(".proj.weight") else "fp32"
+
+
+@pytest.mark.parametrize("dim", [8, 24, 64])
+def test_the_class_decides_the_kind_whatever_the_size(dim):
+    model = build_model(tiny_hp(model_dim=dim, num_heads=2, num_kv_heads=1, tie_embeddings=False))
+    weights = weights_of(model)
+    stored = pg.quantize(weights)
+    assert {name: t.kind for name, t in stored.items()} == {name: expected_kind(name) for name in weights}
+    for name, t in stored.items():
+        assert t.data.dtype == pg.KINDS[t.kind][0] and t.data.shape == weights[name].shape
+        if t.kind == "fp32":
+            assert torch.equal(t.dequantize(), weights[name])
+        if t.kind == "fp16":
+            assert torch.equal(t.dequantize(), weights[name].half().float())
+    kinds = [t.kind for t in stored.values()]
+    assert kinds == sorted(kinds, key=["int6", "int8", "fp16", "fp32"].index)
+
+
+# Fake quantization
+
+
+def text():
+    tokens = torch.from_numpy(random_tokens(33).astype(np.int64)).view(1, -1)
+    return tokens[:, :-1].view(2, 16), tokens[:, 1:].view(2, 16)
+
+
+def exported(model) -> dict[str, torch.Tensor]:
+    """The model's weights with every int6 matrix replaced by what the artifact would hold."""
+    weights = weights_of(model)
+    stored = pg.quantize(weights)
+    return {name: t.dequantize() if t.kind == "int6" else weights[name] for name, t in stored.items()}
+
+
+@pytest.fixture
+def fresh_dynamo():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_switching_on_after_a_compiled_call_gives_exactly_the_exported_forward(fresh_dynamo, dtype):
+    model = build_model(dtype=dtype)
+    qat = pg.QAT(model)
+    forward = torch.compile(model, backend="eager", dynamic=False, fullgraph=True)
+    before = forward(*text()).detach()
+    qat.switch(True)
+    on = forward(*text()).detach()
+    assert (on - before).abs().max() > 1e-3, "the compiled graph ignores the switch"
+
+    reference = pg.GPT(tiny_hp(), 16, pg.sdpa, dtype)
+    reference.load_state_dict(exported(model))
+    assert torch.equal(on, reference(*text()).detach())
+    assert torch.equal(model(*text()).detach(), on)
+
+    with torch.no_grad():
+        model.blocks[0].mlp.up.weight.mul_(1.7)
+        model.blocks[2].attn.q.weight[3] *= 0.2
+    reference.load_state_dict(exported(model))
+    assert not torch.equal(forward(*text()).detach(), reference(*text()).detach()), "scales cannot be fresh yet"
+    qat.refresh()
+    assert torch.equal(forward(*text()).detach(), reference(*text()).detach())
+
+    qat.switch(False)
+    reference.load_state_dict(weights_of(model))
+    assert torch.equal(forward(*text()).detach(), reference(*text()).detach())
+
+
+def test_switched_is_undone_at_the_end_of_its_block():
+    model = build_model()
+    qat = pg.QAT(model)
+    plain = model(*text()).detach()
+    qat.switch(True)
+    on = model(*text()).detach()
+    with qat.switched(False):
+        assert torch.equal(model(*text()).detach(), plain)
+    assert torch.equal(model(*text()).detach(), on)
+    with pytest.raises(KeyError), qat.switched(False):
+        raise KeyError
+    assert torch.equal(model(*text()).detach(), on) and qat.on
+
+
+def test_exactly_the_int6_matrices_are_covered():
+    model = build_model(tiny_hp(tie_embeddings=False))
+    covered = {id(layer.weight) for layer in pg.QAT(model).layers}
+    int6 = {id(p) for name, p in model.named_parameters() if expected_kind(name) == "int6"}
+    assert covered == int6 and len(int6) == 6 * 3
+
+
+@pytest.mark.parametrize("index", range(18))
+def test_each_int6_matrix_acts_through_its_grid(index):
+    model = build_model()
+    qat = pg.QAT(model)
+    before = model(*text()).detach()
+    qat.switch(True)
+    for i, layer in enumerate(qat.layers):
+        layer.fake_quant = i == index
+    assert (model(*text()).detach() - before).abs().max() > 0
+
+
+def test_the_gradient_passes_straight_through():
+    layer = pg.CastedLinear(6, 5)
+    x, up = normal(3, 6), normal(3, 5, seed=1)
+    with torch.no_grad():
+        layer.weight.copy_(heavy_tailed(5, 6))
+    layer.row_scale = pg.search_row_scales(layer.weight.detach(), 31) / 3  # clips much: no gradient may be lost there
+    layer.fake_quant = True
+    y = layer(x)
+    y.backward(up)
+    assert torch.equal(y.detach(), F.linear(x, pg.quantize_rows(layer.weight, layer.row_scale, 31) * layer.row_scale))
+    torch.testing.assert_close(layer.weight.grad, up.T @ x)
+
+
+def test_scales_are_no_part_of_the_weights():
+    model = build_model()
+    pg.QAT(model).switch(True)
+    assert set(model.state_dict()) == {name for name, _ in model.named_parameters()}

@@ -1,0 +1,717 @@
+"""Settings: read once, checked before any work, all of them alive."""
+
+import ast
+import dataclasses
+import functools
+import re
+import resource
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, clean_environ, run_here
+from helpers import TINY, random_tokens, single_rank, tiny_hp, weights_of
+
+import train_gpt as pg
+
+FIELDS = {f.name: f for f in dataclasses.fields(pg.Hyperparameters)}
+TREE = ast.parse((ROOT / "train_gpt.py").read_text("utf-8"))
+CLASSES = {node.name: node for node in TREE.body if isinstance(node, ast.ClassDef)}
+
+
+def from_env(**environ) -> pg.Hyperparameters:
+    return pg.Hyperparameters.from_env({name: str(value) for name, value in environ.items()})
+
+
+def refusal(**environ) -> str:
+    with pytest.raises(pg.UserError) as caught:
+        from_env(**environ)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def attribute_loads(tree: ast.AST) -> list[ast.Attribute]:
+    return [node for node in ast.walk(tree) if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)]
+
+
+# -----------------------------------------------------------------------------
+# VALUES
+# -----------------------------------------------------------------------------
+
+BOUNDS = [(f, side) for f in FIELDS.values() for side in ("lo", "hi") if f.metadata[side] is not None]
+
+
+@pytest.mark.parametrize("f, side", BOUNDS, ids=[f"{f.name}-{side}" for f, side in BOUNDS])
+def test_a_value_beyond_a_bound_is_refused_by_name(f, side):
+    bound, kind = f.metadata[side], type(f.default)
+    outside = bound + (1 if kind is int else 0.001) * (1 if side == "hi" else -1)
+    message = refusal(**{f.name.upper(): kind(outside)})
+    assert message == f"{f.name.upper()}={kind(outside)} must be at {'most' if side == 'hi' else 'least'} {bound}"
+    pg.check_value(f, kind(bound))  # bounds are inclusive
+
+
+def test_every_number_has_a_lower_bound():
+    numbers = [f for f in FIELDS.values() if type(f.default) in (int, float)]
+    assert [f.name for f in numbers if f.metadata["lo"] is None] == []
+
+
+CHOICES = [f for f in FIELDS.values() if f.metadata["choices"]]
+
+
+@pytest.mark.parametrize("f", CHOICES, ids=lambda f: f.name)
+def test_choices_are_enforced(f):
+    message = refusal(**{f.name.upper(): "else"})
+    assert message == f"{f.name.upper()}=else must be one of {', '.join(f.metadata['choices'])}"
+    assert f.default in f.metadata["choices"]
+    for choice in f.metadata["choices"]:
+        assert getattr(from_env(**{f.name.upper(): choice}), f.name) == choice
+
+
+@pytest.mark.parametrize("f", FIELDS.values(), ids=lambda f: f.name)
+def test_values_have_the_type_of_their_default(f):
+    name, wrong = f.name.upper(), {int: "1.5", float: "fast", bool: "yes"}.get(type(f.default))
+    assert f.type is type(f.default)
+    if wrong:
+        message = refusal(**{name: wrong})
+        assert message.startswith(f"{name}={wrong} must be ")
+    with pytest.raises(pg.UserError, match=rf"^{name}="):
+        pg.Hyperparameters(**{f.name: None})
+
+
+@pytest.mark.parametrize("text, value", [("1", True), ("0", False), ("true", True), ("False", False), (" TRUE ", True)])
+def test_spellings_of_truth(text, value):
+    assert from_env(LN_SCALE=text).ln_scale is value
+
+
+@pytest.mark.parametrize("text", ["", "yes", "no", "2", "on", "None"])
+def test_other_spellings_of_truth_are_refused(text):
+    assert "LN_SCALE=" in refusal(LN_SCALE=text)
+
+
+@pytest.mark.parametrize("text", ["nan", "inf", "-inf", "1e999"])
+@pytest.mark.parametrize("f", [f for f in FIELDS.values() if type(f.default) is float], ids=lambda f: f.name)
+def test_non_finite_numbers_are_refused(f, text):
+    assert "must be" in refusal(**{f.name.upper(): text})
+
+
+# -----------------------------------------------------------------------------
+# COMBINATIONS
+# -----------------------------------------------------------------------------
+
+ILLEGAL = [
+    (dict(NUM_HEADS=7), "NUM_HEADS=7 must divide MODEL_DIM=512"),
+    (dict(NUM_KV_HEADS=3), "NUM_KV_HEADS=3 must divide NUM_HEADS=8"),
+    (dict(MODEL_DIM=24, ROPE_DIMS=0), "MODEL_DIM/NUM_HEADS=3 must be even and at least 4"),
+    (dict(MODEL_DIM=16, ROPE_DIMS=0), "MODEL_DIM/NUM_HEADS=2 must be even and at least 4"),
+    (dict(ROPE_DIMS=2), "ROPE_DIMS=2 must be 0 or an even number from 4 to the head width 64"),
+    (dict(ROPE_DIMS=15), "ROPE_DIMS=15 must be 0 or an even number from 4 to the head width 64"),
+    (dict(ROPE_DIMS=66), "ROPE_DIMS=66 must be 0 or an even number from 4 to the head width 64"),
+    (dict(BIGRAM_VOCAB_SIZE=1), "BIGRAM_VOCAB_SIZE=1 leaves no row"),
+    (dict(XSA_LAST_N=12), "XSA_LAST_N=12 exceeds NUM_LAYERS=11"),
+    (dict(VE_LAYERS="9;10"), "VE_LAYERS='9;10' must be layer numbers"),
+    (dict(VE_LAYERS=""), "VE_LAYERS='' must be layer numbers"),
+    (dict(VE_LAYERS="9,-1"), "VE_LAYERS='9,-1' must be layer numbers"),
+    (dict(VE_LAYERS="9,11"), "VE_LAYERS=9,11 names a layer beyond the last, 10 (NUM_LAYERS=11)"),
+    (dict(EMA_ENABLED=0, SWA_SOURCE="ema"), "SWA_SOURCE=ema needs EMA_ENABLED=1"),
+    (dict(EVAL_STRIDE=2049), "EVAL_STRIDE=2049 exceeds EVAL_SEQ_LEN=2048"),
+    (dict(EVAL_STRIDE=0), "TTT_ENABLED=1 needs sliding windows"),
+    (dict(TTT_FREEZE_BLOCKS=12), "TTT_FREEZE_BLOCKS=12 exceeds NUM_LAYERS=11"),
+    (dict(EVAL_ONLY=1, EXPORT_ONLY=1), "EVAL_ONLY=1 and EXPORT_ONLY=1 exclude each other"),
+    (dict(EVAL_ONLY=1), "EVAL_ONLY=1 needs ARTIFACT_PATH"),
+    (dict(EXPORT_ONLY=1), "EXPORT_ONLY=1 needs WEIGHTS_PATH"),
+    (dict(ARTIFACT_PATH="a"), "ARTIFACT_PATH is read only with EVAL_ONLY=1"),
+    (dict(WEIGHTS_PATH="a"), "WEIGHTS_PATH is read only with EXPORT_ONLY=1"),
+    (dict(RUN_ID="a/b"), "RUN_ID='a/b' must be a file name"),
+    (dict(RUN_ID=".."), "RUN_ID='..' must be a file name"),
+    (dict(RUN_ID="a" * 129), "must be a file name"),
+]
+
+
+@pytest.mark.parametrize("environ, message", ILLEGAL, ids=lambda x: "-".join(x) if isinstance(x, dict) else "")
+def test_illegal_combinations_are_refused(environ, message):
+    assert message in refusal(**environ)
+
+
+UNEVEN = [
+    (dict(TRAIN_BATCH_TOKENS=2047), "TRAIN_BATCH_TOKENS=2047 must be a multiple of WORLD_SIZE=1 x TRAIN_SEQ_LEN=2048"),
+    (dict(MICRO_BATCH_TOKENS=2049), "MICRO_BATCH_TOKENS=2049 must be a multiple of TRAIN_SEQ_LEN=2048"),
+]
+
+
+@pytest.mark.parametrize("environ, message", UNEVEN)
+def test_a_batch_that_does_not_split_is_refused_when_training(environ, message, capsys):
+    assert pg.main([], {name: str(value) for name, value in environ.items()}) == 2
+    assert capsys.readouterr().err == f"error: {message}\n"
+
+
+def test_every_illegal_combination_has_a_test():
+    rules = [node for node in ast.walk(CLASSES["Hyperparameters"]) if isinstance(node, ast.Yield)]
+    reached = set()
+    for environ, _ in ILLEGAL:
+        hp = dataclasses.replace(pg.Hyperparameters())
+        for name, value in environ.items():
+            f = FIELDS[name.lower()]
+            object.__setattr__(hp, f.name, pg.parse_value(f, str(value)))
+        reached.add(next(i for i, (broken, _) in enumerate(hp.illegal_combinations()) if broken))
+    assert reached == set(range(len(rules)))
+
+
+LEGAL = [
+    dict(VE_ENABLED=0, VE_LAYERS="nonsense"),
+    dict(EVAL_STRIDE=0, TTT_ENABLED=0),
+    dict(EMA_ENABLED=0, SWA_SOURCE="raw"),
+    dict(EMA_ENABLED=0, SWA_ENABLED=0),
+    dict(ROPE_DIMS=0),
+    dict(ROPE_DIMS=64, NUM_KV_HEADS=8),
+    dict(BIGRAM_VOCAB_SIZE=0),
+    dict(TTT_FREEZE_BLOCKS=11, XSA_LAST_N=11),
+    dict(EVAL_STRIDE=2048),
+    dict(RUN_ID="a.b-c_2"),
+]
+
+
+@pytest.mark.parametrize("environ", LEGAL, ids=lambda x: "-".join(x))
+def test_legal_neighbours_are_accepted(environ):
+    from_env(**environ)
+
+
+def test_the_batch_must_split_over_the_ranks():
+    hp = pg.Hyperparameters(train_seq_len=32, train_batch_tokens=256)
+    assert hp.micro_batch(1) == 256 and hp.micro_batch(8) == 32
+    with pytest.raises(pg.UserError, match=r"^TRAIN_BATCH_TOKENS=256 must be a multiple of WORLD_SIZE=3 x"):
+        hp.micro_batch(3)
+    hp = dataclasses.replace(hp, micro_batch_tokens=96)
+    with pytest.raises(pg.UserError, match=r"^MICRO_BATCH_TOKENS=96 must divide a rank's 256 tokens"):
+        hp.micro_batch(1)
+
+
+def test_automatic_micro_batches_are_the_largest_that_fit_and_divide():
+    assert pg.Hyperparameters().micro_batch(8) == 98_304
+    assert pg.Hyperparameters().micro_batch(1) == 98_304
+    assert pg.Hyperparameters(train_batch_tokens=2048 * 49).micro_batch(1) == 2048 * 7  # 48 would fit
+    assert pg.Hyperparameters(train_seq_len=131_072, train_batch_tokens=262_144).micro_batch(1) == 131_072
+
+
+# -----------------------------------------------------------------------------
+# NAMES
+# -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name, meant",
+    [
+        ("MODEL_DIMS", "MODEL_DIM"),
+        ("MODELDIM", "MODEL_DIM"),
+        ("NUM_LAYER", "NUM_LAYERS"),
+        ("MATRIX_RL", "MATRIX_LR"),
+        ("TTT_CHUNK_TOKEN", "TTT_CHUNK_TOKENS"),
+        ("ITERATION", "ITERATIONS"),
+        ("EMA_ENABLE", "EMA_ENABLED"),
+        ("MUON_WEIGHT_DECA", "MUON_WEIGHT_DECAY"),
+        ("QAT_TRESHOLD", "QAT_THRESHOLD"),
+    ],
+)
+def test_near_misses_name_the_right_setting(name, meant):
+    assert refusal(**{name: "1"}) == f"unknown setting {name}; did you mean {meant}?"
+
+
+LONG_NAMES = [f.upper() for f in FIELDS if len(f) >= 7]
+
+
+@pytest.mark.parametrize("name", LONG_NAMES)
+def test_one_or_two_slips_in_any_long_name_are_caught(name):
+    for slip in (name[:-1], name + "Q", name[:2] + "Q" + name[3:], name[:3] + "QQ" + name[3:], name[:-2] + "QQ"):
+        assert pg.near_miss(slip, {n.upper(): 0 for n in FIELDS})
+
+
+def test_far_short_and_lower_case_names_are_left_alone():
+    from_env(MODEL_DIQQQ="1", SEEDS="1", DTYPES="1", BETA3="1", model_dims="1", Model_Dims="1")
+
+
+REALISTIC = """
+PATH HOME USER LOGNAME SHELL PWD OLDPWD SHLVL TERM LANG LC_ALL LC_CTYPE HOSTNAME EDITOR PAGER MAIL TMPDIR COLUMNS LINES
+DISPLAY DEBIAN_FRONTEND VIRTUAL_ENV VIRTUAL_ENV_PROMPT CONDA_PREFIX CONDA_DEFAULT_ENV PYTHONPATH PYTHONUNBUFFERED PS1
+MASTER_ADDR MASTER_PORT LOCAL_WORLD_SIZE GROUP_RANK ROLE_RANK ROLE_NAME GROUP_WORLD_SIZE ROLE_WORLD_SIZE NODE_RANK
+TORCHELASTIC_RUN_ID TORCHELASTIC_RESTART_COUNT TORCHELASTIC_MAX_RESTARTS TORCHELASTIC_USE_AGENT_STORE
+TORCHELASTIC_ERROR_FILE TORCH_NCCL_ASYNC_ERROR_HANDLING TORCH_LOGS TORCH_COMPILE_DEBUG TORCHINDUCTOR_CACHE_DIR
+CUDA_HOME CUDA_VISIBLE_DEVICES CUDA_DEVICE_ORDER CUDA_VERSION CUDA_LAUNCH_BLOCKING NVIDIA_VISIBLE_DEVICES
+NVIDIA_DRIVER_CAPABILITIES NCCL_DEBUG NCCL_IB_DISABLE NCCL_SOCKET_IFNAME GLOO_SOCKET_IFNAME OMP_NUM_THREADS
+OMP_WAIT_POLICY OMP_PROC_BIND MKL_NUM_THREADS KMP_AFFINITY GOMP_CPU_AFFINITY OPENBLAS_NUM_THREADS NUMEXPR_MAX_THREADS
+TOKENIZERS_PARALLELISM HF_HOME HF_TOKEN WANDB_API_KEY WANDB_PROJECT WANDB_MODE TRITON_CACHE_DIR LD_LIBRARY_PATH
+LD_PRELOAD RUNPOD_POD_ID RUNPOD_GPU_COUNT PUBLIC_KEY JUPYTER_TOKEN SSH_CLIENT SSH_CONNECTION SSH_TTY SSH_AUTH_SOCK
+XDG_RUNTIME_DIR XDG_SESSION_ID XDG_DATA_DIRS DBUS_SESSION_BUS_ADDRESS MOTD_SHOWN LS_COLORS LESSOPEN LESSCLOSE
+SLURM_JOB_ID SLURM_NTASKS SLURM_PROCID SLURM_LOCALID SLURM_NODEID SLURM_NNODES KUBERNETES_SERVICE_HOST
+KUBERNETES_PORT CI CI_COMMIT_SHA CI_JOB_ID CI_PIPELINE_ID CI_PROJECT_DIR GITHUB_ACTIONS GITHUB_RUN_ID GITHUB_SHA
+GITHUB_WORKSPACE GITHUB_REF GITHUB_JOB GITHUB_TOKEN GITLAB_CI GIT_AUTHOR_NAME RUNNER_OS RUNNER_TEMP RUNNER_ARCH
+BUILD_ID BUILD_NUMBER JOB_NAME WORKSPACE JENKINS_URL PYTEST_CURRENT_TEST PYTEST_VERSION MAKEFLAGS MAKELEVEL MFLAGS
+http_proxy https_proxy HTTP_PROXY HTTPS_PROXY NO_PROXY PIP_INDEX_URL PIP_CACHE_DIR REQUESTS_CA_BUNDLE SSL_CERT_FILE
+RANK LOCAL_RANK WORLD_SIZE REAL_TEXT_DIR MATCHED_FINEWEB_REPO_ID MATCHED_FINEWEB_REMOTE_ROOT_PREFIX _
+""".split()
+
+
+def test_a_realistic_environment_changes_nothing():
+    environ = {name: "x" for name in REALISTIC}
+    assert pg.Hyperparameters.from_env(environ) == pg.Hyperparameters()
+
+
+@pytest.mark.parametrize("prefix", ["TORCH", "CUDA", "NCCL", "GLOO", "OMP_", "PYTHON", "PYTEST", "HF_", "CI_"])
+def test_other_programs_prefixes_are_never_taken_for_ours(prefix):
+    names = {(prefix + "_X")[:10]: 0}
+    assert pg.near_miss((prefix + "_XY")[:11], names) is None
+
+
+@pytest.mark.parametrize(
+    "public, ours, text", [("QAT_THRESHOLD", "late_qat_threshold", "0.25"), ("SMEAR_GATE", "smear_gate_enabled", "0"),
+                           ("MUON_WEIGHT_DECAY", "muon_wd", "0.5")]
+)  # fmt: skip
+def test_public_names_set_our_settings(public, ours, text):
+    assert getattr(from_env(**{public: text}), ours) == pg.parse_value(FIELDS[ours], text) != FIELDS[ours].default
+    with pytest.raises(pg.UserError, match="contradicts another spelling of"):
+        from_env(**{public: text, ours.upper(): "1"})
+    from_env(**{public: text, ours.upper(): text})
+
+
+def test_every_public_name_leads_to_a_setting_and_is_no_setting_itself():
+    assert {ours.lower() for ours in pg.PUBLIC_NAMES.values()} <= set(FIELDS)
+    assert not {name.lower() for name in (*pg.PUBLIC_NAMES, *pg.NOT_HERE)} & set(FIELDS)
+
+
+@pytest.mark.parametrize("name", pg.NOT_HERE)
+def test_techniques_that_are_not_here_may_be_off_but_not_on(name):
+    off, advice = pg.NOT_HERE[name]
+    for text in off:
+        assert from_env(**{name: text}) == pg.Hyperparameters()
+    for text in ("1", "true", "3", ""):
+        assert refusal(**{name: text}) == f"{name}={text} is not offered here: {advice}; leave it out or set {off[0]}"
+
+
+# -----------------------------------------------------------------------------
+# PUBLISHED COMMANDS
+# -----------------------------------------------------------------------------
+
+PR_414 = """
+NUM_LAYERS=11 BIGRAM_VOCAB_SIZE=1536 XSA_LAST_N=4 EMA_ENABLED=1 EMA_DECAY=0.997 SWA_ENABLED=1 SWA_EVERY=50 ROPE_DIMS=16
+LN_SCALE=1 LATE_QAT=1 LATE_QAT_THRESHOLD=0.15 VE_ENABLED=1 VE_DIM=128 VE_LAYERS=9,10 TTT_ENABLED=1 TTT_LR=0.002
+TTT_EPOCHS=3 TTT_CHUNK_TOKENS=32768 TTT_FREEZE_BLOCKS=0 TTT_MOMENTUM=0.9 TTT_BATCH_SEQS=32 TTT_GRAD_CLIP=1.0
+MUON_WD=0.04 ADAM_WD=0.04 MATRIX_LR=0.025 SCALAR_LR=0.025 TIED_EMBED_LR=0.035 MUON_MOMENTUM=0.99
+MUON_MOMENTUM_WARMUP_START=0.92 MUON_MOMENTUM_WARMUP_STEPS=1500 WARMDOWN_ITERS=3500 ITERATIONS=9000
+MAX_WALLCLOCK_SECONDS=600 EVAL_STRIDE=64 SEED=1337
+"""
+OTHER = "BIGRAM_VOCAB_SIZE=2048 QAT_THRESHOLD=0.15 WARMDOWN_ITERS=3000 TTT_ENABLED=0 MTP_NUM_HEADS=0 "
+OTHER += "MTP_LOSS_WEIGHT=0.2 LAWA_ENABLED=0 DTG_ENABLED=0"
+
+
+def words(command: str) -> dict[str, str]:
+    return dict(word.split("=", 1) for word in command.split())
+
+
+def test_the_first_published_command_is_accepted():
+    changed = pg.Hyperparameters.from_env(words(PR_414)).changed()
+    assert changed == {"BIGRAM_VOCAB_SIZE": 1536, "LATE_QAT_THRESHOLD": 0.15}
+
+
+def test_the_second_published_command_is_accepted():
+    changed = pg.Hyperparameters.from_env(words(PR_414) | words(OTHER)).changed()
+    assert changed == {
+        "BIGRAM_VOCAB_SIZE": 2048, "LATE_QAT_THRESHOLD": 0.15, "WARMDOWN_ITERS": 3000, "TTT_ENABLED": False
+    }  # fmt: skip
+
+
+def test_the_defaults_are_those_of_the_first_recipe():
+    lines = (ROOT / "records" / "recipes" / "pr714.env").read_text("utf-8").splitlines()
+    environ = words(" ".join(line for line in lines if line and not line.startswith("#")))
+    assert len(environ) > 10
+    assert pg.Hyperparameters.from_env(environ).changed() == {}
+
+
+# -----------------------------------------------------------------------------
+# BEFORE ANY WORK
+# -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "arguments, environ, message",
+    [
+        ([], dict(NUM_HEADS=7), "error: NUM_HEADS=7 must divide MODEL_DIM=512"),
+        (["--help"], {}, "error: unknown argument --help; settings are environment variables"),
+    ],
+)
+def test_a_bad_start_is_one_line_exit_code_2_and_no_file(tmp_path, arguments, environ, message):
+    command = [sys.executable, ROOT / "train_gpt.py", *arguments]
+    ran = subprocess.run(command, cwd=tmp_path, env=clean_environ(**environ), capture_output=True, text=True)
+    assert (ran.returncode, ran.stdout) == (2, "")
+    assert ran.stderr.startswith(message) and ran.stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_settings_are_refused_before_the_process_group_is_made(monkeypatch, capsys):
+    monkeypatch.setattr(pg.dist, "init_process_group", lambda *_: pytest.fail("group made"))
+    environ = dict(RANK="0", WORLD_SIZE="3", LOCAL_RANK="0", TRAIN_SEQ_LEN="32", TRAIN_BATCH_TOKENS="64")
+    assert pg.main([], environ) == 2
+    assert capsys.readouterr().err.startswith("error: TRAIN_BATCH_TOKENS=64 must be a multiple of WORLD_SIZE=3")
+    assert pg.main([], environ | {"RANK": "1"}) == 2
+    assert capsys.readouterr().err == ""  # the main rank alone says it
+
+
+def test_a_missing_compressor_is_an_error_before_any_work(monkeypatch, tmp_path, tiny_data):
+    monkeypatch.setitem(sys.modules, "zstandard", None)
+    ran = run_here(tmp_path / "out", tiny_data, COMPRESSOR="zstd")
+    assert ran.code == 2 and ran.err.startswith("error: COMPRESSOR=zstd needs `pip install zstandard`")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_too_many_processes_on_a_host_is_said_once_by_someone(rank, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    world = dict(WORLD_SIZE="3", LOCAL_WORLD_SIZE="3")
+    assert pg.main([], dict(DEVICE="cuda", RANK=str(rank), LOCAL_RANK=str(rank), **world)) == 2
+    said = capsys.readouterr().err
+    assert ("3 processes on a host with 2 GPUs; lower --nproc_per_node" in said) if rank == 0 else said == ""
+
+
+# -----------------------------------------------------------------------------
+# IMPORT
+# -----------------------------------------------------------------------------
+
+BARE_IMPORT = """
+import sys
+for name in "sentencepiece zstandard flash_attn flash_attn_interface tqdm triton".split():
+    sys.modules[name] = None
+import torch
+torch.cuda.is_available = torch.cuda.device_count = torch.cuda.current_device = lambda *_: 1 / 0
+sys.path.insert(0, {root!r})
+import train_gpt
+h = train_gpt.Hyperparameters
+assert (h.model_dim, h.num_layers, h.vocab_size) == (512, 11, 1024)
+assert not torch.distributed.is_initialized() and not torch.cuda.is_initialized()
+"""
+
+
+def test_a_bare_import_needs_and_does_nothing(tmp_path):
+    command = [sys.executable, "-B", "-c", BARE_IMPORT.format(root=str(ROOT))]
+    environ = clean_environ(NUM_HEADS=7, MODEL_DIMS=1)  # settings are read by main, not by the import
+    ran = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True)
+    assert (ran.returncode, ran.stdout, ran.stderr) == (0, "", "")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_import_costs_little_more_than_torch(tmp_path):
+    def seconds(code: str) -> float:
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=clean_environ(), check=True)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+    ours, torchs = [], []
+    for _ in range(4):  # processor time, and the least of a few: the machine may be busy, and the first run compiles
+        torchs.append(seconds("import numpy, torch, torch.distributed"))
+        ours.append(seconds("import train_gpt"))
+        if min(ours) <= min(torchs) + 1.0:
+            break
+    assert min(ours) <= min(torchs) + 1.0
+
+
+# -----------------------------------------------------------------------------
+# HASH AND TABLE
+# -----------------------------------------------------------------------------
+
+
+def test_the_settings_hash_is_that_of_the_configuration():
+    base = pg.Hyperparameters().settings_hash()
+    same = dict(SEED=7, RUN_ID="other", OUT_DIR="else", DATA_PATH="there", TOKENIZER_PATH="t.model")
+    assert from_env(**same).settings_hash() == base
+    assert (
+        from_env(EVAL_ONLY=1, ARTIFACT_PATH="a").settings_hash()
+        == from_env(EVAL_ONLY=1, ARTIFACT_PATH="b").settings_hash()
+    )
+    others = dict(MATRIX_LR=0.03, NUM_LAYERS=12, EMA_DECAY=0.99, LATE_QAT=0, EVAL_STRIDE=32, DTYPE="fp32")
+    assert len({base} | {from_env(**{k: v}).settings_hash() for k, v in others.items()}) == 1 + len(others)
+
+
+def test_the_readme_holds_the_settings_table(capsys):
+    assert pg.main(["--settings"], {}) == 0
+    printed = capsys.readouterr().out.strip()
+    readme = ROOT / "README.md"
+    assert readme.exists(), "README.md is not written yet"
+    found = re.search(r"<!-- settings:begin -->\n(.*?)<!-- settings:end -->", readme.read_text("utf-8"), re.DOTALL)
+    assert found, "README.md lacks the settings:begin and settings:end markers"
+    assert found[1].strip() == printed, "put the output of `python train_gpt.py --settings` between the markers"
+
+
+def test_the_settings_table_names_every_setting_once():
+    rows = re.findall(r"^\| `([A-Z0-9_]+)` \|", pg.settings_table(), re.MULTILINE)
+    assert rows == [name.upper() for name in FIELDS]
+
+
+# -----------------------------------------------------------------------------
+# EVERY SETTING IS ALIVE
+# -----------------------------------------------------------------------------
+
+
+def test_every_setting_is_read():
+    read = {node.attr for node in attribute_loads(TREE)}
+    # Within the declaration, a check is no use: what only illegal_combinations reads does nothing.
+    rules = next(n for n in CLASSES["Hyperparameters"].body if getattr(n, "name", "") == "illegal_combinations")
+    in_rules = [node.attr for node in attribute_loads(rules)]
+    everywhere = [node.attr for node in attribute_loads(TREE)]
+    dead = [name for name in FIELDS if everywhere.count(name) - in_rules.count(name) < 1]
+    assert dead == [] and set(FIELDS) <= read
+
+
+@pytest.mark.parametrize("name", ["GPT", "Block", "Attention", "MLP", "Rotary", "BigramHash", "SmearGate",
+                                  "ValueEmbedding", "CastedLinear"])  # fmt: skip
+def test_the_model_reads_model_settings_only(name):
+    derived = {"head_dim", "mlp_dim", "ve_layer_ids"}
+    model = {n for n, f in FIELDS.items() if f.metadata["section"] == "model"}
+    read = {n.attr for n in attribute_loads(CLASSES[name]) if isinstance(n.value, ast.Name) and n.value.id == "hp"}
+    assert read <= model | derived
+    assert not read & {"seed", "iterations"} and "environ" not in ast.dump(CLASSES[name])
+    properties = [n for n in CLASSES["Hyperparameters"].body if getattr(n, "name", "") in derived]
+    assert {n.attr for p in properties for n in attribute_loads(p) if getattr(n.value, "id", "") == "self"} <= model
+
+
+class Lines(list):
+    """A log that only remembers."""
+
+    path = None
+
+    def __call__(self, line: str, console: bool = True) -> None:
+        self.append(line)
+
+
+STREAM = random_tokens(3000, seed=1)
+VAL = pg.Validation(random_tokens(300, seed=2), np.ones(299, np.int64), "", Path(), "0" * 64)
+
+
+class Memory:
+    """Tokens where the trainer expects shards."""
+
+    def read(self, start: int, count: int) -> np.ndarray:
+        return np.take(STREAM, np.arange(start, start + count), mode="wrap")
+
+    def __len__(self) -> int:
+        return len(STREAM)
+
+
+def make_run(hp: pg.Hyperparameters) -> pg.Run:
+    ranks = single_rank(hp)
+    return pg.Run(
+        hp=hp,
+        ranks=ranks,
+        log=Lines(),
+        phases=pg.Phases(ranks.device),
+        dtype=pg.activation_dtype(hp.dtype, ranks.device),
+        attend=pg.sdpa,
+        compile=hp.compile == "1",
+        val=VAL,
+        stream=Memory(),
+        folder=Path(),
+        source=b"",
+    )
+
+
+def train(**changes) -> pg.Trainer:
+    trainer = pg.Trainer(make_run(tiny_hp(**{"val_loss_every": 0, "swa_every": 1, "iterations": 8} | changes)))
+    trainer.warm_up()
+    trainer.train()
+    return trainer
+
+
+@functools.cache
+def trained(shared: tuple) -> pg.Trainer:
+    """The run that others are compared with."""
+    return train(**dict(shared))
+
+
+def differs(a: Mapping[str, torch.Tensor], b: Mapping[str, torch.Tensor]) -> bool:
+    if {n: w.shape for n, w in a.items()} != {n: w.shape for n, w in b.items()}:
+        return True
+    return max(float((a[n] - b[n]).abs().max()) for n in a) > 1e-6
+
+
+# Setting -> (changed value, what else both runs share). The raw trained weights must differ.
+UNTIED = dict(tie_embeddings=False)
+TRAINED = dict(
+    seed=(7, {}),
+    dtype=("bf16", {}),
+    vocab_size=(64, {}),
+    num_layers=(4, {}),
+    model_dim=(32, {}),
+    num_heads=(2, {}),
+    num_kv_heads=(4, {}),
+    mlp_mult=(1.0, {}),
+    leaky_relu_slope=(0.0, {}),
+    tie_embeddings=(False, {}),
+    rope_base=(100.0, {}),
+    rope_dims=(0, {}),
+    logit_softcap=(2.0, {}),
+    qk_gain_init=(1.0, {}),
+    ln_scale=(False, {}),
+    unet_skips=(False, {}),
+    xsa_last_n=(0, {}),
+    smear_gate_enabled=(False, {}),
+    bigram_vocab_size=(0, {}),
+    bigram_dim=(4, {}),
+    ve_enabled=(False, {}),
+    ve_dim=(4, {}),
+    ve_layers=("1", {}),
+    train_seq_len=(32, {}),
+    iterations=(7, dict(warmdown_iters=0)),
+    warmdown_iters=(0, {}),
+    train_batch_tokens=(128, {}),
+    embed_lr=(0.1, UNTIED),
+    head_lr=(0.1, UNTIED),
+    tied_embed_lr=(0.1, {}),
+    tied_embed_init_std=(0.05, {}),
+    matrix_lr=(0.1, {}),
+    scalar_lr=(0.1, {}),
+    muon_momentum=(0.5, dict(muon_momentum_warmup_steps=2)),
+    muon_momentum_warmup_start=(0.5, {}),
+    muon_momentum_warmup_steps=(2, {}),
+    muon_backend_steps=(2, {}),
+    muon_wd=(0.9, {}),
+    adam_wd=(0.9, {}),
+    beta1=(0.5, {}),
+    beta2=(0.5, {}),
+    adam_eps=(1e-2, {}),
+    grad_clip_norm=(1e-6, {}),
+    qat_enabled=(True, dict(late_qat=False)),
+    late_qat=(False, {}),
+    late_qat_threshold=(0.9, {}),
+)
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_a_setting_changes_the_trained_weights(name):
+    value, shared = TRAINED[name]
+    assert value != getattr(tiny_hp(**shared), name)
+    with_it, without = train(**shared, **{name: value}), trained(tuple(shared.items()))
+    assert differs(weights_of(with_it.model), weights_of(without.model))
+
+
+EXPORTED = dict(
+    ema_enabled=(False, dict(swa_enabled=False)),
+    ema_decay=(0.2, dict(swa_enabled=False)),
+    swa_enabled=(False, dict(warmdown_iters=40)),
+    swa_every=(2, dict(warmdown_iters=40)),
+    swa_source=("ema", dict(warmdown_iters=40)),
+)
+
+
+@pytest.mark.parametrize("name", EXPORTED)
+def test_an_averaging_setting_changes_what_is_exported_and_not_the_training(name):
+    value, shared = EXPORTED[name]
+    with_it, without = train(**shared, **{name: value}), trained(tuple(shared.items()))
+    assert not differs(weights_of(with_it.model), weights_of(without.model))
+    assert differs(with_it.exported_weights()[1], without.exported_weights()[1])
+
+
+@pytest.fixture(scope="module")
+def stored() -> dict[str, pg.Stored]:
+    return pg.quantize(train().exported_weights()[1])
+
+
+SCORED = dict(
+    eval_seq_len=(8, "final_int6_roundtrip"),
+    eval_stride=(8, "final_int6_sliding_window"),
+    ttt_lr=(0.5, "legal_ttt"),
+    ttt_epochs=(1, "legal_ttt"),
+    ttt_chunk_tokens=(48, "legal_ttt"),
+    ttt_freeze_blocks=(3, "legal_ttt"),
+    ttt_momentum=(0.0, "legal_ttt"),
+    ttt_batch_seqs=(1, "legal_ttt"),
+    ttt_grad_clip=(0.01, "legal_ttt"),
+)
+
+
+@pytest.mark.parametrize("name", SCORED)
+def test_an_evaluation_setting_changes_the_score(name, stored):
+    value, label = SCORED[name]
+    with_it = pg.evaluate(make_run(tiny_hp(**{name: value})), stored)
+    without = pg.evaluate(make_run(tiny_hp()), stored)
+    assert abs(with_it[label].loss - without[label].loss) > 1e-6
+    if label == "legal_ttt":
+        assert with_it["final_int6_sliding_window"] == without["final_int6_sliding_window"]
+
+
+def test_passes_can_be_left_out(stored):
+    assert list(pg.evaluate(make_run(tiny_hp(ttt_enabled=False)), stored))[-1] == "final_int6_sliding_window"
+    off = tiny_hp(ttt_enabled=False, eval_stride=0)
+    assert list(pg.evaluate(make_run(off), stored)) == ["final_int6_roundtrip"]
+
+
+def test_warmup_steps_run_and_are_undone():
+    warm, cold = train(warmup_steps=2), train(warmup_steps=0)
+    assert [line for line in warm.run.log if line.startswith("warmup")] == ["warmup_step:1/2", "warmup_step:2/2"]
+    assert not [line for line in cold.run.log if line.startswith("warmup")]
+    a, b = weights_of(warm.model), weights_of(cold.model)
+    assert all(torch.equal(a[n], b[n]) for n in a)
+
+
+def test_micro_batches_are_the_accumulated_parts():
+    # Fake quantization would turn a rounding difference into a step of the grid.
+    split, whole = train(micro_batch_tokens=16, late_qat=False), train(late_qat=False)
+    assert "world_size:1 grad_accum_steps:4" in split.run.log and "world_size:1 grad_accum_steps:1" in whole.run.log
+    a, b = weights_of(split.model), weights_of(whole.model)
+    assert all(torch.allclose(a[n], b[n], atol=1e-5) for n in a)
+
+
+def test_val_batch_size_bounds_a_scoring_forward():
+    counts = [pg.score_batch_windows(tiny_hp(val_batch_size=n), single_rank(), 16) for n in (1, 64, 128, 1 << 30)]
+    assert counts == [1, 4, 8, pg.SCORE_TOKENS["cpu"] // 16]
+
+
+def test_the_wallclock_cap_shortens_the_schedule_and_the_run():
+    capped, free = tiny_hp(max_wallclock_seconds=1.0, iterations=1000), tiny_hp(iterations=1000)
+    assert pg.lr_scale(0, capped, 800.0, 100.0) == pytest.approx(0.5) and pg.lr_scale(0, free, 800.0, 100.0) == 1.0
+    trainer = train(max_wallclock_seconds=0.2, iterations=10_000)
+    assert 0 < trainer.step < 10_000 and trainer.run.log[-2].startswith("stopping_early: wallclock_cap")
+
+
+def test_training_lines_come_as_often_as_asked():
+    def counted(pattern: str, **settings) -> int:
+        return sum(pattern in line for line in train(iterations=14, **settings).run.log)
+
+    assert [counted("train_loss", train_log_every=n) for n in (0, 2, 500)] == [0, 12, 10]
+    assert [counted("val_loss", val_loss_every=n) for n in (0, 5, 7)] == [0, 2, 1]
+
+
+def test_compile_asks_torch_to_compile(monkeypatch):
+    calls = []
+    monkeypatch.setattr(torch, "compile", lambda f, **_: (calls.append(f), f)[1])
+    train(compile="0")
+    assert calls == []
+    train(compile="1")
+    assert len(calls) == 2  # the model and Newton-Schulz
+
+
+def test_attention_kernels_are_chosen_by_name_or_refused():
+    cpu = torch.device("cpu")
+    chosen = {kind: pg.choose_attention(tiny_hp(attention=kind), cpu, torch.float32) for kind in ("sdpa", "matmul")}
+    assert chosen == {"sdpa": ("sdpa", pg.sdpa), "matmul": ("matmul", pg.matmul_attention)}
+    assert pg.choose_attention(tiny_hp(attention="auto"), cpu, torch.float32)[1] in (pg.sdpa, pg.matmul_attention)
+    for kind in ("fa2", "fa3"):
+        with pytest.raises(pg.UserError, match=f"ATTENTION={kind} needs CUDA; use ATTENTION=auto or sdpa"):
+            pg.choose_attention(tiny_hp(attention=kind), cpu, torch.float32)
+
+
+def test_a_device_that_is_missing_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert pg.Ranks(tiny_hp(device="auto"), {}).device == torch.device("cpu")
+    with pytest.raises(pg.UserError, match="DEVICE=cuda, but torch sees no CUDA device"):
+        pg.Ranks(tiny_hp(device="cuda"), {})
+
+
+def test_every_setting_has_a_liveness_test():
+    here = {"warmup_steps", "micro_batch_tokens", "val_batch_size", "max_wallclock_seconds", "train_log_every"}
+    here |= {"val_loss_every", "compile", "attention", "device", "ttt_enabled"}
+    chain = {"eval_only", "artifact_path", "save_weights", "export_only", "weights_path", "run_id", "out_dir"}
+    chain |= {"compressor", "artifact_cap_bytes", "data_path", "tokenizer_path"}  # in test_chain.py and test_data.py
+    tables = [*TRAINED, *EXPORTED, *SCORED, *here, *chain]
+    assert sorted(tables) == sorted(FIELDS)
+    assert TINY.keys() <= FIELDS.keys()
