@@ -21,6 +21,7 @@ Shapes are written with B batch, T tokens, D model width, H heads, K head width,
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import json
 import lzma
 import math
@@ -179,20 +180,12 @@ class Hyperparameters:
         yield s.bigram_vocab_size == 1, "BIGRAM_VOCAB_SIZE=1 leaves no row to hash into; use 0 (none) or at least 2"
         yield s.xsa_last_n > s.num_layers, f"XSA_LAST_N={s.xsa_last_n} exceeds NUM_LAYERS={s.num_layers}"
         yield (
-            s.ve_enabled and not all(re.fullmatch(r"\d{1,3}", x.strip()) for x in s.ve_layers.split(",")),
-            f"VE_LAYERS={s.ve_layers!r} must be layer numbers separated by commas, such as 9,10",
+            s.ve_enabled and not re.fullmatch(r"\s*\d{1,3}\s*(,\s*\d{1,3}\s*)*", s.ve_layers[:1024]),
+            f"VE_LAYERS={s.ve_layers[:32]!r} must be layer numbers separated by commas, such as 9,10",
         )
         yield (
-            s.ve_enabled and max(s.ve_layer_ids) >= s.num_layers,
+            s.ve_enabled and (len(s.ve_layers) > 1024 or max(s.ve_layer_ids) >= s.num_layers),
             f"VE_LAYERS={s.ve_layers} names a layer beyond the last, {s.num_layers - 1} (NUM_LAYERS={s.num_layers})",
-        )
-        yield (
-            s.train_batch_tokens % s.train_seq_len != 0,
-            f"TRAIN_BATCH_TOKENS={s.train_batch_tokens} must be a multiple of TRAIN_SEQ_LEN={s.train_seq_len}",
-        )
-        yield (
-            s.micro_batch_tokens % s.train_seq_len != 0,
-            f"MICRO_BATCH_TOKENS={s.micro_batch_tokens} must be a multiple of TRAIN_SEQ_LEN={s.train_seq_len}",
         )
         yield (
             s.swa_enabled and s.swa_source == "ema" and not s.ema_enabled,
@@ -241,13 +234,20 @@ class Hyperparameters:
         return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
 
     def micro_batch(self, world_size: int) -> int:
-        """Targets per forward pass of one rank; raises UserError where the batch cannot be split that way."""
+        """Targets per forward pass of one rank; raises UserError where the batch cannot be split that way.
+
+        Apart from the other rules because an artifact is scored at any world size, whatever batch trained it.
+        """
         if self.train_batch_tokens % (world_size * self.train_seq_len):
             raise UserError(
                 f"TRAIN_BATCH_TOKENS={self.train_batch_tokens} must be a multiple of WORLD_SIZE={world_size} "
                 f"x TRAIN_SEQ_LEN={self.train_seq_len}"
             )
         per_rank = self.train_batch_tokens // world_size
+        if self.micro_batch_tokens % self.train_seq_len:
+            raise UserError(
+                f"MICRO_BATCH_TOKENS={self.micro_batch_tokens} must be a multiple of TRAIN_SEQ_LEN={self.train_seq_len}"
+            )
         if self.micro_batch_tokens:
             if per_rank % self.micro_batch_tokens:
                 raise UserError(f"MICRO_BATCH_TOKENS={self.micro_batch_tokens} must divide a rank's {per_rank} tokens")
@@ -387,9 +387,10 @@ class Ranks:
         wants_cuda = hp.device == "cuda" or (hp.device == "auto" and torch.cuda.is_available())
         if wants_cuda and not torch.cuda.is_available():
             raise UserError("DEVICE=cuda, but torch sees no CUDA device; use DEVICE=cpu or a CUDA build of torch")
-        if wants_cuda and local_rank >= torch.cuda.device_count():
+        local_size = int(environ.get("LOCAL_WORLD_SIZE", local_rank + 1))
+        if wants_cuda and local_size > torch.cuda.device_count():
             count = torch.cuda.device_count()
-            raise UserError(f"more than {local_rank} processes on a host with {count} GPUs; lower --nproc_per_node")
+            raise UserError(f"{local_size} processes on a host with {count} GPUs; lower --nproc_per_node to {count}")
         self.device = torch.device("cuda", local_rank) if wants_cuda else torch.device("cpu")
         if wants_cuda:
             torch.cuda.set_device(self.device)
@@ -526,6 +527,7 @@ class Clock:
         self.durations: deque[float] = deque(maxlen=20)
         self._before, self._since = 0.0, None
         self._pending: tuple[Any, Tensor] | None = None
+        self.problem: str | None = None  # of this rank's data; all ranks learn of it with the agreed time
 
     def resume(self) -> None:
         synchronize(self.ranks.device)
@@ -545,18 +547,23 @@ class Clock:
 
     @property
     def step_ms(self) -> float | None:
-        """Median of the last 20 steps; None before there are any (an average would count the slow first step)."""
-        return statistics.median(self.durations) if self.durations else None
+        """Median of the last 20 steps; None before there are five: switches latch, and a slow first step is no measure
+        of the others."""
+        return statistics.median(self.durations) if len(self.durations) >= 5 else None
 
     def post(self, loss: Tensor) -> None:
         """End of a step: adopt the time agreed for the step before, and start agreeing on this one's."""
         elapsed = torch.full_like(loss, self.local_ms(), dtype=torch.float64)
-        posted = torch.stack([elapsed, (~loss.detach().isfinite()).double()])  # a NaN itself need not survive a maximum
+        broken = (~loss.detach().isfinite()).double()  # a NaN itself need not survive a maximum
+        posted = torch.stack([elapsed, torch.full_like(elapsed, 2.0) if self.problem else broken])
         self.collect()
         self._pending = (self.ranks.start_max(posted), posted)
 
     def collect(self) -> None:
-        """Wait for the posted step and adopt its time; raises LimitError if any rank's loss was not finite."""
+        """Wait for the posted step and adopt its time.
+
+        Raises, on all ranks alike, LimitError if any rank's loss was not finite and UserError if its data was bad.
+        """
         if self._pending is None:
             return
         handle, posted = self._pending
@@ -565,8 +572,14 @@ class Clock:
         self._pending = None
         self.durations.append(elapsed - self.elapsed_ms)
         self.elapsed_ms = elapsed
+        if broken == 2:
+            self.ranks.agree(self._raise_problem)
         if broken:
             raise LimitError("the training loss is no longer finite; lower MATRIX_LR, SCALAR_LR or TIED_EMBED_LR")
+
+    def _raise_problem(self) -> None:
+        if self.problem:
+            raise UserError(self.problem)
 
 
 def synchronize(device: torch.device) -> None:
@@ -701,37 +714,35 @@ class TokenStream:
 class BatchLoader:
     """Step i's batch is the same TRAIN_BATCH_TOKENS targets for every world size; a rank takes its part by arithmetic.
 
-    A thread reads one batch ahead; what it raises is raised by `next`.
+    A thread reads one batch ahead. Where the data are bad, a rank gets zeros and says why in `problem`: it still has to
+    finish the step with the others, and the clock then ends the run for all.
     """
 
     def __init__(self, stream: TokenStream, hp: Hyperparameters, ranks: Ranks, log: Log):
         self.stream, self.ranks, self.log = stream, ranks, log
         self.batch, self.length = hp.train_batch_tokens, hp.train_seq_len
         self.per_rank = self.batch // ranks.size
+        self.step, self.problem = 0, None
         self._batches: queue.Queue = queue.Queue(maxsize=1)
         threading.Thread(target=self._read_ahead, daemon=True, name="loader").start()
 
     def _read_ahead(self) -> None:
-        pinned = self.ranks.device.type == "cuda"
-        step = 0
-        while True:
+        for step in itertools.count():
+            start, problem = step * self.batch + self.ranks.rank * self.per_rank, None
             try:
-                start = step * self.batch + self.ranks.rank * self.per_rank
-                tokens = torch.from_numpy(self.stream.read(start, self.per_rank + 1).astype(np.int64))
-                self._batches.put((step, tokens.pin_memory() if pinned else tokens))
-            except Exception as error:  # handed to the training thread, which raises it
-                self._batches.put((step, error))
-                return
-            step += 1
+                tokens = self.stream.read(start, self.per_rank + 1)
+            except UserError as error:
+                tokens, problem = np.zeros(self.per_rank + 1), str(error)
+            batch = torch.from_numpy(tokens.astype(np.int64))
+            self._batches.put((batch.pin_memory() if self.ranks.device.type == "cuda" else batch, problem))
 
     def next(self) -> tuple[Tensor, Tensor]:
         """Inputs and targets of this rank for the next step, each (sequences, TRAIN_SEQ_LEN) int64 on the device."""
-        step, tokens = self._batches.get()
-        if isinstance(tokens, Exception):
-            raise tokens
-        epoch = (step + 1) * self.batch // len(self.stream)
-        if epoch > step * self.batch // len(self.stream):
-            self.log(f"train_loader:wrapped epoch:{epoch} step:{step} stream_tokens:{len(self.stream)}")
+        tokens, self.problem = self._batches.get()
+        epoch = (self.step + 1) * self.batch // len(self.stream)
+        if epoch > self.step * self.batch // len(self.stream):
+            self.log(f"train_loader:wrapped epoch:{epoch} step:{self.step} stream_tokens:{len(self.stream)}")
+        self.step += 1
         tokens = tokens.to(self.ranks.device, non_blocking=True)
         return tokens[:-1].view(-1, self.length), tokens[1:].view(-1, self.length)
 
@@ -808,9 +819,9 @@ class Validation(NamedTuple):
 
 def load_validation(hp: Hyperparameters) -> Validation:
     """The whole validation split, every id checked, and the bytes of each target. Raises UserError."""
-    path = find_tokenizer(hp)
+    shards, path = find_shards(hp, "val"), find_tokenizer(hp)
     counter = TokenBytes(path, hp.vocab_size)
-    stream = TokenStream(find_shards(hp, "val"), hp.vocab_size)
+    stream = TokenStream(shards, hp.vocab_size)
     tokens = stream.read(0, len(stream))
     problems = {
         "has fewer than two tokens": len(tokens) < 2,
@@ -1473,17 +1484,17 @@ def search_row_scales(w: Tensor, q_max: int) -> Tensor:
 
 
 def store(name: str, w: Tensor) -> Stored:
-    """One weight in the form that its class decides."""
+    """One weight in the form that its class decides. Raises LimitError where that form cannot hold it."""
     kind, w = STORAGE[tensor_class(name)], w.detach().float().cpu()
-    if not w.isfinite().all():
-        raise LimitError(f"{name} holds non-finite weights; nothing was exported")
-    if kind == "int6":
-        scale = search_row_scales(w, INT6_MAX)
-        return Stored(kind, quantize_rows(w, scale, INT6_MAX).to(torch.int8), scale.half())
-    if kind == "int8":
-        scale = fp16_scale(w.abs().amax(1, keepdim=True), INT8_MAX)
-        return Stored(kind, quantize_rows(w, scale, INT8_MAX).to(torch.int8), scale.half())
-    return Stored(kind, w.half() if kind == "fp16" else w, None)
+    if kind in ("int6", "int8"):
+        q_max = INT6_MAX if kind == "int6" else INT8_MAX
+        scale = search_row_scales(w, q_max) if kind == "int6" else fp16_scale(w.abs().amax(1, keepdim=True), q_max)
+        stored = Stored(kind, quantize_rows(w, scale, q_max).to(torch.int8), scale.half())
+    else:
+        stored = Stored(kind, w.half() if kind == "fp16" else w, None)
+    if not (w.isfinite().all() and stored.dequantize().isfinite().all()):
+        raise LimitError(f"{name} holds weights that are not finite or too large for {kind}; nothing was exported")
+    return stored
 
 
 def quantize(weights: Mapping[str, Tensor]) -> dict[str, Stored]:
@@ -1656,6 +1667,8 @@ def parse_header(text: bytes) -> dict:
         raise ArtifactError("artifact is damaged: its header is no JSON") from None
     if not isinstance(header, dict) or {k: type(v) for k, v in header.items()} != wanted:
         raise ArtifactError("artifact is damaged: its header lacks a field or has one too many")
+    if header["kind"] not in ("artifact", "weights"):
+        raise ArtifactError("artifact is damaged: it is neither an artifact nor saved weights")
     try:
         hp = Hyperparameters(**header["architecture"], **header["evaluation"])
     except (TypeError, UserError) as error:
@@ -1668,7 +1681,9 @@ def parse_header(text: bytes) -> dict:
     table = header["tensors"]
     if not all(isinstance(row, list) and len(row) == 3 and isinstance(row[0], str) for row in table):
         raise ArtifactError("artifact is damaged: its tensor table is malformed")
-    if len(table) != len(expected) or {name: shape for name, shape, _ in table} != expected:
+    shapes = {name: shape for name, shape, _ in table}
+    whole = all(type(n) is int for shape in shapes.values() if isinstance(shape, list) for n in shape)  # 8.0 == 8
+    if len(table) != len(expected) or shapes != expected or not whole:
         raise ArtifactError("artifact is damaged: its tensors are not those of its architecture")
     for name, _, kind in table:
         if kind != (STORAGE[tensor_class(name)] if header["kind"] == "artifact" else "fp32"):
@@ -1742,6 +1757,11 @@ class Score(NamedTuple):
     def bpb(self) -> float:
         """Bits per byte: the score of the challenge."""
         return self.nats / math.log(2) / self.bytes
+
+    def as_json(self) -> dict[str, float | None]:
+        """Loss and bpb; None for a score that is not finite, which JSON cannot write."""
+        finite = math.isfinite(self.nats)
+        return dict(val_loss=self.loss if finite else None, val_bpb=self.bpb if finite else None)
 
 
 def plan_windows(n: int, context: int, stride: int) -> np.ndarray:
@@ -1827,7 +1847,7 @@ def check_chunks(hp: Hyperparameters, targets: int) -> None:
             f"TTT_ENABLED=1 needs more than one window of EVAL_SEQ_LEN={hp.eval_seq_len}; here are {targets} targets"
         )
     if len(plan_chunks(windows, hp.ttt_chunk_tokens)) < 2:
-        fits = next(size for size in (targets // 4, 1) if len(plan_chunks(windows, size)) > 1)
+        fits = next(size for size in (max(1, targets // 4), 1) if len(plan_chunks(windows, size)) > 1)
         raise UserError(
             f"TTT_CHUNK_TOKENS={hp.ttt_chunk_tokens} makes one chunk of {targets} targets; use TTT_CHUNK_TOKENS={fits}"
         )
@@ -1962,7 +1982,8 @@ def validate(run: Run, forward: Callable, context: int, label: str) -> Score:
 def out_of_time(hp: Hyperparameters, clock: Clock) -> bool:
     """True where another step would end beyond the cap: one step is not yet reported, and the next has to fit too."""
     cap_ms = 1000 * hp.max_wallclock_seconds
-    return cap_ms > 0 and clock.elapsed_ms + 2 * (clock.step_ms or 0.0) > cap_ms
+    step_ms = clock.step_ms or max(clock.durations, default=0.0)
+    return cap_ms > 0 and clock.elapsed_ms + 2 * step_ms > cap_ms
 
 
 def warn_of_warmdown(hp: Hyperparameters, clock: Clock, log: Log) -> None:
@@ -2046,7 +2067,8 @@ class Trainer:
         bar = progress_bar(hp.iterations, "train", log)
         clock.resume()
         while self.step < hp.iterations and not out_of_time(hp, clock):
-            loss = self.train_step(*loader.next())
+            batch, clock.problem = loader.next(), loader.problem
+            loss = self.train_step(*batch)
             if bar is not None:
                 bar.update()
             if hp.train_log_every and (self.step <= 10 or self.step % hp.train_log_every == 0):
@@ -2185,6 +2207,10 @@ class Job(NamedTuple):
     tokenizer_sha256: str | None = None
     notes: tuple[str, ...] = ()
 
+    @property
+    def trains(self) -> bool:
+        return self.blob is None and self.tensors is None
+
 
 def read_job(environ: Mapping[str, str]) -> Job:
     """Settings from the environment; with EVAL_ONLY or EXPORT_ONLY over those of the file. Raises UserError.
@@ -2218,11 +2244,11 @@ def open_outputs(hp: Hyperparameters, run_id: str, ranks: Ranks) -> tuple[Log, P
         return Log(None), folder
     path = out / "logs" / f"{run_id}.txt"
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        folder.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            raise UserError(f"RUN_ID={run_id} has a log already; choose another or move {path} away")
+        for needed in (path.parent, folder):
+            needed.mkdir(parents=True, exist_ok=True)
         return Log(path), folder
-    except FileExistsError:
-        raise UserError(f"RUN_ID={run_id} has a log already; choose another or move {path} away") from None
     except OSError as error:
         raise UserError(f"cannot write to OUT_DIR={hp.out_dir}: {error.strerror} ({error.filename})") from None
 
@@ -2275,12 +2301,12 @@ def save_weights(run: Run, weights: Mapping[str, Tensor]) -> None:
 
 def prepare(job: Job, ranks: Ranks) -> Run:
     """All that can go wrong before any work goes wrong here, on all ranks alike. Raises UserError."""
-    hp, trains = job.hp, job.blob is None and job.tensors is None
+    hp = job.hp
     dtype = activation_dtype(hp.dtype, ranks.device)
     attention, attend = ranks.agree(lambda: choose_attention(hp, ranks.device, dtype))
     val = ranks.agree(lambda: load_validation(hp))
     ranks.agree(lambda: check_data(job, val))
-    stream = ranks.agree(lambda: TokenStream(find_shards(hp, "train"), hp.vocab_size)) if trains else None
+    stream = ranks.agree(lambda: TokenStream(find_shards(hp, "train"), hp.vocab_size)) if job.trains else None
     stamp = f"{time.strftime('%Y%m%d-%H%M%S')}-seed{hp.seed}-{os.urandom(2).hex()}"
     run_id = ranks.broadcast_object(hp.run_id or stamp)
     log, folder = ranks.agree(lambda: open_outputs(hp, run_id, ranks))
@@ -2366,8 +2392,8 @@ def finish(run: Run, result: dict, scores: Mapping[str, Score], blob: bytes) -> 
         bytes_artifact=len(blob),
         bytes_total=size,
         bytes_cap=hp.artifact_cap_bytes,
-        scores={k: dict(val_loss=s.loss, val_bpb=s.bpb, tokens=s.tokens, bytes=s.bytes) for k, s in scores.items()},
-        headline=dict(label=headline, val_loss=scores[headline].loss, val_bpb=scores[headline].bpb),
+        scores={k: s.as_json() | dict(tokens=s.tokens, bytes=s.bytes) for k, s in scores.items()},
+        headline=dict(label=headline) | scores[headline].as_json(),
     )
     line = json.dumps(result)
     if run.ranks.is_main:
@@ -2377,8 +2403,11 @@ def finish(run: Run, result: dict, scores: Mapping[str, Score], blob: bytes) -> 
     over = size - hp.artifact_cap_bytes
     if over > 0:
         log(f"limit: code and artifact are {size} bytes, {over} over ARTIFACT_CAP_BYTES={hp.artifact_cap_bytes}")
+    finite = math.isfinite(scores[headline].nats)
+    if not finite:
+        log(f"limit: {headline} is not finite; lower TTT_LR if the scores before it are")
     log(f"result {line}")
-    return 3 if over > 0 else 0
+    return 3 if over > 0 or not finite else 0
 
 
 def main(argv: Sequence[str], environ: Mapping[str, str]) -> int:
@@ -2391,7 +2420,8 @@ def main(argv: Sequence[str], environ: Mapping[str, str]) -> int:
         if argv:
             raise UserError(f"unknown argument {argv[0]}; settings are environment variables, `--settings` lists them")
         job = read_job(environ)
-        job.hp.micro_batch(int(environ.get("WORLD_SIZE", 1)))
+        if job.trains:
+            job.hp.micro_batch(int(environ.get("WORLD_SIZE", 1)))
         load_compressor(job.hp.compressor)
         ranks = Ranks(job.hp, environ)
         return run_job(job, ranks)
