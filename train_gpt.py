@@ -415,9 +415,11 @@ class Ranks:
         """Start summing x over ranks in place; returns a handle whose wait() completes it."""
         return dist.all_reduce(x, dist.ReduceOp.SUM, async_op=True) if self.size > 1 else _Done()
 
-    def start_max(self, x: Tensor):
-        """Start taking the maximum of x over ranks in place; returns a handle."""
-        return dist.all_reduce(x, dist.ReduceOp.MAX, async_op=True) if self.size > 1 else _Done()
+    def max_(self, x: Tensor) -> Tensor:
+        """x, its maximum over ranks taken in place."""
+        if self.size > 1:
+            dist.all_reduce(x, dist.ReduceOp.MAX)
+        return x
 
     def start_reduce_scatter(self, shard: Tensor, full: Tensor):
         """shard (n/size, …) ← this rank's rows of the sum of full (n, …) over ranks; returns a handle."""
@@ -526,7 +528,7 @@ class Clock:
         self.elapsed_ms = 0.0  # agreed
         self.durations: deque[float] = deque(maxlen=20)
         self._before, self._since = 0.0, None
-        self._pending: tuple[Any, Tensor] | None = None
+        self._pending: Callable[[], list[float]] | None = None
         self.problem: str | None = None  # of this rank's data; all ranks learn of it with the agreed time
 
     def resume(self) -> None:
@@ -539,8 +541,7 @@ class Clock:
         synchronize(self.ranks.device)
         self._before, self._since = self.local_ms(), None
         now = torch.tensor(self._before, dtype=torch.float64, device=self.ranks.device)
-        self.ranks.start_max(now).wait()
-        self.elapsed_ms = now.item()
+        self.elapsed_ms = self.ranks.max_(now).item()
 
     def local_ms(self) -> float:
         return self._before + (1000 * (time.perf_counter() - self._since) if self._since is not None else 0.0)
@@ -553,11 +554,11 @@ class Clock:
 
     def post(self, loss: Tensor) -> None:
         """End of a step: adopt the time agreed for the step before, and start agreeing on this one's."""
+        self.collect()
         elapsed = torch.full_like(loss, self.local_ms(), dtype=torch.float64)
         broken = (~loss.detach().isfinite()).double()  # a NaN itself need not survive a maximum
         posted = torch.stack([elapsed, torch.full_like(elapsed, 2.0) if self.problem else broken])
-        self.collect()
-        self._pending = (self.ranks.start_max(posted), posted)
+        self._pending = start_read(self.ranks.max_(posted))
 
     def collect(self) -> None:
         """Wait for the posted step and adopt its time.
@@ -566,9 +567,7 @@ class Clock:
         """
         if self._pending is None:
             return
-        handle, posted = self._pending
-        handle.wait()
-        elapsed, broken = posted.tolist()
+        elapsed, broken = self._pending()
         self._pending = None
         self.durations.append(elapsed - self.elapsed_ms)
         self.elapsed_ms = elapsed
@@ -580,6 +579,20 @@ class Clock:
     def _raise_problem(self) -> None:
         if self.problem:
             raise UserError(self.problem)
+
+
+def start_read(x: Tensor) -> Callable[[], list[float]]:
+    """Start copying x to the host. The result waits for that copy, not for what is launched after it, and gives it."""
+    if x.device.type != "cuda":
+        return x.tolist
+    host, copied = x.to("cpu", non_blocking=True), torch.cuda.Event()
+    copied.record()
+
+    def read() -> list[float]:
+        copied.synchronize()
+        return host.tolist()
+
+    return read
 
 
 def synchronize(device: torch.device) -> None:
@@ -1980,10 +1993,10 @@ def validate(run: Run, forward: Callable, context: int, label: str) -> Score:
 
 
 def out_of_time(hp: Hyperparameters, clock: Clock) -> bool:
-    """True where another step would end beyond the cap: one step is not yet reported, and the next has to fit too."""
+    """True where another step would end beyond the cap: two steps may be unreported, and one more has to fit."""
     cap_ms = 1000 * hp.max_wallclock_seconds
     step_ms = clock.step_ms or max(clock.durations, default=0.0)
-    return cap_ms > 0 and clock.elapsed_ms + 2 * step_ms > cap_ms
+    return cap_ms > 0 and clock.elapsed_ms + 3 * step_ms > cap_ms
 
 
 def warn_of_warmdown(hp: Hyperparameters, clock: Clock, log: Log) -> None:
