@@ -1881,7 +1881,8 @@ class Adapter:
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.SGD(self.parameters, lr=hp.ttt_lr, momentum=hp.ttt_momentum, foreach=True)
         self.length = min(hp.train_seq_len, hp.eval_seq_len)
-        self.micro = max(1, SCORE_TOKENS[ranks.device.type] // self.length)
+        step_rows = min(hp.ttt_batch_seqs, -(-hp.ttt_chunk_tokens // self.length))  # sequences of a step, all ranks
+        self.rows = max(1, min(SCORE_TOKENS[ranks.device.type] // self.length, -(-step_rows // ranks.size)))
 
     def adapt(self, tokens: np.ndarray, lr: float) -> None:
         """TTT_EPOCHS passes over the targets tokens[1:], which have all been scored; tokens is (m+1,) uint16."""
@@ -1893,14 +1894,19 @@ class Adapter:
                 self.step(tokens, starts[i : i + self.hp.ttt_batch_seqs])
 
     def step(self, tokens: np.ndarray, starts: np.ndarray) -> None:
-        """One SGD step on the sequences that start at `starts`, each at most `length` targets long."""
-        counted = int(np.minimum(starts + self.length, len(tokens) - 1).max() - starts[0])
+        """One SGD step on the sequences that start at `starts`, each at most `length` targets long.
+
+        Every forward has `rows` full sequences: what is missing is filled up with the last token and weighs nothing.
+        """
+        end, device = len(tokens) - 1, self.ranks.device
+        counted = int(np.minimum(starts + self.length, end).max() - starts[0])
         mine = self.ranks.part(starts)
-        for i in range(0, len(mine), self.micro):
-            # The stream's last sequence may be short: it is filled up with its last token, and what is filled weighs 0.
-            index = mine[i : i + self.micro, None] + np.arange(self.length + 1)
-            weight = torch.from_numpy((index[:, 1:] < len(tokens)).astype(np.float32)).to(self.ranks.device)
-            text = torch.from_numpy(tokens[np.minimum(index, len(tokens) - 1)].astype(np.int64)).to(self.ranks.device)
+        for i in range(0, len(mine), self.rows):
+            part = mine[i : i + self.rows]
+            padded = np.append(part, np.full(self.rows - len(part), end))
+            index = padded[:, None] + np.arange(self.length + 1)
+            weight = torch.from_numpy((index[:, 1:] <= end).astype(np.float32)).to(device)
+            text = torch.from_numpy(tokens[np.minimum(index, end)].astype(np.int64)).to(device)
             nats = self.forward(text[:, :-1].contiguous(), text[:, 1:].contiguous())
             ((nats * weight).sum() / counted).backward()
         gradients = (torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters)  # None: no share
@@ -2204,11 +2210,8 @@ def warm_up_evaluation(run: Run, forward: Callable, batch: int, adapter: Adapter
         for width in {hp.eval_seq_len, hp.eval_stride or hp.eval_seq_len}:
             forward(inputs, targets[:, -width:].contiguous())
     if adapter is not None:
-        sequences = min(hp.ttt_batch_seqs, -(-hp.ttt_chunk_tokens // adapter.length))
-        rows = min(adapter.micro, len(run.ranks.part(np.arange(sequences))))
-        if rows:
-            forward(*synthetic(rows, adapter.length)).sum().backward()
-            adapter.optimizer.zero_grad(set_to_none=True)
+        forward(*synthetic(adapter.rows, adapter.length)).sum().backward()
+        adapter.optimizer.zero_grad(set_to_none=True)
 
 
 class Job(NamedTuple):

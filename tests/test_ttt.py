@@ -195,7 +195,7 @@ def test_micro_batches_do_not_change_a_step():
     hp, tokens, weights = tiny_hp(ttt_batch_seqs=8, ttt_grad_clip=0.0), random_tokens(78), []
     for micro in (1, 3, 8):
         adapter = adapter_for(hp)
-        adapter.micro = micro
+        adapter.rows = micro
         adapter.adapt(tokens, 0.05)
         weights.append(weights_of(adapter.model))
     start = weights_of(build_model(hp))
