@@ -138,9 +138,9 @@ class Hyperparameters:
 
     ema_enabled: bool = opt("averaging", True, "exponential moving average of all weights")
     ema_decay: float = opt("averaging", 0.997, "reached through the ramp (1+t)/(10+t)", lo=0, hi=0.99999)
-    swa_enabled: bool = opt("averaging", True, "tight SWA: mean of snapshots while the rate scale is below 0.2")
+    swa_enabled: bool = opt("averaging", False, "tight SWA: mean of snapshots while the rate scale is below 0.2")
     swa_every: int = opt("averaging", 50, "steps between snapshots", lo=1)
-    swa_source: str = opt("averaging", "ema", "what a snapshot takes: EMA or raw weights", choices=("ema", "raw"))
+    swa_source: str = opt("averaging", "raw", "what a snapshot takes: EMA or raw weights", choices=("raw", "ema"))
 
     qat_enabled: bool = opt("quantization", False, "fake quantization from the first step")
     late_qat: bool = opt("quantization", True, "fake quantization once the learning-rate scale is below the threshold")
