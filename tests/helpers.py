@@ -32,6 +32,7 @@ TINY = dict(
     warmdown_iters=4,
     warmup_steps=0,
     eval_seq_len=16,
+    swa_enabled=True,
     eval_stride=4,
     val_batch_size=64,
     ttt_chunk_tokens=24,

@@ -116,7 +116,7 @@ ILLEGAL = [
     (dict(VE_LAYERS=""), "VE_LAYERS='' must be layer numbers"),
     (dict(VE_LAYERS="9,-1"), "VE_LAYERS='9,-1' must be layer numbers"),
     (dict(VE_LAYERS="9,11"), "VE_LAYERS=9,11 names a layer beyond the last, 10 (NUM_LAYERS=11)"),
-    (dict(EMA_ENABLED=0, SWA_SOURCE="ema"), "SWA_SOURCE=ema needs EMA_ENABLED=1"),
+    (dict(EMA_ENABLED=0, SWA_ENABLED=1, SWA_SOURCE="ema"), "SWA_SOURCE=ema needs EMA_ENABLED=1"),
     (dict(EVAL_STRIDE=2049), "EVAL_STRIDE=2049 exceeds EVAL_SEQ_LEN=2048"),
     (dict(EVAL_STRIDE=0), "TTT_ENABLED=1 needs sliding windows"),
     (dict(TTT_FREEZE_BLOCKS=12), "TTT_FREEZE_BLOCKS=12 exceeds NUM_LAYERS=11"),
@@ -163,7 +163,8 @@ def test_every_illegal_combination_has_a_test():
 LEGAL = [
     dict(VE_ENABLED=0, VE_LAYERS="nonsense"),
     dict(EVAL_STRIDE=0, TTT_ENABLED=0),
-    dict(EMA_ENABLED=0, SWA_SOURCE="raw"),
+    dict(EMA_ENABLED=0, SWA_ENABLED=1, SWA_SOURCE="raw"),
+    dict(EMA_ENABLED=0, SWA_ENABLED=0, SWA_SOURCE="ema"),
     dict(EMA_ENABLED=0, SWA_ENABLED=0),
     dict(ROPE_DIMS=0),
     dict(ROPE_DIMS=64, NUM_KV_HEADS=8),
