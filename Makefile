@@ -1,4 +1,4 @@
-# make train: from nothing to a scored artifact (about two minutes of training on two CPU cores). make test: all fast tests.
+# make train: from nothing to a scored artifact (about two minutes of training on two CPU cores). make test: all tests.
 PYTHON ?= python3
 # A plain `pip install torch` on Linux fetches the CUDA build. CPU only, smaller:
 #   make train PIP_FLAGS="--extra-index-url https://download.pytorch.org/whl/cpu" TORCH=torch==2.13.0+cpu
@@ -10,17 +10,14 @@ DEMO_DATA := data/datasets/offline
 # Two torch processes on two cores spin against each other with libgomp's default policy (measured: up to 37x slower).
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: train test test-slow lint clean
+.PHONY: train test lint clean
 .DELETE_ON_ERROR:
 
 train: $(DEMO_DATA)/manifest.json
 	env $$(grep -v '^#' records/recipes/cpu_demo.env) DATA_PATH=$(DEMO_DATA) $(BIN)/python train_gpt.py
 
 test: .venv/dev
-	$(BIN)/python -m pytest -m "not slow"
-
-test-slow: .venv/dev
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest
 
 lint: .venv/dev
 	$(BIN)/ruff check .
