@@ -1,6 +1,7 @@
 """Small builders that several test files share."""
 
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -90,3 +91,30 @@ def random_tokens(n: int, vocab_size: int = 48, seed: int = 0, document: int = 1
 def weights_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """A copy of every parameter by name."""
     return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+class Lines(list):
+    """A log that only remembers."""
+
+    path = None
+
+    def __call__(self, line: str, console: bool = True) -> None:
+        self.append(line)
+
+
+def make_run(hp: pg.Hyperparameters, stream: Any = None, tokens: np.ndarray | None = None) -> pg.Run:
+    """A run of one process without files; tokens (n+1,) is its validation text, one byte a target."""
+    ranks, tokens = single_rank(hp), random_tokens(300, seed=2) if tokens is None else tokens
+    return pg.Run(
+        hp=hp,
+        ranks=ranks,
+        log=Lines(),
+        phases=pg.Phases(ranks.device),
+        dtype=pg.activation_dtype(hp.dtype, ranks.device),
+        attend=pg.sdpa,
+        compile=hp.compile == "1",
+        val=pg.Validation(tokens, np.ones(len(tokens) - 1, np.int64), "", Path(), "0" * 64),
+        stream=stream,
+        folder=Path(),
+        source=b"",
+    )

@@ -70,6 +70,7 @@ def test_cpu_mini_is_the_fixed_yardstick():
         MAX_WALLCLOCK_SECONDS="0",
         MUON_MOMENTUM_WARMUP_STEPS="300",
         EVAL_STRIDE="64",
+        EVAL_MAX_SECONDS="0",
         VOCAB_SIZE="1024",
         EMA_DECAY="0.99",
         SWA_EVERY="10",

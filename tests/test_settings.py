@@ -8,13 +8,12 @@ import resource
 import subprocess
 import sys
 from collections.abc import Mapping
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT, clean_environ, run_here
-from helpers import TINY, random_tokens, single_rank, tiny_hp, weights_of
+from helpers import TINY, make_run, random_tokens, single_rank, tiny_hp, weights_of
 
 import train_gpt as pg
 
@@ -475,17 +474,7 @@ def test_the_model_reads_model_settings_only(name):
     assert {n.attr for p in properties for n in attribute_loads(p) if getattr(n.value, "id", "") == "self"} <= model
 
 
-class Lines(list):
-    """A log that only remembers."""
-
-    path = None
-
-    def __call__(self, line: str, console: bool = True) -> None:
-        self.append(line)
-
-
 STREAM = random_tokens(3000, seed=1)
-VAL = pg.Validation(random_tokens(300, seed=2), np.ones(299, np.int64), "", Path(), "0" * 64)
 
 
 class Memory:
@@ -498,25 +487,9 @@ class Memory:
         return len(STREAM)
 
 
-def make_run(hp: pg.Hyperparameters) -> pg.Run:
-    ranks = single_rank(hp)
-    return pg.Run(
-        hp=hp,
-        ranks=ranks,
-        log=Lines(),
-        phases=pg.Phases(ranks.device),
-        dtype=pg.activation_dtype(hp.dtype, ranks.device),
-        attend=pg.sdpa,
-        compile=hp.compile == "1",
-        val=VAL,
-        stream=Memory(),
-        folder=Path(),
-        source=b"",
-    )
-
-
 def train(**changes) -> pg.Trainer:
-    trainer = pg.Trainer(make_run(tiny_hp(**{"val_loss_every": 0, "swa_every": 1, "iterations": 8} | changes)))
+    hp = tiny_hp(**{"val_loss_every": 0, "swa_every": 1, "iterations": 8} | changes)
+    trainer = pg.Trainer(make_run(hp, Memory()))
     trainer.warm_up()
     trainer.train()
     return trainer
@@ -616,6 +589,10 @@ def stored() -> dict[str, pg.Stored]:
     return pg.quantize(train().exported_weights()[1])
 
 
+def evaluate(stored: dict[str, pg.Stored], **changes) -> dict[str, pg.Score]:
+    return pg.Evaluation(make_run(tiny_hp(**changes)), stored).score_all()
+
+
 SCORED = dict(
     eval_seq_len=(8, "final_int6_roundtrip"),
     eval_stride=(8, "final_int6_sliding_window"),
@@ -632,17 +609,16 @@ SCORED = dict(
 @pytest.mark.parametrize("name", SCORED)
 def test_an_evaluation_setting_changes_the_score(name, stored):
     value, label = SCORED[name]
-    with_it = pg.evaluate(make_run(tiny_hp(**{name: value})), stored)
-    without = pg.evaluate(make_run(tiny_hp()), stored)
+    with_it = evaluate(stored, **{name: value})
+    without = evaluate(stored)
     assert abs(with_it[label].loss - without[label].loss) > 1e-6
     if label == "legal_ttt":
         assert with_it["final_int6_sliding_window"] == without["final_int6_sliding_window"]
 
 
 def test_passes_can_be_left_out(stored):
-    assert list(pg.evaluate(make_run(tiny_hp(ttt_enabled=False)), stored))[-1] == "final_int6_sliding_window"
-    off = tiny_hp(ttt_enabled=False, eval_stride=0)
-    assert list(pg.evaluate(make_run(off), stored)) == ["final_int6_roundtrip"]
+    assert list(evaluate(stored, ttt_enabled=False))[-1] == "final_int6_sliding_window"
+    assert list(evaluate(stored, ttt_enabled=False, eval_stride=0)) == ["final_int6_roundtrip"]
 
 
 def test_warmup_steps_run_and_are_undone():
@@ -712,6 +688,7 @@ def test_every_setting_has_a_liveness_test():
     here |= {"val_loss_every", "compile", "attention", "device", "ttt_enabled"}
     chain = {"eval_only", "artifact_path", "save_weights", "export_only", "weights_path", "run_id", "out_dir"}
     chain |= {"compressor", "artifact_cap_bytes", "data_path", "tokenizer_path"}  # in test_chain.py and test_data.py
+    chain |= {"audit", "audit_tokens", "eval_max_seconds"}  # in test_audit.py and test_evaluation.py
     tables = [*TRAINED, *EXPORTED, *SCORED, *here, *chain]
     assert sorted(tables) == sorted(FIELDS)
     assert TINY.keys() <= FIELDS.keys()

@@ -1,24 +1,15 @@
 """Test-time training is legal by structure: score first, adapt on what was scored, never look back or ahead."""
 
-import contextlib
 import math
 
 import numpy as np
 import pytest
 import torch
-from helpers import build_model, random_tokens, single_rank, tiny_hp, weights_of
+from helpers import build_model, make_run, random_tokens, single_rank, tiny_hp, weights_of
 
 import train_gpt as pg
 
 N = 90
-
-
-def no_phases():
-    @contextlib.contextmanager
-    def phase(name):
-        yield
-
-    return phase
 
 
 def adapter_for(hp, forward=None, **build):
@@ -35,8 +26,13 @@ def spans(hp, n=N) -> list[tuple[int, int]]:
     return [(int(c[0, 1]), int(c[-1, 2])) for c in pg.plan_chunks(plan(hp, n), hp.ttt_chunk_tokens)]
 
 
-def run(adapter, tokens, batch=4):
-    return pg.adapt_and_score(adapter, tokens, plan(adapter.hp, len(tokens) - 1), batch, no_phases())
+def run(adapter, tokens):
+    """The pass of an evaluation, with this adapter and its model."""
+    stored = {name: pg.Stored("fp32", w, None) for name, w in weights_of(adapter.model).items()}
+    evaluation = pg.Evaluation(make_run(adapter.hp, tokens=tokens), stored)
+    evaluation.adapter, evaluation.forward, evaluation.batch = adapter, adapter.forward, 4
+    evaluation.reset = lambda: None  # tests look at what was learned
+    return evaluation.adapted(evaluation.run.val, adapter.hp.eval_stride)
 
 
 def forward_only(hp, **build):
