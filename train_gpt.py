@@ -28,13 +28,15 @@ import math
 import os
 import queue
 import re
+import shutil
+import signal
 import statistics
 import struct
 import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -47,14 +49,25 @@ from torch import Tensor, nn
 BOS_ID = 1  # every document starts with it; SentencePiece itself never emits it
 
 
+class Interrupted(BaseException):
+    """SIGTERM or SIGINT; the exit code is 128 plus its number."""
+
+    def __init__(self, number: int):
+        super().__init__(signal.Signals(number).name)
+        self.code = 128 + number
+
+
 class UserError(Exception):
     """Something the user can fix. Printed as one `error:` line; exit code 2."""
 
+    label = "error"
     agreed = False  # raised on every rank alike: the main rank alone prints it
 
 
 class LimitError(Exception):
-    """A limit of the challenge or of arithmetic was broken during the run; exit code 3."""
+    """A limit of the challenge or of arithmetic was broken during the run. One `limit:` line; exit code 3."""
+
+    label = "limit"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -86,6 +99,8 @@ class Hyperparameters:
     val_loss_every: int = opt("run", 4000, "steps between validations of the raw weights; 0: only after the last", lo=0)
     eval_only: bool = opt("run", False, "score ARTIFACT_PATH again; needs no training data")
     artifact_path: str = opt("run", "", "the artifact that EVAL_ONLY reads")
+    checkpoint_every: float = opt("run", 0.0, "seconds of training between checkpoints; 0: none", lo=0)
+    resume: str = opt("run", "", "go on from a checkpoint: its path, or auto for the newest of RUN_ID")
     audit: bool = opt("run", False, "after the scores, prove on a slice of the split that they keep the rules")
     audit_tokens: int = opt("run", 0, "targets of that slice; 0: a tenth of the split, at most 65,536", lo=0)
     save_weights: bool = opt("run", False, "also keep the averaged float weights (weights.pgolf)")
@@ -203,6 +218,11 @@ class Hyperparameters:
         yield s.eval_only and s.export_only, "EVAL_ONLY=1 and EXPORT_ONLY=1 exclude each other"
         yield s.eval_only and not s.artifact_path, "EVAL_ONLY=1 needs ARTIFACT_PATH"
         yield s.export_only and not s.weights_path, "EXPORT_ONLY=1 needs WEIGHTS_PATH (what SAVE_WEIGHTS=1 wrote)"
+        yield (
+            bool(s.resume) and (s.eval_only or s.export_only),
+            "RESUME goes on with training; leave out EVAL_ONLY and EXPORT_ONLY",
+        )
+        yield s.resume == "auto" and not s.run_id, "RESUME=auto needs the RUN_ID to go on with"
         yield bool(s.artifact_path) and not s.eval_only, "ARTIFACT_PATH is read only with EVAL_ONLY=1"
         yield bool(s.weights_path) and not s.export_only, "WEIGHTS_PATH is read only with EXPORT_ONLY=1"
         yield (
@@ -233,7 +253,7 @@ class Hyperparameters:
     def settings_hash(self) -> str:
         """The same for runs of one configuration: seed, names and paths do not enter."""
         ignored = ("seed", "run_id", "out_dir", "data_path", "tokenizer_path", "artifact_path", "weights_path")
-        ignored += ("audit", "audit_tokens")
+        ignored += ("audit", "audit_tokens", "checkpoint_every", "resume")
         kept = {k: v for k, v in dataclasses.asdict(self).items() if k not in ignored}
         return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -419,10 +439,18 @@ class Ranks:
         """Start summing x over ranks in place; returns a handle whose wait() completes it."""
         return dist.all_reduce(x, dist.ReduceOp.SUM, async_op=True) if self.size > 1 else _Done()
 
-    def max_(self, x: Tensor) -> Tensor:
-        """x, its maximum over ranks taken in place."""
+    def largest(self, x: float) -> float:
+        """The largest x of all ranks."""
+        if self.size == 1:
+            return x
+        box = torch.tensor(x, dtype=torch.float64, device=self.device)
+        dist.all_reduce(box, dist.ReduceOp.MAX)
+        return box.item()
+
+    def broadcast_(self, x: Tensor) -> Tensor:
+        """x, overwritten with the main rank's."""
         if self.size > 1:
-            dist.all_reduce(x, dist.ReduceOp.MAX)
+            dist.broadcast(x, src=0)
         return x
 
     def start_reduce_scatter(self, shard: Tensor, full: Tensor):
@@ -480,13 +508,20 @@ class Log:
 
     def __init__(self, path: Path | None):
         self.path = path
-        self._file = path.open("x", encoding="utf-8") if path else None
+        self._file = path.open("a", encoding="utf-8") if path else None
 
     def __call__(self, line: str, console: bool = True) -> None:
-        if self._file is None:
+        if self.path is None:
             return
-        self._file.write(line + "\n")
-        self._file.flush()
+        if self._file is not None:
+            try:
+                self._file.write(line + "\n")
+                self._file.flush()
+            except OSError as error:  # a full disk must not end a run that could still be saved
+                self._file = None
+                print(
+                    f"warning: {self.path}: {error.strerror}; the log goes on here alone", file=sys.stderr, flush=True
+                )
         if console:
             if sys.stderr.isatty():
                 from tqdm import tqdm
@@ -496,13 +531,13 @@ class Log:
                 print(line, flush=True)
 
 
-def progress_bar(total: int, label: str, log: Log):
+def progress_bar(total: int, label: str, log: Log, initial: int = 0):
     """A tqdm bar where the main rank has a terminal, else None: pipes and log files get plain lines only."""
     if log.path is None or not sys.stderr.isatty():
         return None
     from tqdm import tqdm
 
-    return tqdm(total=total, desc=label, leave=False, smoothing=0.05)
+    return tqdm(total=total, initial=initial, desc=label, leave=False, smoothing=0.05)
 
 
 class Phases:
@@ -520,20 +555,56 @@ class Phases:
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
 
+class Signals:
+    """SIGTERM and SIGINT end the run at once or, while `deferred`, are noted for the training loop to act on.
+
+    Repeated ones are ignored: torchrun passes on to its workers what the terminal has sent them already.
+    """
+
+    def __init__(self):
+        self.caught, self.deferred = 0, False
+        self.advice = "there is nothing to resume; CHECKPOINT_EVERY=600 would have kept the last ten minutes"
+
+    def __enter__(self):
+        self.before = {}
+        if threading.current_thread() is threading.main_thread():
+            self.before = {s: signal.signal(s, self.handle) for s in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def handle(self, number: int, _) -> None:
+        first, self.caught = not self.caught, self.caught or number
+        if first and not self.deferred:
+            raise Interrupted(number)
+
+
 class Clock:
     """Training time, agreed over ranks (maximum) once a step and read one step later.
 
-    Learning rate, QAT, SWA and the stop are functions of the agreed number alone, so all ranks decide alike. Reading a
-    step late keeps the device busy: the host waits for the step before, never for the one just launched.
+    Learning rate, QAT, SWA, checkpoints and the stop are functions of the agreed number alone, so all ranks decide
+    alike. Reading a step late keeps the device busy: the host waits for the step before, never for the one just
+    launched. The same message carries what else concerns all ranks: the loss, whether loss and gradient are finite,
+    bad data, a signal.
     """
 
-    def __init__(self, ranks: Ranks):
-        self.ranks = ranks
+    def __init__(self, ranks: Ranks, signals: Signals):
+        self.ranks, self.signals = ranks, signals
         self.elapsed_ms = 0.0  # agreed
+        self.reserve_ms = 0.0  # what has to fit behind the last step
         self.durations: deque[float] = deque(maxlen=20)
+        self.step, self.loss = 0, math.nan  # steps collected, and the mean loss of the last of them
+        self.interrupted = False
+        self.problem: str | None = None  # of this rank's data
         self._before, self._since = 0.0, None
         self._pending: Callable[[], list[float]] | None = None
-        self.problem: str | None = None  # of this rank's data; all ranks learn of it with the agreed time
+
+    def restore(self, step: int, loss: float, elapsed_ms: float, durations: Sequence[float]) -> None:
+        """Go on from another process's clock."""
+        self.step, self.loss, self.elapsed_ms, self._before = step, loss, elapsed_ms, elapsed_ms
+        self.durations.extend(durations)
 
     def resume(self) -> None:
         synchronize(self.ranks.device)
@@ -544,8 +615,7 @@ class Clock:
         self.collect()
         synchronize(self.ranks.device)
         self._before, self._since = self.local_ms(), None
-        now = torch.tensor(self._before, dtype=torch.float64, device=self.ranks.device)
-        self.elapsed_ms = self.ranks.max_(now).item()
+        self.elapsed_ms = self.ranks.largest(self._before)
 
     def local_ms(self) -> float:
         return self._before + (1000 * (time.perf_counter() - self._since) if self._since is not None else 0.0)
@@ -556,29 +626,40 @@ class Clock:
         of the others."""
         return statistics.median(self.durations) if len(self.durations) >= 5 else None
 
-    def post(self, loss: Tensor) -> None:
-        """End of a step: adopt the time agreed for the step before, and start agreeing on this one's."""
+    def post(self, loss: Tensor, gradient_norm: Tensor) -> None:
+        """End of a step: adopt what was agreed on the step before, and start agreeing on this one.
+
+        loss is this rank's part of the mean, the norm that of the averaged gradient; both are () on the device.
+        """
         self.collect()
-        elapsed = torch.full_like(loss, self.local_ms(), dtype=torch.float64)
-        broken = (~loss.detach().isfinite()).double()  # a NaN itself need not survive a maximum
-        posted = torch.stack([elapsed, torch.full_like(elapsed, 2.0) if self.problem else broken])
-        self._pending = start_read(self.ranks.max_(posted))
+        told = torch.zeros(4 + self.ranks.size, dtype=torch.float64)
+        told[2], told[3] = self.problem is not None, self.signals.caught != 0
+        told[4 + self.ranks.rank] = self.local_ms()
+        told = told.to(loss.device, non_blocking=True)
+        told[0], told[1] = loss.detach(), ~(loss.detach() + gradient_norm).isfinite()
+        self._pending = start_read(self.ranks.sum_(told))
 
     def collect(self) -> None:
-        """Wait for the posted step and adopt its time.
+        """Wait for the posted step and adopt it.
 
         Raises, on all ranks alike, LimitError if any rank's loss was not finite and UserError if its data was bad.
         """
         if self._pending is None:
             return
-        elapsed, broken = self._pending()
+        loss, broken, problem, signalled, *elapsed = self._pending()
         self._pending = None
-        self.durations.append(elapsed - self.elapsed_ms)
-        self.elapsed_ms = elapsed
-        if broken == 2:
+        self.durations.append(max(elapsed) - self.elapsed_ms)
+        self.elapsed_ms = max(elapsed)
+        self.interrupted |= signalled > 0
+        self.step += 1
+        if problem:
             self.ranks.agree(self._raise_problem)
         if broken:
-            raise LimitError("the training loss is no longer finite; lower MATRIX_LR, SCALAR_LR or TIED_EMBED_LR")
+            raise LimitError(
+                f"loss or gradient of step {self.step} is no longer finite; the loss before it was {self.loss:.4f}; "
+                "lower MATRIX_LR, SCALAR_LR or TIED_EMBED_LR"
+            )
+        self.loss = loss
 
     def _raise_problem(self) -> None:
         if self.problem:
@@ -633,14 +714,19 @@ def activation_dtype(name: str, device: torch.device) -> torch.dtype:
     return {"bf16": torch.bfloat16, "fp32": torch.float32}[name]
 
 
-def write_atomic(path: Path, data: bytes) -> None:
+def write_atomic(path: Path, parts: Iterable[bytes]) -> None:
     """Write, fsync, rename: under its final name a file is whole or absent."""
     partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    try:
+        with partial.open("wb") as file:
+            for part in parts:
+                file.write(part)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -700,9 +786,9 @@ class TokenStream:
     """The shards of a split as one circular stream of tokens."""
 
     def __init__(self, paths: Sequence[Path], vocab_size: int):
-        self.shards = [read_shard(path) for path in paths]
         self.paths, self.vocab_size = list(paths), vocab_size
-        self.ends = np.cumsum([len(shard) for shard in self.shards])
+        self.ends = np.cumsum([len(read_shard(path)) for path in paths])
+        self.fingerprint = data_fingerprint(paths)
 
     def __len__(self) -> int:
         return int(self.ends[-1])
@@ -714,18 +800,26 @@ class TokenStream:
             position = start % len(self)
             index = int(np.searchsorted(self.ends, position, side="right"))
             offset = position - (int(self.ends[index - 1]) if index else 0)
-            part = self.shards[index][offset : offset + count]
-            self.check(part, index)
+            part = self.read_part(index, offset, min(count, int(self.ends[index]) - position))
             parts.append(part)
             start, count = start + len(part), count - len(part)
         return np.concatenate(parts)
 
-    def check(self, tokens: np.ndarray, index: int) -> None:
+    def read_part(self, index: int, offset: int, count: int) -> np.ndarray:
+        """Tokens of one shard, read anew: a memory map of a file that shrinks kills the process without a word."""
+        path = self.paths[index]
+        try:
+            tokens = np.fromfile(path, dtype="<u2", count=count, offset=SHARD_HEADER_BYTES + 2 * offset)
+        except OSError as error:
+            raise UserError(f"cannot read shard {path} any more: {error.strerror}; put it back") from None
+        if len(tokens) < count:
+            raise UserError(f"shard {path} became shorter while it was in use; fetch or build it again")
         if (largest := int(tokens.max())) >= self.vocab_size:
             raise UserError(
-                f"{self.paths[index]} holds token id {largest}, but VOCAB_SIZE={self.vocab_size}; "
+                f"{path} holds token id {largest}, but VOCAB_SIZE={self.vocab_size}; "
                 "set VOCAB_SIZE to the tokenizer's size or use shards made with it"
             )
+        return tokens
 
 
 class BatchLoader:
@@ -735,16 +829,16 @@ class BatchLoader:
     finish the step with the others, and the clock then ends the run for all.
     """
 
-    def __init__(self, stream: TokenStream, hp: Hyperparameters, ranks: Ranks, log: Log):
+    def __init__(self, stream: TokenStream, hp: Hyperparameters, ranks: Ranks, log: Log, step: int = 0):
         self.stream, self.ranks, self.log = stream, ranks, log
         self.batch, self.length = hp.train_batch_tokens, hp.train_seq_len
         self.per_rank = self.batch // ranks.size
-        self.step, self.problem = 0, None
+        self.step, self.problem = step, None
         self._batches: queue.Queue = queue.Queue(maxsize=1)
         threading.Thread(target=self._read_ahead, daemon=True, name="loader").start()
 
     def _read_ahead(self) -> None:
-        for step in itertools.count():
+        for step in itertools.count(self.step):
             start, problem = step * self.batch + self.ranks.rank * self.per_rank, None
             try:
                 tokens = self.stream.read(start, self.per_rank + 1)
@@ -851,7 +945,7 @@ def load_validation(hp: Hyperparameters) -> Validation:
             raise UserError(
                 f"the validation split in DATA_PATH={hp.data_path} {problem}; build it with data/prepare.py"
             )
-    return Validation(tokens, counter.count(tokens), data_fingerprint(stream.paths), path, counter.sha256)
+    return Validation(tokens, counter.count(tokens), stream.fingerprint, path, counter.sha256)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1260,7 +1354,7 @@ class Bank:
         self.weight = torch.zeros(n, rows, cols, device=device)
         self.gradient = torch.zeros(n, rows, cols, device=device, dtype=dtype)
         self.update = torch.zeros(n, rows, cols, device=device, dtype=dtype)
-        mine = slice(n * ranks.rank // ranks.size, n * (ranks.rank + 1) // ranks.size)
+        self.mine = mine = slice(n * ranks.rank // ranks.size, n * (ranks.rank + 1) // ranks.size)
         # At world size 1 a shard is the whole bank and the collectives are the identity.
         self.update_shard = self.update[mine]
         self.gradient_shard = self.gradient if ranks.size == 1 else torch.zeros_like(self.gradient[mine])
@@ -1282,6 +1376,17 @@ class Bank:
         nesterov = gradient.add_(self.momentum, alpha=momentum)
         self.update_shard.copy_(polar(nesterov.to(self.update.dtype), steps))
         return self.ranks.start_all_gather(self.update, self.update_shard)
+
+    def whole_momentum(self) -> Tensor:
+        """(matrices, rows, cols) fp32 gathered from all ranks, without padding."""
+        whole = torch.empty_like(self.weight) if self.ranks.size > 1 else self.momentum
+        self.ranks.start_all_gather(whole, self.momentum).wait()
+        return whole[: len(self.parameters)]
+
+    def load_momentum(self, whole: Tensor) -> None:
+        padded = torch.zeros_like(self.weight)
+        padded[: len(whole)] = whole
+        self.momentum.copy_(padded[self.mine])
 
     def apply(self, lr: float, weight_decay: float) -> None:
         self.weight.mul_(1 - lr * weight_decay).add_(self.update, alpha=-lr * self.step_size)
@@ -1324,14 +1429,17 @@ class Optimizers:
         self.small = [p for group in groups for p in group["params"]]
         self.polar = torch.compile(newton_schulz, dynamic=False) if compile else newton_schulz
 
-    def step(self, lr_scale: float, momentum: float) -> None:
-        """One update of all weights from the ranks' accumulated gradients, which are dropped."""
+    def step(self, lr_scale: float, momentum: float) -> Tensor:
+        """One update of all weights from the ranks' accumulated gradients, which are dropped; returns the norm of the
+        averaged gradient before clipping, (), on the device."""
         handles = [bank.reduce_gradient() for bank in self.banks]
         flat = torch.cat([p.grad.flatten() for p in self.small])
         handles.append(self.ranks.start_sum(flat))
         for handle in handles:
             handle.wait()
-        clip = self.clip_factor(flat)
+        norm = self.gradient_norm(flat)
+        limit = self.hp.grad_clip_norm
+        clip = (limit / (norm + 1e-6)).clamp(max=1.0) if limit else torch.ones_like(norm)
         flat.mul_(clip)
         for parameter, gradient in zip(self.small, flat.split([p.numel() for p in self.small]), strict=True):
             parameter.grad = gradient.view_as(parameter)
@@ -1344,16 +1452,22 @@ class Optimizers:
             gather.wait()
             bank.apply(lr, decay)
         self.zero_grad()
+        return norm
 
-    def clip_factor(self, flat: Tensor) -> Tensor:
-        """min(1, GRAD_CLIP_NORM / norm) of the averaged gradient, (), on the device. Each entry counts on one rank."""
+    def gradient_norm(self, flat: Tensor) -> Tensor:
+        """Norm of the averaged gradient; each entry counts on one rank. flat holds the small gradients, all summed."""
         squares = torch.stack([bank.gradient_shard.float().square().sum() for bank in self.banks]).sum()
         if self.ranks.is_main:
             squares = squares + flat.square().sum()
-        self.ranks.sum_(squares)
-        if not self.hp.grad_clip_norm:
-            return torch.ones_like(squares)
-        return (self.hp.grad_clip_norm / (squares.sqrt() + 1e-6)).clamp(max=1.0)
+        return self.ranks.sum_(squares).sqrt()
+
+    def moments(self, parameter: nn.Parameter) -> dict[str, Tensor]:
+        """AdamW's live state of a parameter, made where no step has been taken."""
+        state = self.adam.state[parameter]
+        if not state:
+            state["step"] = torch.zeros((), device=parameter.device)
+            state |= dict(exp_avg=torch.zeros_like(parameter.data), exp_avg_sq=torch.zeros_like(parameter.data))
+        return state
 
     def zero_grad(self) -> None:
         self.adam.zero_grad(set_to_none=True)
@@ -1541,23 +1655,25 @@ class QAT:
             layer.row_scale.copy_(search_row_scales(layer.weight, INT6_MAX))
 
     def switch(self, on: bool) -> None:
-        self.on = on
         if on:
             self.refresh()
+        self.set(on)
+
+    def set(self, on: bool) -> None:
+        """On or off with the scales as they are."""
+        self.on = on
         for layer in self.layers:
             layer.fake_quant = on
 
     @contextlib.contextmanager
     def switched(self, on: bool):
-        """This state inside the block, the present one after it; scales are left as they are."""
+        """This state inside the block, the present one after it."""
         before = self.on
-        for layer in self.layers:
-            layer.fake_quant = on
+        self.set(on)
         try:
             yield
         finally:
-            for layer in self.layers:
-                layer.fake_quant = before
+            self.set(before)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1748,6 +1864,97 @@ def read_artifact_file(path: str, kind: str) -> tuple[bytes, dict, dict[str, Sto
         use = "EXPORT_ONLY=1 WEIGHTS_PATH" if header["kind"] == "weights" else "EVAL_ONLY=1 ARTIFACT_PATH"
         raise UserError(f"{path} holds {header['kind']}; read it with {use}=…")
     return blob, header, tensors
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Checkpoints
+# ----------------------------------------------------------------------------------------------------------------------
+
+# CHECKPOINT, little-endian: magic, u64 length of a JSON header, the header, the tensors in the order of its table
+# ("tensors": [[name, shape, dtype], …]) without padding, SHA-256 of everything before. Nothing in it is executed.
+CHECKPOINT_MAGIC = b"PGCKPT\x01\n"
+
+# Settings that neither move a weight by more than rounding nor a score: they may change when a run goes on.
+MAY_CHANGE = ("run_id", "out_dir", "data_path", "tokenizer_path", "resume", "checkpoint_every", "audit", "audit_tokens")
+MAY_CHANGE += ("train_log_every", "val_loss_every", "save_weights", "micro_batch_tokens")
+
+
+class Checkpoint(NamedTuple):
+    path: Path
+    meta: dict  # the header without its table
+    tensors: dict[str, Tensor]  # on the main rank; empty on the others
+
+
+def checkpoint_parts(meta: Mapping, tensors: Mapping[str, Tensor]) -> Iterator[bytes]:
+    """The file piece by piece: no second copy of the state is ever whole in memory."""
+    table = [[name, list(t.shape), str(t.dtype).removeprefix("torch.")] for name, t in tensors.items()]
+    header, digest = json.dumps({**meta, "tensors": table}).encode(), hashlib.sha256()
+    data = (np.ascontiguousarray(t.cpu().numpy()).reshape(-1).view(np.uint8) for t in tensors.values())
+    for part in itertools.chain((CHECKPOINT_MAGIC, struct.pack("<Q", len(header)), header), data):
+        digest.update(part)
+        yield part
+    yield digest.digest()
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """A whole checkpoint, or a UserError that says what is wrong with it."""
+    try:
+        blob = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot read the checkpoint {path}: {error.strerror}") from None
+    older = [p for p in find_checkpoints(path.parent) if p != path]
+    advice = f"; RESUME={older[-1]} is another one" if older else "; there is no other one"
+    start = len(CHECKPOINT_MAGIC) + 8
+    if blob[: len(CHECKPOINT_MAGIC)] != CHECKPOINT_MAGIC or len(blob) < start + 32:
+        raise UserError(f"{path} is no checkpoint of this script{advice}")
+    view = memoryview(blob)
+    if hashlib.sha256(view[:-32]).digest() != blob[-32:]:
+        raise UserError(f"the checkpoint {path} is damaged or not whole: its checksum does not match{advice}")
+    end = start + int.from_bytes(blob[start - 8 : start], "little")
+    try:
+        meta, tensors = json.loads(blob[start:end]), {}
+        for name, shape, dtype in meta.pop("tensors"):
+            size = math.prod(shape) * np.dtype(dtype).itemsize
+            tensors[name] = torch.from_numpy(np.frombuffer(view[end : end + size], dtype).reshape(shape).copy())
+            end += size
+    except (ValueError, TypeError, KeyError, AttributeError):
+        raise UserError(f"{path} is no checkpoint of this script{advice}") from None
+    return Checkpoint(path, meta, tensors)
+
+
+def find_checkpoints(folder: Path) -> list[Path]:
+    """Oldest first."""
+    return sorted(folder.glob("checkpoint-*.pgckpt"), key=lambda path: (len(path.name), path.name))
+
+
+def find_resumed(hp: Hyperparameters, source: bytes) -> Checkpoint | None:
+    """The checkpoint that RESUME names, if any, made by this code with these settings. Raises UserError.
+
+    RESUME=auto without a checkpoint starts from the beginning: a job that is restarted until it ends needs one command.
+    """
+    if not hp.resume:
+        return None
+    path = Path(hp.resume)
+    if hp.resume == "auto":
+        folder = Path(hp.out_dir) / "runs" / hp.run_id
+        if (folder / "result.json").exists():
+            raise UserError(f"RUN_ID={hp.run_id} has ended: {folder / 'result.json'}; there is nothing to resume")
+        found = find_checkpoints(folder)
+        if not found:
+            return None
+        path = found[-1]
+    checkpoint = read_checkpoint(path)
+    if checkpoint.meta.get("code_sha256") != hashlib.sha256(source).hexdigest():
+        raise UserError(f"{path} was made by another train_gpt.py; the log of its run holds that source")
+    settings = dataclasses.asdict(hp)
+    different = [
+        f"{name.upper()}={settings[name]} here, {value} there"
+        for name, value in checkpoint.meta["settings"].items()
+        if name not in MAY_CHANGE and settings[name] != value
+    ]
+    if different:
+        raise UserError(f"{path} was made with other settings: {'; '.join(different)}")
+    return checkpoint
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1961,6 +2168,8 @@ class Run(NamedTuple):
     stream: TokenStream | None  # training text, where the run trains
     folder: Path  # of results
     source: bytes  # of this file, as it runs
+    signals: Signals
+    checkpoint: Checkpoint | None  # to go on from
 
     def build(self, context: int) -> GPT:
         """An uninitialized model for this context, on CPU."""
@@ -2003,7 +2212,7 @@ def out_of_time(hp: Hyperparameters, clock: Clock) -> bool:
     """True where another step would end beyond the cap: two steps may be unreported, and one more has to fit."""
     cap_ms = 1000 * hp.max_wallclock_seconds
     step_ms = clock.step_ms or max(clock.durations, default=0.0)
-    return cap_ms > 0 and clock.elapsed_ms + 3 * step_ms > cap_ms
+    return cap_ms > 0 and clock.elapsed_ms + clock.reserve_ms + 3 * step_ms > cap_ms
 
 
 def warn_of_warmdown(hp: Hyperparameters, clock: Clock, log: Log) -> None:
@@ -2029,7 +2238,8 @@ class Trainer:
         self.averages, self.qat = Averages(self.model, hp), QAT(self.model)
         self.forward = run.compiled(self.model)
         self.micro_rows = hp.micro_batch(ranks.size) // hp.train_seq_len
-        self.clock, self.step = Clock(ranks), 0
+        self.clock, self.step = Clock(ranks, run.signals), 0
+        self.saved_ms, self.resumed_at = 0.0, []
         run.log(f"model_params:{sum(p.numel() for p in self.model.parameters())}")
         accumulation = hp.train_batch_tokens // ranks.size // hp.micro_batch(ranks.size)
         run.log(f"world_size:{ranks.size} grad_accum_steps:{accumulation}")
@@ -2061,54 +2271,160 @@ class Trainer:
             for parameter, value in zip(self.model.parameters(), initial, strict=True):
                 parameter.copy_(value)
         self.optimizers.reset()
+        if hp.max_wallclock_seconds:
+            averaging = time.perf_counter()
+            self.exported_weights()
+            # Twice the time: it is measured once, and the last step must not end beyond the cap.
+            self.clock.reserve_ms = 2000 * run.ranks.largest(time.perf_counter() - averaging)
+            run.log(f"train_reserve:{self.clock.reserve_ms:.0f}ms for averaging")
         run.phases.seconds["warmup"] = time.perf_counter() - start
 
     def train_step(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """One update from this rank's (sequences, T) part of the batch; returns its part of the mean loss, ()."""
         hp, clock, step = self.run.hp, self.clock, self.step
-        scale = lr_scale(step, hp, clock.elapsed_ms, clock.step_ms)
+        scale = lr_scale(step, hp, clock.elapsed_ms + clock.reserve_ms, clock.step_ms)
         if not self.qat.on and (hp.qat_enabled or (hp.late_qat and scale < hp.late_qat_threshold)):
             self.qat.switch(True)
             self.run.log(f"{'qat' if hp.qat_enabled else 'late_qat'}:enabled step:{step} scale:{scale:.4f}")
         elif self.qat.on and step % QAT_REFRESH_STEPS == 0:
             self.qat.refresh()
         loss = accumulate_gradients(self.forward, inputs, targets, self.micro_rows, hp.train_batch_tokens)
-        self.optimizers.step(scale, muon_momentum(step, hp))
+        norm = self.optimizers.step(scale, muon_momentum(step, hp))
         if self.averages.update(step, scale):
             self.run.log(f"swa:start step:{step}")
-        clock.post(loss)
+        clock.post(loss, norm)
         self.step += 1
         return loss
 
     def train(self) -> None:
-        """The timed loop: until ITERATIONS or the wall-clock cap. Validation stops the clock."""
-        hp, log, clock = self.run.hp, self.run.log, self.clock
-        loader = BatchLoader(self.run.stream, hp, self.run.ranks, log)
-        bar = progress_bar(hp.iterations, "train", log)
-        clock.resume()
-        while self.step < hp.iterations and not out_of_time(hp, clock):
-            batch, clock.problem = loader.next(), loader.problem
-            loss = self.train_step(*batch)
+        """The timed loop: until ITERATIONS, the wall-clock cap or a signal. Validation and checkpoints stop the clock.
+
+        A failure that ends it names the checkpoint that is still good.
+        """
+        hp, log, clock, signals = self.run.hp, self.run.log, self.clock, self.run.signals
+        loader = BatchLoader(self.run.stream, hp, self.run.ranks, log, self.step)
+        bar = progress_bar(hp.iterations, "train", log, self.step)
+        signals.deferred = hp.checkpoint_every > 0
+        try:
+            clock.resume()
+            while self.step < hp.iterations and not out_of_time(hp, clock) and not clock.interrupted:
+                batch, clock.problem = loader.next(), loader.problem
+                self.train_step(*batch)
+                if bar is not None:
+                    bar.update()
+                self.report()
+            clock.pause()
+        except (LimitError, UserError) as error:
+            error.args = (f"{error}; {signals.advice}" if self.saved_ms else str(error),)
+            raise
+        finally:
+            signals.deferred = False
             if bar is not None:
-                bar.update()
-            if hp.train_log_every and (self.step <= 10 or self.step % hp.train_log_every == 0):
-                mean = self.run.ranks.sum_(loss.clone()).item()
-                clock.collect()
-                log(f"step:{self.step}/{hp.iterations} train_loss:{mean:.4f} {self.timing()}")
-            if self.step == min(20, hp.iterations):
-                warn_of_warmdown(hp, clock, log)
-            if hp.val_loss_every and self.step % hp.val_loss_every == 0 and self.step < hp.iterations:
-                clock.pause()
-                self.validate_raw()
-                clock.resume()
-        clock.pause()
-        if bar is not None:
-            bar.close()
+                bar.close()
+        if clock.interrupted:  # agreed: all ranks take part in saving
+            self.save()
+        if clock.interrupted or signals.caught:
+            raise Interrupted(signals.caught or signal.SIGTERM)
         if self.step < hp.iterations:
             log(f"stopping_early: wallclock_cap train_time:{clock.elapsed_ms:.0f}ms step:{self.step}/{hp.iterations}")
         allocated, reserved = peak_memory_mib(self.run.ranks.device)
         log(f"peak memory allocated: {allocated} MiB reserved: {reserved} MiB")
         self.run.phases.seconds["train"] = clock.elapsed_ms / 1000
+
+    def report(self) -> None:
+        """What the log, a validation or a checkpoint is due after this step."""
+        hp, log, clock = self.run.hp, self.run.log, self.clock
+        if hp.train_log_every and (self.step <= 10 or self.step % hp.train_log_every == 0):
+            clock.collect()
+            log(f"step:{self.step}/{hp.iterations} train_loss:{clock.loss:.4f} {self.timing()}")
+        if self.step == min(20, hp.iterations):
+            warn_of_warmdown(hp, clock, log)
+        if hp.val_loss_every and self.step % hp.val_loss_every == 0 and self.step < hp.iterations:
+            clock.pause()
+            self.validate_raw()
+            clock.resume()
+        if hp.checkpoint_every and clock.elapsed_ms - self.saved_ms >= 1000 * hp.checkpoint_every:
+            clock.pause()
+            self.save()
+            clock.resume()
+
+    def state(self) -> dict[str, Tensor]:
+        """Every tensor that the next step reads, live; but Muon's momentum, which is sharded."""
+        averages, names = self.averages, {p: name for name, p in self.model.named_parameters()}
+        kinds = dict(weight=averages.live, ema=averages.ema, swa=averages.swa)
+        state = {
+            f"{kind}.{name}": w
+            for kind, weights in kinds.items()
+            if weights is not None
+            for name, w in zip(names.values(), weights, strict=True)
+        }
+        for parameter in self.optimizers.small:
+            moments = self.optimizers.moments(parameter)
+            state |= {f"adam.{key}.{names[parameter]}": moment for key, moment in moments.items()}
+        return state | {f"row_scale.{names[layer.weight]}": layer.row_scale for layer in self.qat.layers}
+
+    def save(self) -> None:
+        """Write a checkpoint at a paused clock and keep the one before. A full disk does not end the run."""
+        run, clock = self.run, self.clock
+        with run.phases("checkpoint"):
+            tensors = self.state()
+            for i, bank in enumerate(self.optimizers.banks):
+                tensors[f"momentum.{i}"] = bank.whole_momentum()
+            self.saved_ms = clock.elapsed_ms
+            if not run.ranks.is_main:
+                return
+            tensors["random"] = torch.get_rng_state()
+            meta = dict(
+                run_id=run.folder.name,
+                settings=dataclasses.asdict(run.hp),
+                code_sha256=hashlib.sha256(run.source).hexdigest(),
+                data=[run.stream.fingerprint, run.val.fingerprint, run.val.tokenizer_sha256],
+                dtype=str(run.dtype),
+                step=self.step,
+                loss=clock.loss,
+                elapsed_ms=clock.elapsed_ms,
+                durations=list(clock.durations),
+                swa_samples=self.averages.swa_samples,
+                qat=self.qat.on,
+                resumed_at=self.resumed_at,
+            )
+            path = run.folder / f"checkpoint-{self.step}.pgckpt"
+            try:
+                write_atomic(path, checkpoint_parts(meta, tensors))
+                for old in [*find_checkpoints(run.folder)[:-2], *run.folder.glob("*.partial")]:
+                    old.unlink()
+            except OSError as error:
+                run.log(f"warning: checkpoint of step {self.step} not written: {error.strerror}; {run.signals.advice}")
+                return
+        run.log(f"checkpoint:written step:{self.step} bytes:{path.stat().st_size} path:{path}")
+        self.advise(path)
+
+    def advise(self, checkpoint: Path) -> None:
+        """What to tell whoever ends this run."""
+        self.run.signals.advice = f"go on with the same command and RESUME={checkpoint}"
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Take up the state of a checkpoint, whatever the world size that wrote it."""
+        meta, ranks = checkpoint.meta, self.run.ranks
+        self.step, self.saved_ms = meta["step"], meta["elapsed_ms"]
+        self.resumed_at = [*meta["resumed_at"], self.step]
+        self.clock.restore(self.step, meta["loss"], meta["elapsed_ms"], meta["durations"])
+        self.qat.set(meta["qat"])
+        self.averages.swa_samples = meta["swa_samples"]
+        if self.averages.swa_samples:
+            self.averages.swa = [torch.empty_like(w) for w in self.averages.live]
+
+        def load(name: str, into: Tensor) -> Tensor:
+            return ranks.broadcast_(into.copy_(checkpoint.tensors[name]) if ranks.is_main else into)
+
+        with torch.no_grad():
+            for name, live in self.state().items():
+                load(name, live)
+            for i, bank in enumerate(self.optimizers.banks):
+                bank.load_momentum(load(f"momentum.{i}", bank.whole_momentum().clone()))
+        torch.set_rng_state(ranks.broadcast_object(checkpoint.tensors.get("random")))
+        self.advise(checkpoint.path)
+        self.run.log(f"resume:step:{self.step} train_time:{meta['elapsed_ms']:.0f}ms from:{checkpoint.path}")
 
     def timing(self) -> str:
         ms = self.clock.elapsed_ms
@@ -2119,7 +2435,6 @@ class Trainer:
         with self.run.phases("average"):
             source, weights = self.averages.exported()
             names = [name for name, _ in self.model.named_parameters()]
-            self.run.log(f"export_weights:{source} swa_samples:{self.averages.swa_samples}")
             return source, {name: w.float().cpu() for name, w in zip(names, weights, strict=True)}
 
     def validate_raw(self) -> Score:
@@ -2212,7 +2527,7 @@ class Evaluation:
             before, start = time.perf_counter() - start, time.perf_counter()
             if method == "adapted":
                 chunks = len(self.chunks(val, stride))
-                if hp.eval_max_seconds and self.agreed(self.elapsed() + before) > hp.eval_max_seconds:
+                if hp.eval_max_seconds and self.run.ranks.largest(self.elapsed() + before) > hp.eval_max_seconds:
                     self.cut = dict(chunks=chunks, adapted=0, scored=0)
                     log(f"{label}:skipped it would end beyond EVAL_MAX_SECONDS={hp.eval_max_seconds:g}")
                     break
@@ -2275,14 +2590,10 @@ class Evaluation:
     def elapsed(self) -> float:
         return time.perf_counter() - self.started
 
-    def agreed(self, seconds: float) -> float:
-        """The largest over ranks, so that all decide alike."""
-        return self.run.ranks.max_(torch.tensor(seconds, dtype=torch.float64, device=self.run.ranks.device)).item()
-
     def has_time(self, needed: float, k: int, chunks: int) -> bool:
         """Whether chunk k can be learned from, with all later chunks still scored in time. Once not, never again."""
         limit = self.run.hp.eval_max_seconds
-        if self.cut is None and limit and self.agreed(self.elapsed() + needed) > (1 - EVAL_MARGIN) * limit:
+        if self.cut is None and limit and self.run.ranks.largest(self.elapsed() + needed) > (1 - EVAL_MARGIN) * limit:
             self.cut = dict(chunks=chunks, adapted=k, scored=chunks)
             self.run.log(
                 f"{self.label}:cut adapted_chunks:{k} of:{chunks - 1} to end before EVAL_MAX_SECONDS={limit:g}; "
@@ -2609,17 +2920,39 @@ def open_outputs(hp: Hyperparameters, run_id: str, ranks: Ranks) -> tuple[Log, P
         return Log(None), folder
     path = out / "logs" / f"{run_id}.txt"
     try:
-        if path.exists():
+        if path.exists() and not hp.resume:
             raise UserError(f"RUN_ID={run_id} has a log already; choose another or move {path} away")
         for needed in (path.parent, folder):
             needed.mkdir(parents=True, exist_ok=True)
+        free, needed = shutil.disk_usage(folder).free, bytes_to_write(hp)
+        if free < needed:
+            raise UserError(f"OUT_DIR={hp.out_dir} has {free >> 20} MiB free; this run may write {needed >> 20} MiB")
         return Log(path), folder
     except OSError as error:
         raise UserError(f"cannot write to OUT_DIR={hp.out_dir}: {error.strerror} ({error.filename})") from None
 
 
+def bytes_to_write(hp: Hyperparameters) -> int:
+    """At most: artifact, log, float weights, and three checkpoints while the third is being written."""
+    with torch.device("meta"):
+        weights = 4 * sum(p.numel() for p in GPT(hp, 2, sdpa, torch.float32).parameters())
+    artifact = 0 if hp.eval_only else min(hp.artifact_cap_bytes, weights)
+    averages = hp.ema_enabled + hp.swa_enabled
+    checkpoints = 3 * (3 + averages) * weights * (hp.checkpoint_every > 0)
+    return (1 << 20) + artifact + weights * hp.save_weights + checkpoints
+
+
+def log_source(run: Run) -> None:
+    """All settings and the source that runs, in the file alone. Both are the same when a run goes on."""
+    log = run.log
+    log(f"settings {json.dumps(dataclasses.asdict(run.hp))}", console=False)
+    log(f"===== source begin bytes:{len(run.source)} =====", console=False)
+    log(run.source.decode(), console=False)
+    log("===== source end =====", console=False)
+
+
 def log_run(run: Run, attention: str, notes: Sequence[str]) -> None:
-    """Where and what: the first lines of the log. The file alone also gets all settings and the source that runs."""
+    """Where and what: the first lines of the log."""
     hp, log, val, stream = run.hp, run.log, run.val, run.stream
     log(f"code_sha256:{hashlib.sha256(run.source).hexdigest()} settings_hash:{hp.settings_hash()}")
     python = sys.version.split()[0]
@@ -2630,17 +2963,22 @@ def log_run(run: Run, attention: str, notes: Sequence[str]) -> None:
         log(f"setting:{name}={int(value) if isinstance(value, bool) else value}")
     for note in notes:
         log(note)
-    log(f"settings {json.dumps(dataclasses.asdict(hp))}", console=False)
-    log(f"===== source begin bytes:{len(run.source)} =====", console=False)
-    log(run.source.decode(), console=False)
-    log("===== source end =====", console=False)
+    if run.checkpoint is None:
+        log_source(run)
     log(f"seed:{hp.seed}")
     log(f"val_bpb:enabled tokenizer_kind=sentencepiece tokenizer_path={val.tokenizer_path}")
     if stream is not None:
         log(f"train_loader:dataset:{Path(hp.data_path).name} train_shards:{len(stream.paths)}")
-        log(f"train_loader:fingerprint:{data_fingerprint(stream.paths)} tokens:{len(stream)}")
+        log(f"train_loader:fingerprint:{stream.fingerprint} tokens:{len(stream)}")
     log(f"val_loader:shards pattern={Path(hp.data_path) / 'fineweb_val_*.bin'} tokens:{val.targets}")
     log(f"val_loader:fingerprint:{val.fingerprint} bytes:{int(val.bytes.sum())}")
+
+
+def write_result(run: Run, path: Path, data: bytes) -> None:
+    try:
+        write_atomic(path, [data])
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}; {run.signals.advice}") from None
 
 
 def export(run: Run, weights: Mapping[str, Tensor]) -> bytes:
@@ -2651,8 +2989,9 @@ def export(run: Run, weights: Mapping[str, Tensor]) -> bytes:
             tensors = quantize(weights)
         with run.phases("compress"):
             header = artifact_header("artifact", run.hp, run.dtype, run.val.tokenizer_sha256)
-            write_atomic(path, pack_artifact(header, tensors, run.hp.compressor))
+            write_result(run, path, pack_artifact(header, tensors, run.hp.compressor))
         blob = path.read_bytes()
+        run.signals.advice = f"the artifact is whole: EVAL_ONLY=1 ARTIFACT_PATH={path} scores it"
     return run.ranks.broadcast_object(blob)
 
 
@@ -2660,11 +2999,11 @@ def save_weights(run: Run, weights: Mapping[str, Tensor]) -> None:
     """The float weights in the artifact's own format, uncompressed, for EXPORT_ONLY."""
     header = artifact_header("weights", run.hp, run.dtype, run.val.tokenizer_sha256)
     tensors = {name: Stored("fp32", w.float().cpu(), None) for name, w in weights.items()}
-    write_atomic(run.folder / "weights.pgolf", pack_artifact(header, tensors, "stored"))
+    write_result(run, run.folder / "weights.pgolf", pack_artifact(header, tensors, "stored"))
     run.log(f"saved weights: {run.folder / 'weights.pgolf'}")
 
 
-def prepare(job: Job, ranks: Ranks) -> Run:
+def prepare(job: Job, ranks: Ranks, signals: Signals) -> Run:
     """All that can go wrong before any work goes wrong here, on all ranks alike. Raises UserError."""
     hp = job.hp
     dtype = activation_dtype(hp.dtype, ranks.device)
@@ -2672,12 +3011,18 @@ def prepare(job: Job, ranks: Ranks) -> Run:
     val = ranks.agree(lambda: load_validation(hp))
     ranks.agree(lambda: check_data(job, val))
     stream = ranks.agree(lambda: TokenStream(find_shards(hp, "train"), hp.vocab_size)) if job.trains else None
+    source = Path(__file__).read_bytes()
+    checkpoint = ranks.agree(lambda: find_resumed(hp, source) if ranks.is_main else None)
+    shared = ranks.broadcast_object(checkpoint and checkpoint._replace(tensors={}))
+    checkpoint = checkpoint or shared
+    if checkpoint is not None:
+        ranks.agree(lambda: check_resumed(checkpoint, stream, val, dtype))
     stamp = f"{time.strftime('%Y%m%d-%H%M%S')}-seed{hp.seed}-{os.urandom(2).hex()}"
-    run_id = ranks.broadcast_object(hp.run_id or stamp)
+    run_id = ranks.broadcast_object(hp.run_id or (checkpoint.meta["run_id"] if checkpoint else stamp))
     log, folder = ranks.agree(lambda: open_outputs(hp, run_id, ranks))
     compile = hp.compile == "1" or (hp.compile == "auto" and ranks.device.type == "cuda")
-    source = Path(__file__).read_bytes()
-    run = Run(hp, ranks, log, Phases(ranks.device), dtype, attend, compile, val, stream, folder, source)
+    phases = Phases(ranks.device)
+    run = Run(hp, ranks, log, phases, dtype, attend, compile, val, stream, folder, source, signals, checkpoint)
     log_run(run, attention, job.notes)
     return run
 
@@ -2689,13 +3034,30 @@ def check_data(job: Job, val: Validation) -> None:
     check_chunks(job.hp, val.targets)
 
 
-def run_job(job: Job, ranks: Ranks) -> int:
+def check_resumed(checkpoint: Checkpoint, stream: TokenStream, val: Validation, dtype: torch.dtype) -> None:
+    """Whether the run goes on with the data and arithmetic it began with. Raises UserError."""
+    meta, data = checkpoint.meta, [stream.fingerprint, val.fingerprint, val.tokenizer_sha256]
+    for what, here, there in zip(
+        ("training shards", "validation shards", "tokenizer"), data, meta["data"], strict=True
+    ):
+        if here != there:
+            raise UserError(
+                f"{checkpoint.path} was made with other {what} (fingerprint {there[:16]}, here {here[:16]})"
+            )
+    if meta["dtype"] != str(dtype):
+        raise UserError(f"{checkpoint.path} was made with {meta['dtype']}, here it would be {dtype}; set DTYPE")
+
+
+def run_job(job: Job, ranks: Ranks, signals: Signals) -> int:
     """The whole run after the settings are known. Returns the exit code."""
-    run = prepare(job, ranks)
+    run = prepare(job, ranks, signals)
     try:
         return carry_out(run, job)
-    except LimitError as error:
-        run.log(f"limit: {error}", console=False)
+    except (LimitError, UserError) as error:
+        run.log(f"{error.label}: {error}", console=False)
+        raise
+    except Interrupted as interrupt:
+        run.log(f"interrupted: {interrupt}; {signals.advice}", console=False)
         raise
 
 
@@ -2715,9 +3077,13 @@ def carry_out(run: Run, job: Job) -> int:
     else:
         trainer = Trainer(run)
         trainer.warm_up()
+        if run.checkpoint is not None:
+            trainer.restore(run.checkpoint)
         trainer.train()
         source, weights = trainer.exported_weights()
+        log(f"export_weights:{source} swa_samples:{trainer.averages.swa_samples}")
         result |= dict(steps=trainer.step, train_tokens=trainer.step * hp.train_batch_tokens, exported=source)
+        result["resumed_at"] = trainer.resumed_at
         if hp.save_weights and run.ranks.is_main:
             save_weights(run, weights)
         blob = export(run, weights)  # before any diagnostic: a run that dies later has its artifact
@@ -2769,7 +3135,7 @@ def finish(run: Run, result: dict, scores: Mapping[str, Score], blob: bytes) -> 
         settings_hash=hp.settings_hash(),
         code_sha256=hashlib.sha256(run.source).hexdigest(),
         artifact_sha256=hashlib.sha256(blob).hexdigest(),
-        train_fingerprint=data_fingerprint(run.stream.paths) if run.stream is not None else None,
+        train_fingerprint=run.stream.fingerprint if run.stream is not None else None,
         val_fingerprint=val.fingerprint,
         tokenizer_sha256=val.tokenizer_sha256,
         world_size=run.ranks.size,
@@ -2789,7 +3155,9 @@ def finish(run: Run, result: dict, scores: Mapping[str, Score], blob: bytes) -> 
     line = json.dumps(result)
     if run.ranks.is_main:
         artifact, file = hp.artifact_path or run.folder / "artifact.pgolf", run.folder / "result.json"
-        write_atomic(file, (line + "\n").encode())
+        write_result(run, file, (line + "\n").encode())
+        for checkpoint in find_checkpoints(run.folder):
+            checkpoint.unlink()
         log(f"files: log {log.path} artifact {artifact} result {file}")
     for message in broken:
         log(f"limit: {message}")
@@ -2802,30 +3170,38 @@ def main(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     if list(argv) == ["--settings"]:
         print(settings_table())
         return 0
-    ranks = None
-    try:
-        if argv:
-            raise UserError(f"unknown argument {argv[0]}; settings are environment variables, `--settings` lists them")
-        job = read_job(environ)
-        if job.trains:
-            job.hp.micro_batch(int(environ.get("WORLD_SIZE", 1)))
-        load_compressor(job.hp.compressor)
-        ranks = Ranks(job.hp, environ)
-        return run_job(job, ranks)
-    except UserError as error:
-        # Before the ranks met, all of them read the same environment; after that, an error may be one rank's own.
-        if environ.get("RANK", "0") == "0" or (ranks is not None and not error.agreed):
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
-    except LimitError as error:
-        if environ.get("RANK", "0") == "0":
-            print(f"limit: {error}", file=sys.stderr, flush=True)
-        return 3
-    except KeyboardInterrupt:
-        return 130
-    finally:
-        if ranks is not None:
-            ranks.close()
+    ranks, is_main = None, environ.get("RANK", "0") == "0"
+    with Signals() as signals:
+        try:
+            if argv:
+                raise UserError(f"unknown argument {argv[0]}; settings are environment variables: `--settings`")
+            job = read_job(environ)
+            if job.trains:
+                job.hp.micro_batch(int(environ.get("WORLD_SIZE", 1)))
+            load_compressor(job.hp.compressor)
+            ranks = Ranks(job.hp, environ)
+            code = run_job(job, ranks, signals)
+        except UserError as error:
+            # Before the ranks met, all of them read the same environment; after that, an error may be one rank's own.
+            return leave(2, f"error: {error}", is_main or (ranks is not None and not error.agreed))
+        except LimitError as error:
+            return leave(3, f"limit: {error}", is_main)
+        except Interrupted as interrupt:
+            return leave(interrupt.code, f"interrupted: {interrupt}; {signals.advice}", is_main)
+        except torch.OutOfMemoryError:
+            advice = (
+                "lower MICRO_BATCH_TOKENS (training), VAL_BATCH_SIZE (scoring) or TTT_BATCH_SEQS (a part of the method)"
+            )
+            return leave(2, f"error: out of GPU memory; {advice}", True)
+        ranks.close()
+        return code
+
+
+def leave(code: int, message: str, speak: bool) -> int:
+    """The exit code, after its one line. The process group is left to the process's end: peers may wait in it."""
+    if speak:
+        print(message, file=sys.stderr, flush=True)
+    return code
 
 
 if __name__ == "__main__":

@@ -117,4 +117,6 @@ def make_run(hp: pg.Hyperparameters, stream: Any = None, tokens: np.ndarray | No
         stream=stream,
         folder=Path(),
         source=b"",
+        signals=pg.Signals(),
+        checkpoint=None,
     )

@@ -122,6 +122,8 @@ ILLEGAL = [
     (dict(EVAL_ONLY=1, EXPORT_ONLY=1), "EVAL_ONLY=1 and EXPORT_ONLY=1 exclude each other"),
     (dict(EVAL_ONLY=1), "EVAL_ONLY=1 needs ARTIFACT_PATH"),
     (dict(EXPORT_ONLY=1), "EXPORT_ONLY=1 needs WEIGHTS_PATH"),
+    (dict(EVAL_ONLY=1, ARTIFACT_PATH="a", RESUME="auto", RUN_ID="r"), "RESUME goes on with training"),
+    (dict(RESUME="auto"), "RESUME=auto needs the RUN_ID"),
     (dict(ARTIFACT_PATH="a"), "ARTIFACT_PATH is read only with EVAL_ONLY=1"),
     (dict(WEIGHTS_PATH="a"), "WEIGHTS_PATH is read only with EXPORT_ONLY=1"),
     (dict(RUN_ID="a/b"), "RUN_ID='a/b' must be a file name"),
@@ -688,6 +690,7 @@ def test_every_setting_has_a_liveness_test():
     here |= {"val_loss_every", "compile", "attention", "device", "ttt_enabled"}
     chain = {"eval_only", "artifact_path", "save_weights", "export_only", "weights_path", "run_id", "out_dir"}
     chain |= {"compressor", "artifact_cap_bytes", "data_path", "tokenizer_path"}  # in test_chain.py and test_data.py
+    chain |= {"checkpoint_every", "resume"}  # in test_resume.py
     chain |= {"audit", "audit_tokens", "eval_max_seconds"}  # in test_audit.py and test_evaluation.py
     tables = [*TRAINED, *EXPORTED, *SCORED, *here, *chain]
     assert sorted(tables) == sorted(FIELDS)
