@@ -491,6 +491,12 @@ class Ranks:
         n = len(items)
         return items[n * self.rank // self.size : n * (self.rank + 1) // self.size]
 
+    def lost_peer(self, error: RuntimeError) -> bool:
+        """Whether a collective failed because another process is gone."""
+        return self.size > 1 and (
+            isinstance(error, dist.DistError) or re.search("gloo|NCCL|c10d", str(error)) is not None
+        )
+
     def close(self) -> None:
         if self.size > 1:
             dist.destroy_process_group()
@@ -3188,11 +3194,15 @@ def main(argv: Sequence[str], environ: Mapping[str, str]) -> int:
             return leave(3, f"limit: {error}", is_main)
         except Interrupted as interrupt:
             return leave(interrupt.code, f"interrupted: {interrupt}; {signals.advice}", is_main)
-        except torch.OutOfMemoryError:
-            advice = (
-                "lower MICRO_BATCH_TOKENS (training), VAL_BATCH_SIZE (scoring) or TTT_BATCH_SEQS (a part of the method)"
-            )
-            return leave(2, f"error: out of GPU memory; {advice}", True)
+        except RuntimeError as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                settings = (
+                    "MICRO_BATCH_TOKENS (training), VAL_BATCH_SIZE (scoring), TTT_BATCH_SEQS (part of the method)"
+                )
+                return leave(2, f"error: out of GPU memory; lower {settings}; {signals.advice}", True)
+            if ranks is not None and ranks.lost_peer(error):
+                return leave(1, f"error: rank {ranks.rank} lost another rank, see its error; {signals.advice}", True)
+            raise
         ranks.close()
         return code
 
