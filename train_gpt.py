@@ -569,7 +569,7 @@ class Signals:
 
     def __init__(self):
         self.caught, self.deferred = 0, False
-        self.advice = "there is nothing to resume; CHECKPOINT_EVERY=600 would have kept the last ten minutes"
+        self.advice = "there is no checkpoint to go on from"  # what to tell whoever ends the run
 
     def __enter__(self):
         self.before = {}
@@ -2321,7 +2321,7 @@ class Trainer:
                 self.report()
             clock.pause()
         except (LimitError, UserError) as error:
-            error.args = (f"{error}; {signals.advice}" if self.saved_ms else str(error),)
+            error.args = (f"{error}; {signals.advice}",)
             raise
         finally:
             signals.deferred = False
@@ -2355,7 +2355,7 @@ class Trainer:
             clock.resume()
 
     def state(self) -> dict[str, Tensor]:
-        """Every tensor that the next step reads, live; but Muon's momentum, which is sharded."""
+        """Every tensor that the next step reads, live; but Muon's momentum, which is sharded. Nothing is random."""
         averages, names = self.averages, {p: name for name, p in self.model.named_parameters()}
         kinds = dict(weight=averages.live, ema=averages.ema, swa=averages.swa)
         state = {
@@ -2406,7 +2406,6 @@ class Trainer:
         self.advise(path)
 
     def advise(self, checkpoint: Path) -> None:
-        """What to tell whoever ends this run."""
         self.run.signals.advice = f"go on with the same command and RESUME={checkpoint}"
 
     def restore(self, checkpoint: Checkpoint) -> None:
@@ -2438,10 +2437,9 @@ class Trainer:
 
     def exported_weights(self) -> tuple[str, dict[str, Tensor]]:
         """(swa | ema | raw, fp32 weights by name on CPU): what is quantized."""
-        with self.run.phases("average"):
-            source, weights = self.averages.exported()
-            names = [name for name, _ in self.model.named_parameters()]
-            return source, {name: w.float().cpu() for name, w in zip(names, weights, strict=True)}
+        source, weights = self.averages.exported()
+        names = [name for name, _ in self.model.named_parameters()]
+        return source, {name: w.float().cpu() for name, w in zip(names, weights, strict=True)}
 
     def validate_raw(self) -> Score:
         with self.run.phases("validate"), self.qat.switched(False):
@@ -3076,6 +3074,7 @@ def carry_out(run: Run, job: Job) -> int:
     trainer = None
     if hp.eval_only:
         result["mode"], blob = "eval_only", job.blob
+        run.signals.advice = "start it again"
     elif hp.export_only:
         log(f"export_only: weights from {hp.weights_path}; this is no timed run")
         result["mode"] = "export_only"
@@ -3086,7 +3085,8 @@ def carry_out(run: Run, job: Job) -> int:
         if run.checkpoint is not None:
             trainer.restore(run.checkpoint)
         trainer.train()
-        source, weights = trainer.exported_weights()
+        with run.phases("average"):
+            source, weights = trainer.exported_weights()
         log(f"export_weights:{source} swa_samples:{trainer.averages.swa_samples}")
         result |= dict(steps=trainer.step, train_tokens=trainer.step * hp.train_batch_tokens, exported=source)
         result["resumed_at"] = trainer.resumed_at
@@ -3119,6 +3119,9 @@ def limits_broken(hp: Hyperparameters, size: int, result: Mapping, headline: Sco
     if size > hp.artifact_cap_bytes:
         over = size - hp.artifact_cap_bytes
         yield f"code and artifact are {size} bytes, {over} over ARTIFACT_CAP_BYTES={hp.artifact_cap_bytes}"
+    if result["train_seconds"] > hp.max_wallclock_seconds > 0:
+        spent, cap = result["train_seconds"], hp.max_wallclock_seconds
+        yield f"training and averaging took {spent:.1f} s, more than MAX_WALLCLOCK_SECONDS={cap:g}"
     if result["eval_seconds"] > hp.eval_max_seconds > 0:
         yield f"the evaluation took {result['eval_seconds']:.1f} s, more than EVAL_MAX_SECONDS={hp.eval_max_seconds:g}"
     if not math.isfinite(headline.nats):
@@ -3135,7 +3138,6 @@ def finish(run: Run, result: dict, scores: Mapping[str, Score], blob: bytes) -> 
         log(f"phase:{name} seconds:{spent:.2f}")
     headline = list(scores)[-1]
     size = len(blob) + len(run.source)
-    broken = list(limits_broken(hp, size, result, scores[headline]))
     result |= dict(
         seed=hp.seed,
         settings_hash=hp.settings_hash(),
@@ -3148,7 +3150,7 @@ def finish(run: Run, result: dict, scores: Mapping[str, Score], blob: bytes) -> 
         device=device_name(run.ranks.device),
         torch=torch.__version__,
         dtype=str(run.dtype).removeprefix("torch."),
-        train_seconds=seconds.get("train", 0.0),
+        train_seconds=sum(seconds.get(phase, 0.0) for phase in TRAINING_PHASES),
         phase_seconds=seconds,
         peak_memory_mib=peak_memory_mib(run.ranks.device)[0],
         bytes_code=len(run.source),
@@ -3158,7 +3160,7 @@ def finish(run: Run, result: dict, scores: Mapping[str, Score], blob: bytes) -> 
         scores={k: s.as_json() | dict(tokens=s.tokens, bytes=s.bytes) for k, s in scores.items()},
         headline=dict(label=headline) | scores[headline].as_json(),
     )
-    line = json.dumps(result)
+    broken, line = list(limits_broken(hp, size, result, scores[headline])), json.dumps(result)
     if run.ranks.is_main:
         artifact, file = hp.artifact_path or run.folder / "artifact.pgolf", run.folder / "result.json"
         write_result(run, file, (line + "\n").encode())
