@@ -2850,7 +2850,8 @@ class Audit(Evaluation):
         chunks = plan_chunks(plan_windows(n, self.run.hp.eval_seq_len, stride), self.run.hp.ttt_chunk_tokens)
         points = {int(chunks[len(chunks) // 2 - 1][-1, 2]), n - stride // 2 - 1}
         inner = starts[(starts > n // 4) & (starts < n)]
-        return sorted(points | ({int(inner[0]) - 1} if len(inner) else set()))
+        points |= {int(inner[0]) - 1} if len(inner) else set()
+        return sorted(p for p in points if 0 < p < n)
 
     def disturbed(self, tokens: np.ndarray, p: int) -> np.ndarray:
         """A copy with every token after p drawn anew, the first of them surely another one."""
