@@ -1,4 +1,5 @@
-# make train: from nothing to a scored artifact (about two minutes of training on two CPU cores). make test: all tests.
+# make train: from nothing to a scored artifact (about two minutes of training on two CPU cores). make test: all tests
+# but the slow ones; make test-slow: those.
 PYTHON ?= python3
 # A plain `pip install torch` on Linux fetches the CUDA build. CPU only, smaller:
 #   make train PIP_FLAGS="--extra-index-url https://download.pytorch.org/whl/cpu" TORCH=torch==2.13.0+cpu
@@ -10,7 +11,7 @@ DEMO_DATA := data/datasets/offline
 # Two torch processes on two cores spin against each other with libgomp's default policy (measured: up to 37x slower).
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: train test lint clean
+.PHONY: train test test-slow lint clean
 .DELETE_ON_ERROR:
 
 train: $(DEMO_DATA)/manifest.json
@@ -18,6 +19,9 @@ train: $(DEMO_DATA)/manifest.json
 
 test: .venv/dev
 	$(BIN)/python -m pytest
+
+test-slow: .venv/dev
+	$(BIN)/python -m pytest -m slow
 
 lint: .venv/dev
 	$(BIN)/ruff check .

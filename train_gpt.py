@@ -52,6 +52,8 @@ BOS_ID = 1  # every document starts with it; SentencePiece itself never emits it
 class Interrupted(BaseException):
     """SIGTERM or SIGINT; the exit code is 128 plus its number."""
 
+    label = "interrupted"
+
     def __init__(self, number: int):
         super().__init__(signal.Signals(number).name)
         self.code = 128 + number
@@ -514,6 +516,7 @@ class Log:
 
     def __init__(self, path: Path | None):
         self.path = path
+        self.fresh = path is None or not path.exists()  # else a run goes on
         self._file = path.open("a", encoding="utf-8") if path else None
 
     def __call__(self, line: str, console: bool = True) -> None:
@@ -529,12 +532,13 @@ class Log:
                     f"warning: {self.path}: {error.strerror}; the log goes on here alone", file=sys.stderr, flush=True
                 )
         if console:
-            if sys.stderr.isatty():
-                from tqdm import tqdm
+            with contextlib.suppress(OSError):  # a console that is gone; the file has the line
+                if sys.stderr.isatty():
+                    from tqdm import tqdm
 
-                tqdm.write(line)  # does not tear the bar
-            else:
-                print(line, flush=True)
+                    tqdm.write(line)  # does not tear the bar
+                else:
+                    print(line, flush=True)
 
 
 def progress_bar(total: int, label: str, log: Log, initial: int = 0):
@@ -561,6 +565,9 @@ class Phases:
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
 
+LOWER_RATES = "a lower MATRIX_LR, SCALAR_LR or TIED_EMBED_LR"
+
+
 class Signals:
     """SIGTERM and SIGINT end the run at once or, while `deferred`, are noted for the training loop to act on.
 
@@ -580,6 +587,9 @@ class Signals:
     def __exit__(self, *_) -> None:
         for number, handler in self.before.items():
             signal.signal(number, handler)
+
+    def resume_from(self, checkpoint: Path) -> None:
+        self.advice = f"go on with the same command and RESUME={checkpoint}"
 
     def handle(self, number: int, _) -> None:
         first, self.caught = not self.caught, self.caught or number
@@ -663,7 +673,7 @@ class Clock:
         if broken:
             raise LimitError(
                 f"loss or gradient of step {self.step} is no longer finite; the loss before it was {self.loss:.4f}; "
-                "lower MATRIX_LR, SCALAR_LR or TIED_EMBED_LR"
+                f"a new run needs {LOWER_RATES}"
             )
         self.loss = loss
 
@@ -730,7 +740,7 @@ def write_atomic(path: Path, parts: Iterable[bytes]) -> None:
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
-    except OSError:
+    except BaseException:
         partial.unlink(missing_ok=True)
         raise
 
@@ -848,8 +858,9 @@ class BatchLoader:
             start, problem = step * self.batch + self.ranks.rank * self.per_rank, None
             try:
                 tokens = self.stream.read(start, self.per_rank + 1)
-            except UserError as error:
-                tokens, problem = np.zeros(self.per_rank + 1), str(error)
+            except Exception as error:  # whatever it is, the run must hear of it and not wait for a dead thread
+                problem = str(error) if isinstance(error, UserError) else f"reading training data failed: {error!r}"
+                tokens = np.zeros(self.per_rank + 1)
             batch = torch.from_numpy(tokens.astype(np.int64))
             self._batches.put((batch.pin_memory() if self.ranks.device.type == "cuda" else batch, problem))
 
@@ -1366,6 +1377,7 @@ class Bank:
         self.gradient_shard = self.gradient if ranks.size == 1 else torch.zeros_like(self.gradient[mine])
         self.momentum = torch.zeros(self.gradient_shard.shape, device=device)
         self.step_size = math.sqrt(max(1.0, rows / cols))
+        self.name = f"{rows}x{cols}"
         for i, parameter in enumerate(parameters):
             self.weight[i].copy_(parameter.data)
             parameter.data = self.weight[i]
@@ -1430,7 +1442,7 @@ class Optimizers:
         if claimed != count:
             raise RuntimeError(f"{claimed} parameters in optimizer rows, {count} in the model")
         self.banks = [Bank(parameters, ranks, dtype) for parameters in by_shape.values()]
-        self.banks.sort(key=lambda bank: bank.weight.numel(), reverse=True)
+        self.banks.sort(key=lambda bank: sum(p.numel() for p in bank.parameters), reverse=True)
         self.adam = torch.optim.AdamW(groups, betas=(hp.beta1, hp.beta2), eps=hp.adam_eps, fused=True)
         self.small = [p for group in groups for p in group["params"]]
         self.polar = torch.compile(newton_schulz, dynamic=False) if compile else newton_schulz
@@ -1880,6 +1892,9 @@ def read_artifact_file(path: str, kind: str) -> tuple[bytes, dict, dict[str, Sto
 # ("tensors": [[name, shape, dtype], …]) without padding, SHA-256 of everything before. Nothing in it is executed.
 CHECKPOINT_MAGIC = b"PGCKPT\x01\n"
 
+CHECKPOINT_META = dict(run_id=str, settings=dict, code_sha256=str, data=list, dtype=str, step=int, loss=float)
+CHECKPOINT_META |= dict(elapsed_ms=float, durations=list, swa_samples=int, qat=bool, resumed_at=list)
+
 # Settings that neither move a weight by more than rounding nor a score: they may change when a run goes on.
 MAY_CHANGE = ("run_id", "out_dir", "data_path", "tokenizer_path", "resume", "checkpoint_every", "audit", "audit_tokens")
 MAY_CHANGE += ("train_log_every", "val_loss_every", "save_weights", "micro_batch_tokens")
@@ -1911,8 +1926,9 @@ def read_checkpoint(path: Path) -> Checkpoint:
     older = [p for p in find_checkpoints(path.parent) if p != path]
     advice = f"; RESUME={older[-1]} is another one" if older else "; there is no other one"
     start = len(CHECKPOINT_MAGIC) + 8
+    foreign = UserError(f"{path} is no checkpoint of this script{advice}")
     if blob[: len(CHECKPOINT_MAGIC)] != CHECKPOINT_MAGIC or len(blob) < start + 32:
-        raise UserError(f"{path} is no checkpoint of this script{advice}")
+        raise foreign
     view = memoryview(blob)
     if hashlib.sha256(view[:-32]).digest() != blob[-32:]:
         raise UserError(f"the checkpoint {path} is damaged or not whole: its checksum does not match{advice}")
@@ -1920,17 +1936,23 @@ def read_checkpoint(path: Path) -> Checkpoint:
     try:
         meta, tensors = json.loads(blob[start:end]), {}
         for name, shape, dtype in meta.pop("tensors"):
+            if not all(type(n) is int and n >= 0 for n in shape):
+                raise foreign
             size = math.prod(shape) * np.dtype(dtype).itemsize
-            tensors[name] = torch.from_numpy(np.frombuffer(view[end : end + size], dtype).reshape(shape).copy())
+            data = np.frombuffer(view[end : min(end + size, len(blob) - 32)], dtype)
+            tensors[name] = torch.from_numpy(data.reshape(shape).copy())
             end += size
-    except (ValueError, TypeError, KeyError, AttributeError):
-        raise UserError(f"{path} is no checkpoint of this script{advice}") from None
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        raise foreign from None
+    if end != len(blob) - 32 or {k: type(v) for k, v in meta.items()} != CHECKPOINT_META:
+        raise foreign
     return Checkpoint(path, meta, tensors)
 
 
 def find_checkpoints(folder: Path) -> list[Path]:
     """Oldest first."""
-    return sorted(folder.glob("checkpoint-*.pgckpt"), key=lambda path: (len(path.name), path.name))
+    found = (p for p in folder.glob("checkpoint-*.pgckpt") if re.fullmatch(r"checkpoint-\d+\.pgckpt", p.name))
+    return sorted(found, key=lambda path: int(path.stem.removeprefix("checkpoint-")))
 
 
 def find_resumed(hp: Hyperparameters, source: bytes) -> Checkpoint | None:
@@ -1952,10 +1974,12 @@ def find_resumed(hp: Hyperparameters, source: bytes) -> Checkpoint | None:
     checkpoint = read_checkpoint(path)
     if checkpoint.meta.get("code_sha256") != hashlib.sha256(source).hexdigest():
         raise UserError(f"{path} was made by another train_gpt.py; the log of its run holds that source")
-    settings = dataclasses.asdict(hp)
+    settings, theirs = dataclasses.asdict(hp), checkpoint.meta["settings"]
+    if settings.keys() != theirs.keys() or not re.fullmatch(r"\w[\w.-]{0,127}", checkpoint.meta["run_id"]):
+        raise UserError(f"{path} is no checkpoint of this script")
     different = [
         f"{name.upper()}={settings[name]} here, {value} there"
-        for name, value in checkpoint.meta["settings"].items()
+        for name, value in theirs.items()
         if name not in MAY_CHANGE and settings[name] != value
     ]
     if different:
@@ -2314,12 +2338,17 @@ class Trainer:
         try:
             clock.resume()
             while self.step < hp.iterations and not out_of_time(hp, clock) and not clock.interrupted:
-                batch, clock.problem = loader.next(), loader.problem
+                batch = loader.next()
+                clock.problem = clock.problem or loader.problem  # told a step later
                 self.train_step(*batch)
                 if bar is not None:
                     bar.update()
                 self.report()
             clock.pause()
+            # Agreed: all ranks take part in saving.
+            if signals.deferred and (clock.interrupted or self.run.ranks.largest(signals.caught)):
+                self.save()
+                raise Interrupted(signals.caught or signal.SIGTERM)
         except (LimitError, UserError) as error:
             error.args = (f"{error}; {signals.advice}",)
             raise
@@ -2327,10 +2356,6 @@ class Trainer:
             signals.deferred = False
             if bar is not None:
                 bar.close()
-        if clock.interrupted:  # agreed: all ranks take part in saving
-            self.save()
-        if clock.interrupted or signals.caught:
-            raise Interrupted(signals.caught or signal.SIGTERM)
         if self.step < hp.iterations:
             log(f"stopping_early: wallclock_cap train_time:{clock.elapsed_ms:.0f}ms step:{self.step}/{hp.iterations}")
         allocated, reserved = peak_memory_mib(self.run.ranks.device)
@@ -2374,39 +2399,44 @@ class Trainer:
         run, clock = self.run, self.clock
         with run.phases("checkpoint"):
             tensors = self.state()
-            for i, bank in enumerate(self.optimizers.banks):
-                tensors[f"momentum.{i}"] = bank.whole_momentum()
+            tensors |= {f"momentum.{bank.name}": bank.whole_momentum() for bank in self.optimizers.banks}
+            if not all(t.isfinite().all() for t in tensors.values()):  # the same on every rank
+                raise LimitError(f"step {self.step} left weights that are not finite; a new run needs {LOWER_RATES}")
             self.saved_ms = clock.elapsed_ms
-            if not run.ranks.is_main:
-                return
-            tensors["random"] = torch.get_rng_state()
-            meta = dict(
-                run_id=run.folder.name,
-                settings=dataclasses.asdict(run.hp),
-                code_sha256=hashlib.sha256(run.source).hexdigest(),
-                data=[run.stream.fingerprint, run.val.fingerprint, run.val.tokenizer_sha256],
-                dtype=str(run.dtype),
-                step=self.step,
-                loss=clock.loss,
-                elapsed_ms=clock.elapsed_ms,
-                durations=list(clock.durations),
-                swa_samples=self.averages.swa_samples,
-                qat=self.qat.on,
-                resumed_at=self.resumed_at,
-            )
             path = run.folder / f"checkpoint-{self.step}.pgckpt"
-            try:
-                write_atomic(path, checkpoint_parts(meta, tensors))
-                for old in [*find_checkpoints(run.folder)[:-2], *run.folder.glob("*.partial")]:
-                    old.unlink()
-            except OSError as error:
-                run.log(f"warning: checkpoint of step {self.step} not written: {error.strerror}; {run.signals.advice}")
-                return
-        run.log(f"checkpoint:written step:{self.step} bytes:{path.stat().st_size} path:{path}")
-        self.advise(path)
+            written = run.ranks.broadcast_object(self.write(path, tensors) if run.ranks.is_main else None)
+        if written:  # every rank has to know what to tell its user
+            run.log(f"checkpoint:written step:{self.step} bytes:{written} path:{path}")
+            run.signals.resume_from(path)
 
-    def advise(self, checkpoint: Path) -> None:
-        self.run.signals.advice = f"go on with the same command and RESUME={checkpoint}"
+    def write(self, path: Path, tensors: dict[str, Tensor]) -> int:
+        """Bytes written to the main rank's disk; 0 where that failed."""
+        run, clock = self.run, self.clock
+        tensors["random"] = torch.get_rng_state()
+        meta = dict(
+            run_id=run.folder.name,
+            settings=dataclasses.asdict(run.hp),
+            code_sha256=hashlib.sha256(run.source).hexdigest(),
+            data=[run.stream.fingerprint, run.val.fingerprint, run.val.tokenizer_sha256],
+            dtype=str(run.dtype),
+            step=self.step,
+            loss=clock.loss,
+            elapsed_ms=clock.elapsed_ms,
+            durations=list(clock.durations),
+            swa_samples=self.averages.swa_samples,
+            qat=self.qat.on,
+            resumed_at=self.resumed_at,
+        )
+        try:
+            write_atomic(path, checkpoint_parts(meta, tensors))
+            found = find_checkpoints(run.folder)  # those after this step were given up when it was taken up
+            place = found.index(path)
+            for old in [*found[: max(0, place - 1)], *found[place + 1 :], *run.folder.glob("*.partial")]:
+                old.unlink()
+        except OSError as error:
+            run.log(f"warning: checkpoint of step {self.step} not written: {error.strerror}; {run.signals.advice}")
+            return 0
+        return path.stat().st_size
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Take up the state of a checkpoint, whatever the world size that wrote it."""
@@ -2419,17 +2449,26 @@ class Trainer:
         if self.averages.swa_samples:
             self.averages.swa = [torch.empty_like(w) for w in self.averages.live]
 
+        state = self.state()
+        momentum = {f"momentum.{bank.name}": bank.whole_momentum().clone() for bank in self.optimizers.banks}
+        ranks.agree(lambda: self.check_tensors(checkpoint, state | momentum | dict(random=torch.get_rng_state())))
+
         def load(name: str, into: Tensor) -> Tensor:
             return ranks.broadcast_(into.copy_(checkpoint.tensors[name]) if ranks.is_main else into)
 
         with torch.no_grad():
-            for name, live in self.state().items():
+            for name, live in state.items():
                 load(name, live)
-            for i, bank in enumerate(self.optimizers.banks):
-                bank.load_momentum(load(f"momentum.{i}", bank.whole_momentum().clone()))
+            for bank in self.optimizers.banks:
+                bank.load_momentum(load(f"momentum.{bank.name}", momentum[f"momentum.{bank.name}"]))
         torch.set_rng_state(ranks.broadcast_object(checkpoint.tensors.get("random")))
-        self.advise(checkpoint.path)
         self.run.log(f"resume:step:{self.step} train_time:{meta['elapsed_ms']:.0f}ms from:{checkpoint.path}")
+
+    def check_tensors(self, checkpoint: Checkpoint, wanted: Mapping[str, Tensor]) -> None:
+        """Whether a checkpoint holds just these tensors. Raises UserError."""
+        found = {name: (tuple(t.shape), t.dtype) for name, t in checkpoint.tensors.items()}
+        if self.run.ranks.is_main and found != {name: (tuple(t.shape), t.dtype) for name, t in wanted.items()}:
+            raise UserError(f"{checkpoint.path} does not hold the tensors of this run; use another checkpoint")
 
     def timing(self) -> str:
         ms = self.clock.elapsed_ms
@@ -2963,9 +3002,13 @@ def open_outputs(hp: Hyperparameters, run_id: str, ranks: Ranks) -> tuple[Log, P
     try:
         if path.exists() and not hp.resume:
             raise UserError(f"RUN_ID={run_id} has a log already; choose another or move {path} away")
+        if (folder / "result.json").exists():
+            raise UserError(f"RUN_ID={run_id} has ended already: {folder / 'result.json'}; choose another RUN_ID")
         for needed in (path.parent, folder):
             needed.mkdir(parents=True, exist_ok=True)
-        free, needed = shutil.disk_usage(folder).free, bytes_to_write(hp)
+        written = [p.stat().st_size for p in (path, *find_checkpoints(folder)) if p.exists()]  # by the run that goes on
+        free = shutil.disk_usage(folder).free + sum(written)
+        needed = bytes_to_write(hp)
         if free < needed:
             raise UserError(f"OUT_DIR={hp.out_dir} has {free >> 20} MiB free; this run may write {needed >> 20} MiB")
         return Log(path), folder
@@ -3004,7 +3047,7 @@ def log_run(run: Run, attention: str, notes: Sequence[str]) -> None:
         log(f"setting:{name}={int(value) if isinstance(value, bool) else value}")
     for note in notes:
         log(note)
-    if run.checkpoint is None:
+    if log.fresh:
         log_source(run)
     log(f"seed:{hp.seed}")
     log(f"val_bpb:enabled tokenizer_kind=sentencepiece tokenizer_path={val.tokenizer_path}")
@@ -3032,8 +3075,9 @@ def export(run: Run, weights: Mapping[str, Tensor]) -> bytes:
             header = artifact_header("artifact", run.hp, run.dtype, run.val.tokenizer_sha256)
             write_result(run, path, pack_artifact(header, tensors, run.hp.compressor))
         blob = path.read_bytes()
-        run.signals.advice = f"the artifact is whole: EVAL_ONLY=1 ARTIFACT_PATH={path} scores it"
-    return run.ranks.broadcast_object(blob)
+    blob = run.ranks.broadcast_object(blob)
+    run.signals.advice = f"the artifact is whole: EVAL_ONLY=1 ARTIFACT_PATH={path} scores it"
+    return blob
 
 
 def save_weights(run: Run, weights: Mapping[str, Tensor]) -> None:
@@ -3058,6 +3102,7 @@ def prepare(job: Job, ranks: Ranks, signals: Signals) -> Run:
     checkpoint = checkpoint or shared
     if checkpoint is not None:
         ranks.agree(lambda: check_resumed(checkpoint, stream, val, dtype))
+        signals.resume_from(checkpoint.path)
     stamp = f"{time.strftime('%Y%m%d-%H%M%S')}-seed{hp.seed}-{os.urandom(2).hex()}"
     run_id = ranks.broadcast_object(hp.run_id or (checkpoint.meta["run_id"] if checkpoint else stamp))
     log, folder = ranks.agree(lambda: open_outputs(hp, run_id, ranks))
@@ -3093,12 +3138,14 @@ def run_job(job: Job, ranks: Ranks, signals: Signals) -> int:
     """The whole run after the settings are known. Returns the exit code."""
     run = prepare(job, ranks, signals)
     try:
-        return carry_out(run, job)
-    except (LimitError, UserError) as error:
-        run.log(f"{error.label}: {error}", console=False)
-        raise
-    except Interrupted as interrupt:
-        run.log(f"interrupted: {interrupt}; {signals.advice}", console=False)
+        try:
+            return carry_out(run, job)
+        except torch.OutOfMemoryError:
+            names = "MICRO_BATCH_TOKENS (training), VAL_BATCH_SIZE (scoring) or TTT_BATCH_SEQS (a part of the method)"
+            raise UserError(f"out of GPU memory; lower {names}; {signals.advice}") from None
+    except (LimitError, UserError, Interrupted) as end:
+        signals.deferred = True  # one end is enough
+        run.log(f"{end.label}: {end}" + (f"; {signals.advice}" if isinstance(end, Interrupted) else ""), console=False)
         raise
 
 
@@ -3111,7 +3158,7 @@ def carry_out(run: Run, job: Job) -> int:
     trainer = None
     if hp.eval_only:
         result["mode"], blob = "eval_only", job.blob
-        run.signals.advice = "start it again"
+        run.signals.advice = f"the artifact is whole: EVAL_ONLY=1 ARTIFACT_PATH={hp.artifact_path} scores it"
     elif hp.export_only:
         log(f"export_only: weights from {hp.weights_path}; this is no timed run")
         result["mode"] = "export_only"
@@ -3201,8 +3248,8 @@ def finish(run: Run, result: dict, scores: Mapping[str, Score], blob: bytes) -> 
     if run.ranks.is_main:
         artifact, file = hp.artifact_path or run.folder / "artifact.pgolf", run.folder / "result.json"
         write_result(run, file, (line + "\n").encode())
-        for checkpoint in find_checkpoints(run.folder):
-            checkpoint.unlink()
+        for left in [*find_checkpoints(run.folder), *run.folder.glob("*.partial")]:
+            left.unlink()
         log(f"files: log {log.path} artifact {artifact} result {file}")
     for message in broken:
         log(f"limit: {message}")
@@ -3234,24 +3281,24 @@ def main(argv: Sequence[str], environ: Mapping[str, str]) -> int:
         except Interrupted as interrupt:
             return leave(interrupt.code, f"interrupted: {interrupt}; {signals.advice}", is_main)
         except RuntimeError as error:
-            if isinstance(error, torch.OutOfMemoryError):
-                settings = (
-                    "MICRO_BATCH_TOKENS (training), VAL_BATCH_SIZE (scoring), TTT_BATCH_SEQS (part of the method)"
-                )
-                return leave(2, f"error: out of GPU memory; lower {settings}; {signals.advice}", True)
-            if ranks is not None and ranks.lost_peer(error):
-                return leave(1, f"error: rank {ranks.rank} lost another rank, see its error; {signals.advice}", True)
-            raise
+            signals.deferred = True
+            if ranks is None or not ranks.lost_peer(error):
+                raise
+            return leave(1, f"error: rank {ranks.rank} lost another rank, see its error; {signals.advice}", True)
         ranks.close()
         return code
 
 
 def leave(code: int, message: str, speak: bool) -> int:
-    """The exit code, after its one line. The process group is left to the process's end: peers may wait in it."""
+    """The exit code, after its one line."""
     if speak:
         print(message, file=sys.stderr, flush=True)
     return code
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:], os.environ))
+    code = main(sys.argv[1:], os.environ)
+    if dist.is_initialized():  # after a failure: peers may wait in the group, and torn down alone it can abort or hang
+        sys.stdout.flush()
+        os._exit(code)
+    sys.exit(code)
