@@ -318,7 +318,7 @@ def test_a_signal_while_the_artifact_is_written_leaves_nothing_of_it(go, plain):
 # -----------------------------------------------------------------------------
 
 # Enough steps for several kills.
-LONG = dict(ITERATIONS=120, WARMDOWN_ITERS=110, VAL_LOSS_EVERY=0, TRAIN_LOG_EVERY=1, TTT_ENABLED=0, EVAL_STRIDE=0)
+LONG = dict(ITERATIONS=100, WARMDOWN_ITERS=90, VAL_LOSS_EVERY=0, TRAIN_LOG_EVERY=1, TTT_ENABLED=0, EVAL_STRIDE=0)
 SLOW_DISK = """
 import os, sys, time
 sys.path.insert(0, {root!r})
@@ -405,9 +405,9 @@ def test_a_run_that_is_killed_three_times_ends_in_the_same_artifact(killed, long
     assert 1 <= len(resumed) <= 4 and resumed == sorted(resumed)
 
 
-def test_at_most_two_checkpoints_are_there_after_a_kill(killed):
-    whole = [{name for name in names if name.endswith(".pgckpt")} for names in killed.found]
-    assert all(len(names) <= 2 for names in whole) and len(whole[-1]) == 2
+def test_a_kill_leaves_two_checkpoints_or_the_third_that_was_to_replace_one(killed):
+    whole = [len([name for name in names if name.endswith(".pgckpt")]) for names in killed.found]
+    assert all(count <= 3 for count in whole[:3]) and whole[3] == 2
 
 
 def test_sigterm_ends_a_process_with_143_and_one_line(killed):
