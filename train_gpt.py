@@ -2681,6 +2681,8 @@ class Watched(Evaluation):
 
     def __init__(self, run: Run, tensors: Mapping[str, Stored], left_out: int | None = None):
         super().__init__(run, tensors)
+        if not run.compile:  # the chunks of a slice are short, and every forward is filled up to a whole batch
+            self.batch = min(self.batch, 16)
         self.left_out = left_out
         self.calls: list[tuple[np.ndarray, np.ndarray]] = []  # (windows, nats) of each call of the scorer
         self.referee, self.off_reference = False, 0.0

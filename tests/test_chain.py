@@ -145,7 +145,7 @@ def test_the_last_line_is_the_result_and_complete(chain, source):
     for split in ("train", "val"):
         assert f"{split}_loader:fingerprint:{result[f'{split}_fingerprint']} " in chain.out
     assert 0 < result["train_seconds"] < 60 and 0 < result["eval_seconds"] < 60
-    assert result["phase_seconds"]["train"] == result["train_seconds"]
+    assert sum(result["phase_seconds"][phase] for phase in ("train", "average")) == result["train_seconds"]
 
 
 def test_the_scores_are_those_of_the_log_and_the_headline_is_the_last_legal_one(chain):
@@ -361,7 +361,7 @@ def test_the_wallclock_cap_stops_the_run_in_time_with_its_switches_done(again):
     stopped = re.search(r"^stopping_early: wallclock_cap train_time:(\d+)ms step:(\d+)/100000$", ran.out, re.MULTILINE)
     steps = ran.result["steps"]
     assert int(stopped[2]) == steps and 0 < steps < 1000
-    assert 0.7 * cap < ran.result["train_seconds"] <= cap and int(stopped[1]) <= 1000 * cap
+    assert 0.5 * cap < ran.result["train_seconds"] <= cap and int(stopped[1]) <= 1000 * cap
     qat = int(re.search(r"^late_qat:enabled step:(\d+) scale:0\.[0-5]\d*$", ran.out, re.MULTILINE)[1])
     swa = int(re.search(r"^swa:start step:(\d+)$", ran.out, re.MULTILINE)[1])
     assert 0 < qat < swa < steps
