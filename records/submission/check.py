@@ -1,0 +1,1623 @@
+"""`check FOLDER...`: whether a folder says what its logs say, and keeps the rules as far as files can show it.
+
+Folders are untrusted: nothing in them is executed (but with --run, in a subprocess with limits), links are not
+followed, sizes are bounded, and foreign text is printed without control characters. One function per check, each
+yielding findings; a check without a finding that is not a pass has passed.
+"""
+
+import argparse
+import ast
+import contextlib
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import re
+import signal
+import stat
+import statistics
+import subprocess
+import sys
+import tempfile
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from datetime import date, datetime
+from decimal import Decimal
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from records.submission import legality, runlog, unpack
+from records.submission.runlog import LogError, RunLog
+
+CAP_BYTES = 16_000_000  # code and compressed model
+MIB_16 = 16 << 20  # what some take the cap for
+CLOCK_SECONDS = 600  # each of the two clocks, on the track that has them
+SEEDS = 3
+MAX_ENTRIES, MAX_DEPTH = 500, 4  # of a folder
+MAX_FILE, MAX_FOLDER = 8_000_000, 64_000_000  # bytes; logs and the folder have the second limit
+MAX_JSON, MAX_JSON_DEPTH = 1_000_000, 20
+MAX_FINDINGS = 12  # printed per check and level; the rest is counted
+EXACT_DIGITS = 5e-9  # half a unit of the eighth decimal, which `_exact` lines have
+ROUNDED_DIGITS = 5e-5  # of the fourth, which other lines have
+# Settings of train_gpt.py in which runs of one configuration may differ.
+MAY_DIFFER = re.compile(
+    r"seed|run_id|out_dir|audit|audit_tokens|checkpoint_every|resume|save_weights|logfile|is_main_process"
+    r"|.*(?:path|paths|_dir|files?|rank|device)$"
+)
+
+
+class CheckError(Exception):
+    """Arguments that cannot be used, in one line for the user."""
+
+
+class Finding(NamedTuple):
+    """level is pass, warn or FAIL."""
+
+    check: str
+    level: str
+    what: str
+
+
+class Note(NamedTuple):
+    """What a check function yields: a level and a text."""
+
+    level: str
+    what: str
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Reading a folder
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Submission:
+    """A folder as data. What could not be read is None or empty and said in `problems`."""
+
+    folder: Path
+    files: dict[str, int] = dataclasses.field(default_factory=dict)  # relative name -> bytes
+    problems: list[Note] = dataclasses.field(default_factory=list)  # of reading the folder
+    json_problems: list[Note] = dataclasses.field(default_factory=list)
+    json_name: str | None = None
+    meta: dict[str, Any] = dataclasses.field(default_factory=dict)  # decimals are Decimal, as written
+    readme: str = ""
+    script: bytes | None = None
+    layers: unpack.Unwrapped = dataclasses.field(default_factory=lambda: unpack.Unwrapped([], [], []))
+    logs: dict[str, RunLog] = dataclasses.field(default_factory=dict)  # by file name
+    texts: dict[str, list[str]] = dataclasses.field(default_factory=dict)  # lines of each log, without its source
+
+    def read(self, name: str, limit: int = MAX_FILE) -> bytes:
+        """Bytes of a plain file of the folder. Raises OSError; a longer file is cut and said to be."""
+        descriptor = os.open(self.folder / name, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0))
+        with open(descriptor, "rb") as file:
+            data = file.read(limit + 1)
+        if len(data) > limit:
+            self.problems.append(Note("FAIL", f"{name}: larger than {limit:,} bytes; only the beginning was read"))
+        return data[:limit]
+
+    @property
+    def track(self) -> str:
+        stated = self.meta.get("track")
+        parent = self.folder.parent.name
+        if isinstance(stated, str) and stated:
+            return stated
+        return parent.removeprefix("track_") if parent.startswith("track_") else ""
+
+    @property
+    def timed(self) -> bool:
+        """Whether the two clocks of 600 s are a rule of the track."""
+        return "10min" in self.track
+
+    @property
+    def runs(self) -> dict[str, RunLog]:
+        """Logs that hold a result, by file name."""
+        return {name: log for name, log in self.logs.items() if log.scores or log.steps or log.sizes}
+
+    @property
+    def ours(self) -> bool:
+        return bool(self.runs) and all(log.dialect == "pgolf" for log in self.runs.values())
+
+    @property
+    def seeds(self) -> list[int]:
+        """Seeds that submission.json claims, else those of the logs."""
+        claimed: list[int] = []
+        for key in ("seeds", "seed_results", "seed"):
+            value = self.meta.get(key)
+            values = list(value) if isinstance(value, (list, dict)) else [value]
+            claimed += [seed for seed in map(as_seed, values) if seed is not None]
+        logged = [seed for name, log in self.runs.items() if (seed := seed_of(name, log)) is not None]
+        return list(dict.fromkeys(claimed or logged))
+
+
+def as_seed(value: Any) -> int | None:
+    if isinstance(value, bool):
+        return None
+    text = str(value) if isinstance(value, (int, str)) else ""
+    found = re.fullmatch(r"(?:seed_?)?(\d{1,10})", text)
+    return int(found[1]) if found else None
+
+
+def seed_of(name: str, log: RunLog) -> int | None:
+    """The seed a log states, else the one in its file name."""
+    if log.seed is not None:
+        return log.seed
+    found = re.search(r"seed[_-]?(\d{1,10})", name)
+    return int(found[1]) if found else None
+
+
+def load(folder: Path) -> Submission:
+    """Read a folder as data. Raises CheckError where it is none."""
+    if not folder.is_dir():
+        raise CheckError(f"{folder}: {'not a folder' if folder.exists() else 'no such folder'}")
+    submission = Submission(folder.resolve())
+    list_files(submission, submission.folder, "")
+    read_json(submission)
+    if "README.md" in submission.files:
+        with contextlib.suppress(OSError):
+            submission.readme = submission.read("README.md").decode("utf-8", "replace").replace("\r\n", "\n")
+    if "train_gpt.py" in submission.files:
+        with contextlib.suppress(OSError):
+            submission.script = submission.read("train_gpt.py")
+            text = submission.script.decode("utf-8", "replace").replace("\r\n", "\n")
+            submission.layers = unpack.unwrap(text)
+    for name, size in submission.files.items():
+        if LOG.search(name) and not COMPANION.fullmatch(name) and size <= MAX_FOLDER:
+            read_log(submission, name)
+    return submission
+
+
+def list_files(submission: Submission, folder: Path, prefix: str) -> None:
+    """Fill in `files`, depth first in order of names; links and special files are refused."""
+    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+        name = prefix + entry.name
+        if len(submission.files) >= MAX_ENTRIES:
+            submission.problems.append(Note("FAIL", f"more than {MAX_ENTRIES} files; the rest was not looked at"))
+            return
+        if entry.is_symlink():
+            target = (folder / os.readlink(entry.path)).resolve()
+            inside = target.is_relative_to(submission.folder)
+            what = "a link, which is not followed" if inside else "a link that leaves the folder"
+            submission.problems.append(Note("warn" if inside else "FAIL", f"{name}: {what}"))
+        elif entry.is_dir():
+            if entry.name in {"__pycache__", ".git", ".venv", "node_modules", ".ipynb_checkpoints"}:
+                submission.problems.append(Note("FAIL", f"{name}/ does not belong into a submission"))
+            elif prefix.count("/") >= MAX_DEPTH:
+                submission.problems.append(Note("FAIL", f"{name}: nested too deeply"))
+            else:
+                list_files(submission, Path(entry.path), f"{name}/")
+        elif not stat.S_ISREG(entry.stat(follow_symlinks=False).st_mode):
+            submission.problems.append(Note("FAIL", f"{name}: not a plain file"))
+        else:
+            submission.files[name] = entry.stat(follow_symlinks=False).st_size
+
+
+def read_json(submission: Submission) -> None:
+    names = [name for name in submission.files if re.fullmatch(r"submission[\w.-]*\.json", name)]
+    if not names:
+        return
+    name = "submission.json" if "submission.json" in names else names[0]
+    submission.json_name = name
+    problem = submission.json_problems.append
+    if submission.files[name] > MAX_JSON:
+        problem(Note("FAIL", f"{name}: larger than {MAX_JSON:,} bytes"))
+        return
+
+    def constant(text: str) -> float:
+        problem(Note("FAIL", f"{name}: {text} is no JSON number"))
+        return math.nan
+
+    def once(pairs: list[tuple[str, Any]]) -> dict:
+        for key in {key for key, _ in pairs if [k for k, _ in pairs].count(key) > 1} if len(pairs) < 1000 else ():
+            problem(Note("FAIL", f"{name}: the field {key} is there twice"))
+        return dict(pairs)
+
+    try:
+        text = submission.read(name).decode("utf-8-sig")
+        meta = json.loads(text, parse_float=Decimal, parse_constant=constant, object_pairs_hook=once)
+        if not isinstance(meta, dict):
+            problem(Note("FAIL", f"{name}: not an object"))
+        elif depth(meta) > MAX_JSON_DEPTH:
+            problem(Note("FAIL", f"{name}: nested too deeply"))
+        else:
+            submission.meta = meta
+    except (ValueError, ArithmeticError, RecursionError, OSError) as error:
+        problem(Note("FAIL", f"{name} does not parse: {str(error)[:120]}"))
+
+
+def depth(value: Any) -> int:
+    """How deeply a JSON value is nested; stops at the limit."""
+    level, layer = 0, [value]
+    while layer and level <= MAX_JSON_DEPTH:
+        layer = [
+            part
+            for outer in layer
+            if isinstance(outer, (dict, list))
+            for part in (outer.values() if isinstance(outer, dict) else outer)
+        ]
+        level += 1
+    return level
+
+
+def read_log(submission: Submission, name: str) -> None:
+    try:
+        data = submission.read(name, MAX_FOLDER)
+        text, encoding, _ = runlog.decode(data, Path(name))
+        text = text.replace("\r\n", "\n").replace("\r", "\n")
+        log = runlog.parse_text(text, Path(name))
+        log.sha256, log.encoding = hashlib.sha256(data).hexdigest(), encoding
+    except (LogError, OSError) as error:
+        submission.problems.append(Note("FAIL", f"{name}: cannot be read ({error})"))
+        return
+    lines, kept, start = text.split("\n"), [], 0
+    for dump in runlog.find_dumps(lines):
+        kept += lines[start : dump.start]
+        start = dump.end
+    submission.logs[name] = log
+    submission.texts[name] = kept + lines[start:]
+
+
+def number(value: Any) -> float | None:
+    """A JSON value as a float, if it is a finite number."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, Decimal)):
+        return None
+    try:
+        found = float(value)
+    except OverflowError:
+        return None
+    return found if math.isfinite(found) else None
+
+
+def decimals(value: Any) -> int:
+    """Digits after the point, as written."""
+    exponent = value.as_tuple().exponent if isinstance(value, Decimal) else 0
+    return -exponent if isinstance(exponent, int) and exponent < 0 else 0
+
+
+def score_digits(value: Any) -> int:
+    """The same of a score: JSON writers drop zeros, and nobody claims a score to less than three digits."""
+    return max(3, decimals(value))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# files, json
+# ----------------------------------------------------------------------------------------------------------------------
+
+LOG = re.compile(r"\.(?:log|txt)$", re.I)
+COMPANION = re.compile(
+    r"README\.md|submission[\w.-]*\.json|train_gpt\.py|requirements[\w.-]*\.txt|LICENSE(?:\.\w+)?|\.gitattributes"
+    r"|train_gpt_human\.py|\w+_decode\.py|lossless_caps\.py|prepare_caseops_data\.py|tokenizers/[\w.+-]+\.(?:model|vocab)"
+)
+IMAGE = re.compile(r"\.(?:png|jpe?g|svg|webp|gif)$", re.I)
+SURPRISE = {
+    "may hold secrets": r"(?:^|/)\.env(?:\..*)?$|\.(?:pem|key|p12|pfx|kdbx)$|(?:^|/)(?:id_(?:rsa|ed25519|ecdsa)|\.netrc"
+    r"|credentials(?:\.\w+)?|\.npmrc|\.pypirc)$",
+    "weights or pickled data": r"\.(?:pt|pth|ckpt|safetensors|pkl|pickle|npy|npz|onnx|ptz|pgolf|pgckpt|h5)$",
+    "data": r"\.(?:bin|parquet|arrow|jsonl|gz|xz|zst|br|zip|tar|tgz|7z|lz4|sqlite|db)$",
+    "compiled code": r"\.(?:so|pyc|pyd|dll|dylib|exe|o|a|whl|class|jar)$",
+    "an editor's or system's file": r"(?:^|/)(?:\.DS_Store|Thumbs\.db)$|\.(?:swp|orig|rej|bak|ipynb)$|~$",
+}
+SECRET = re.compile(
+    rb"-----BEGIN [A-Z ]*PRIVATE KEY-----|\b(?:ghp|gho|github_pat)_[A-Za-z0-9_]{30,}|\bhf_[A-Za-z0-9]{30,}"
+    rb"|\bsk-[A-Za-z0-9_-]{32,}|\bAKIA[0-9A-Z]{16}\b|\brpa_[A-Z0-9]{30,}"
+)
+
+
+def check_files(s: Submission) -> Iterator[Note]:
+    """The files that a submission has, and no others."""
+    yield from s.problems
+    for name in ("README.md", "train_gpt.py"):
+        if name not in s.files:
+            yield Note("FAIL", f"{name} is missing")
+        elif s.files[name] == 0:
+            yield Note("FAIL", f"{name} is empty")
+    if s.json_name is None:
+        yield Note("FAIL", "submission.json is missing")
+    elif s.json_name != "submission.json":
+        yield Note("warn", f"{s.json_name} should be called submission.json")
+    if not s.runs:
+        yield Note("FAIL", "no log of a run")
+    logged = {seed_of(name, log) for name, log in s.runs.items()}
+    together = len(s.runs) == 1 and None in logged or any(len(log.runs) > 1 for log in s.runs.values())
+    for seed in s.seeds:
+        if s.runs and seed not in logged:
+            level = "warn" if together else "FAIL"
+            yield Note(level, f"no log states seed {seed}, which submission.json claims")
+    for name, size in s.files.items():
+        reason = next((why for why, pattern in SURPRISE.items() if re.search(pattern, name, re.I)), None)
+        if COMPANION.fullmatch(name) or name in s.runs:
+            reason = None
+        elif reason is None and not IMAGE.search(name) and not LOG.search(name):
+            yield Note("warn", f"{name}: not one of the files a submission has")
+        if IMAGE.search(name) and Path(name).name not in s.readme:
+            yield Note("warn", f"{name}: an image that README.md does not show")
+        if reason:
+            yield Note("FAIL", f"{name}: {reason}")
+        elif size > MAX_FILE and name not in s.runs:
+            yield Note("FAIL", f"{name}: {size:,} bytes")
+        elif size <= MAX_FOLDER:
+            with contextlib.suppress(OSError):
+                data = s.read(name, MAX_FOLDER)
+                if SECRET.search(data):
+                    yield Note("FAIL", f"{name}: holds what looks like a secret key")
+                elif (
+                    b"\0" in data[:4096] and name not in s.logs and not IMAGE.search(name) and "tokenizers/" not in name
+                ):
+                    yield Note("FAIL", f"{name}: binary")
+    if sum(s.files.values()) > MAX_FOLDER:
+        yield Note("FAIL", f"{sum(s.files.values()):,} bytes in all")
+
+
+# name -> (types, whether all of the public files have it)
+FIELDS: dict[str, tuple[tuple[type, ...], bool]] = {
+    "author": ((str,), True),
+    "date": ((str,), True),
+    "name": ((str,), False),
+    "github_id": ((str,), False),
+    "blurb": ((str, type(None)), False),
+    "track": ((str,), False),
+    "val_loss": ((Decimal, int, type(None)), False),
+    "val_loss_std": ((Decimal, int, type(None)), False),
+    "val_bpb_std": ((Decimal, int, type(None)), False),
+    "bytes_total": ((int,), False),
+    "bytes_code": ((int, type(None)), False),
+    "bytes_model": ((int, type(None)), False),
+    "seeds": ((list, dict), False),
+    "seed_results": ((dict,), False),
+    "compliance": ((dict,), False),
+    "hardware": ((str, type(None)), False),
+}
+EXPECTED = ("name", "github_id", "track", "val_loss", "bytes_total", "bytes_code", "seeds")
+UNSAID = {"n/a", "na", "none", "null", "unknown", "...", "?", "-"}
+PLACEHOLDER = re.compile(
+    r"^\W*(?:placeholder|fill(?: me)? in|xxx+|your[ _-]?\w+(?:[ _-]\w+)?)\W*$|\b(?:TODO|TBD|FIXME)\b"
+    r"|<\s*(?:your|fill|insert|name|author|todo)[^>]*>|\{\{\s*\w+\s*\}\}|\bYOUR_[A-Z_]+\b",
+    re.I,
+)
+README_PLACEHOLDER = re.compile(r"\b(?:TODO|TBD|FIXME)\b|<(?:your|fill|insert) [^>]*>|(?<!\w)\d?\.?X\.XX+")
+
+
+def check_json(s: Submission) -> Iterator[Note]:
+    """Fields and types, old names included; nothing left to fill in."""
+    yield from s.json_problems
+    meta = s.meta
+    if not meta:
+        return
+    for key, (types, required) in FIELDS.items():
+        if key not in meta:
+            if required or key in EXPECTED and not (key == "bytes_total" and old_name(meta, "bytes_total")):
+                yield Note("FAIL" if required else "warn", f"no field {key}")
+        elif not isinstance(meta[key], types) or isinstance(meta[key], bool):
+            level = "warn" if meta[key] is None and not required and key != "bytes_total" else "FAIL"
+            yield Note(level, f"{key} is {kind_of(meta[key])}, not {' or '.join(kind_name(t) for t in types)}")
+    if not str(meta.get("author") or "").strip() and "author" in meta:
+        yield Note("FAIL", "author is empty")
+    if meta.get("github_id") == "" and meta.get("author"):
+        yield Note("warn", "github_id is empty")
+    if isinstance(meta.get("date"), str) and not is_date(meta["date"]):
+        yield Note("FAIL", f"date {meta['date']} is no day (YYYY-MM-DD) or ISO time")
+    for path, value in leaves(meta):
+        unsaid = path in ("author", "github_id", "name", "date", "track") and str(value).lower() in UNSAID
+        if isinstance(value, str) and (unsaid or PLACEHOLDER.search(value)):
+            yield Note("FAIL", f"{path} is not filled in: {value}")
+    for key in ("bytes_total", "bytes_code", "val_bpb", "val_loss"):
+        if number(meta.get(key)) == 0:
+            yield Note("FAIL", f"{key} is 0: not filled in")
+    yield from check_score_field(meta)
+    seeds, results = meta.get("seeds"), meta.get("seed_results")
+    if isinstance(seeds, (list, dict)) and isinstance(results, dict):
+        listed, given = ({as_seed(seed) for seed in values} - {None} for values in (seeds, results))
+        if listed != given:
+            odd = ", ".join(map(str, sorted(listed ^ given)))
+            yield Note("FAIL", f"seeds and seed_results differ: {odd}")
+    for match in README_PLACEHOLDER.finditer(s.readme):
+        yield Note("warn", f"README.md line {s.readme.count(chr(10), 0, match.start()) + 1}: not filled in: {match[0]}")
+
+
+def check_score_field(meta: Mapping) -> Iterator[Note]:
+    if "val_bpb" not in meta:
+        old = old_name(meta, "val_bpb")
+        yield Note("warn" if old else "FAIL", f"no field val_bpb{f'; {old} was read instead' if old else ''}")
+        return
+    bpb, loss = number(meta["val_bpb"]), number(meta.get("val_loss"))
+    if bpb is None:
+        yield Note("FAIL", f"val_bpb is {kind_of(meta['val_bpb'])}, not a number")
+    elif not 0 < bpb < 10:
+        yield Note("FAIL", f"val_bpb {bpb} is not plausible")
+    elif bpb < 0.5:
+        yield Note("warn", f"val_bpb {bpb} is below what any accepted entry has")
+    if bpb and loss and bpb > loss and bpb < 10:
+        yield Note(
+            "warn", f"val_bpb {bpb} is larger than val_loss {loss}: are they swapped, or are tokens single bytes?"
+        )
+
+
+OLD_NAMES = {
+    "val_bpb": ("mean_val_bpb", "val_bpb_mean", "final_val_bpb", "sliding_val_bpb"),
+    "bytes_total": (
+        "artifact_bytes",
+        "artifact_bytes_max",
+        "artifact_size_bytes",
+        "total_bytes",
+        "artifact_bytes_mean",
+    ),
+    "bytes_code": ("code_bytes",),
+}
+
+
+def old_name(meta: Mapping, key: str) -> str | None:
+    return next((name for name in OLD_NAMES[key] if number(meta.get(name)) is not None), None)
+
+
+def field_of(meta: Mapping, key: str) -> Any:
+    """A field by its name or by an older one."""
+    return meta[key] if key in meta else meta.get(old_name(meta, key) or "")
+
+
+def kind_name(kind: type) -> str:
+    return {str: "text", list: "a list", dict: "an object", int: "a whole number", Decimal: "a number"}.get(
+        kind, "null"
+    )
+
+
+def kind_of(value: Any) -> str:
+    return "true or false" if isinstance(value, bool) else kind_name(type(value))
+
+
+def is_date(text: str) -> bool:
+    for kind in (date, datetime):
+        try:
+            day = kind.fromisoformat(text.replace("Z", "+00:00") if kind is datetime else text)
+            return 2020 <= day.year < 2100
+        except ValueError:
+            continue
+    return False
+
+
+def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted path, value) of everything in a JSON value that holds nothing else."""
+    if isinstance(value, dict):
+        for key, part in value.items():
+            yield from leaves(part, f"{path}.{key}" if path else str(key))
+    elif isinstance(value, list):
+        for i, part in enumerate(value):
+            yield from leaves(part, f"{path}[{i}]")
+    else:
+        yield path, value
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# numbers
+# ----------------------------------------------------------------------------------------------------------------------
+
+LOGGED_NUMBER = re.compile(r"(?<![\w.])[-+]?(\d[\d,_]*(?:\.\d+)?(?:[eE][-+]?\d{1,3})?)")
+SCALES = {
+    "score": (1.0,),
+    "size": (1.0, 1e3, 1e6, 1024.0, 1048576.0),
+    "steps": (1.0, 1e3),
+    "time": (1.0, 1e3, 60.0, 6e4, 1e-3),
+}
+
+
+class Pool:
+    """Sorted numbers to look claims up in."""
+
+    def __init__(self, values: Iterable[float]):
+        self.values = sorted({abs(value) for value in values if math.isfinite(value)})
+
+    def has(self, claim: float, digits: int, kind: str) -> bool:
+        """Whether a number here gives the claim when rounded to its digits, in one of the units of its kind."""
+        half = 0.5 * 10.0**-digits if digits or kind != "size" else 0.0
+        half = max(half, 1e-9) if kind == "score" else half
+        for scale in SCALES[kind]:
+            reach = (half if scale == 1.0 else max(half, 0.5 * 10.0**-digits)) * scale
+            if kind == "size" and scale > 1:
+                reach *= 2  # megabytes are often cut, not rounded
+            low, high = abs(claim) * scale - reach, abs(claim) * scale + reach
+            i = bisect_left(self.values, low - 1e-9 * max(1.0, abs(low)))
+            if i < len(self.values) and self.values[i] <= high + 1e-9 * max(1.0, abs(high)):
+                return True
+        return False
+
+
+def logged_numbers(lines: Iterable[str]) -> Iterator[float]:
+    for line in lines:
+        for match in LOGGED_NUMBER.finditer(line[: runlog.MAX_JSON]):
+            with contextlib.suppress(ValueError):
+                yield float(match[1].replace(",", "").replace("_", ""))
+
+
+def figures_of(log: RunLog) -> dict[str, float]:
+    """The quantities of one run that a table may give a mean of."""
+    found: dict[str, float | None] = dict(
+        bytes_total=log.bytes_total,
+        bytes_code=log.bytes_code,
+        bytes_model=log.bytes_model,
+        train_seconds=log.train_seconds,
+        eval_seconds=log.eval_seconds,
+    )
+    if log.bytes_total is not None:
+        found["headroom"] = CAP_BYTES - log.bytes_total
+    for score in log.scores:
+        found |= {f"{score.label} bpb": score.val_bpb, f"{score.label} loss": score.val_loss}
+    scores = (log.result or {}).get("scores")
+    for label, score in scores.items() if isinstance(scores, dict) else ():
+        if isinstance(score, dict):
+            found |= {f"{label} bpb": number(score.get("val_bpb")), f"{label} loss": number(score.get("val_loss"))}
+    if log.steps:
+        last = log.steps[-1]
+        found |= {"steps": float(last.step), "last bpb": last.val_bpb, "last loss": last.val_loss}
+        if last.time_ms and last.step:
+            found |= {"train_ms": last.time_ms, "step_ms": last.time_ms / last.step}
+    found |= {f"phase {name}": seconds for name, seconds in log.phases.items()}
+    numbers = {name: float(value) for name, value in found.items() if value is not None}
+    for kind in ("bpb", "loss"):
+        values = [(name, value) for name, value in numbers.items() if name.endswith(kind)][:20]
+        numbers |= {f"{a} - {b}": x - y for i, (a, x) in enumerate(values) for b, y in values[:i]}
+    return numbers
+
+
+def statistics_of(logs: Iterable[RunLog]) -> Iterator[float]:
+    """Mean, deviations, median and extremes of every quantity that several runs have."""
+    columns: dict[str, list[float]] = {}
+    for log in logs:
+        for name, value in figures_of(log).items():
+            columns.setdefault(name, []).append(value)
+    for values in columns.values():
+        yield from values
+        if len(values) > 1 and all(map(math.isfinite, values)):
+            yield from (statistics.fmean(values), statistics.stdev(values), statistics.pstdev(values))
+            yield from (statistics.median(values), max(values) - min(values), sum(values))
+
+
+FOREIGN_KEY = re.compile(
+    r"base|compar|prev|delta|improv|gain|p_value|t_stat|threshold|limit|cap$|target|sota|parent|prior|ablation|budget"
+    r"|max_wall"
+)
+CLAIM_KEYS = {
+    "score": re.compile(r"bpb|val_loss|_loss$|nats"),
+    "size": re.compile(r"bytes|size"),
+    "steps": re.compile(r"steps?$|step_stop$"),
+    "time": re.compile(r"time|seconds|wallclock|_ms$|_s$|step_avg"),
+}
+
+
+def check_numbers(s: Submission) -> Iterator[Note]:
+    """Every score, size, step count and time that README.md and the JSON claim is in a log, or a statistic of logs."""
+    if not s.runs:
+        yield Note("warn", "no log to compare with")
+        return
+    shared = list(statistics_of(s.runs.values()))
+    sizes = [float(size) for size in s.files.values()]
+    own = {name: list(logged_numbers(s.texts[name])) for name in s.runs}
+    pool = Pool([value for values in own.values() for value in values] + shared + sizes)
+    by_seed = {
+        seed_of(name, log): Pool(own[name] + sizes + list(figures_of(log).values())) for name, log in s.runs.items()
+    }
+    for path, value in leaves(s.meta):
+        claimed = number(value)
+        kind = next((kind for kind, pattern in CLAIM_KEYS.items() if pattern.search(path.lower().split("[")[0])), None)
+        if claimed is None or claimed == 0 or kind is None or FOREIGN_KEY.search(path.lower()):
+            continue
+        if path.lower().startswith(("settings", "attribution", "hyperparam", "config", "model_config")):
+            continue
+        row = re.match(r"seed_results\.(?:seed_?)?(\d+)\.", path)
+        where, place = (by_seed.get(int(row[1])), f"the log of seed {row[1]}") if row else (pool, "any log")
+        digits = score_digits(value) if kind == "score" else decimals(value)
+        if where is not None and not where.has(claimed, digits, kind):
+            known = re.fullmatch(r"bytes_(?:total|model)|(?:mean_|pre_quant_)?val_(?:bpb|loss)\w*", path)
+            level = "FAIL" if known or row or s.ours else "warn"
+            yield Note(level, f"{s.json_name} {path}: {value} is not in {place}")
+    for claim in readme_claims(s.readme, s.seeds):
+        where = by_seed.get(claim.seed, pool) if claim.seed is not None else pool
+        if not where.has(claim.value, claim.digits, claim.kind):
+            row = claim.seed is not None and claim.seed in by_seed
+            place = f"the log of seed {claim.seed}" if row else "any log"
+            level = "FAIL" if claim.kind in ("score", "size") and (row or s.ours) else "warn"
+            yield Note(level, f"README.md line {claim.line}: {claim.text} ({claim.kind}) is not in {place}")
+
+
+class Claim(NamedTuple):
+    """A number that README.md claims of these runs."""
+
+    kind: str
+    value: float
+    digits: int
+    line: int
+    text: str
+    seed: int | None
+
+
+README_NUMBER = re.compile(r"(?<![\w.#/@^])[-+−±~≈]?(\d{1,3}(?:,\d{3})+|\d+)(\.\d+)?(?![\w%]*[\d/])(?!\.\d)")
+UNIT = {
+    "size": re.compile(r"\s?(?:bytes|B|MB|MiB|KB|kB|KiB)\b"),
+    "time": re.compile(r"\s?(?:ms|s|sec|seconds|min|minutes)\b"),
+    "steps": re.compile(r"\s?(?:training )?(?:steps|iterations)\b"),
+    "score": re.compile(r"\s?(?:val_)?(?:bpb|BPB|nats|bits per byte)\b"),
+}
+NEARBY = {
+    "score": re.compile(r"bpb|val_loss|val loss|\bscore|mean|\bnats\b|seed \d+|±|\bstd\b", re.I),
+    "setting": re.compile(
+        r"decay|\blr\b|rate|beta|momentum|eps|scale|threshold|\bwd\b|clip|ratio|frac|dropout|temperature|init|base|gain"
+        r"|alpha|lambda|softcap|version|torch|=",
+        re.I,
+    ),
+}
+HEADER = {
+    "score": re.compile(
+        r"bpb|val_loss|val loss|\bloss\b|nats|final_|legal_ttt|roundtrip|sliding|quantized|float weights", re.I
+    ),
+    "size": re.compile(r"bytes|size|artifact", re.I),
+    "steps": re.compile(r"\bsteps?\b(?!.*(?:ms|avg|time))", re.I),
+    "time": re.compile(r"time|seconds|, ?s\b|\(s\)|\bms\b|train s|eval s", re.I),
+}
+# Lines about something other than these runs: other entries, rules, differences, plans.
+ELSEWHERE = re.compile(
+    r"#\d|\bPR\b|baseline|previous|prior|publish|sota|merged|record\b|ablat|\bvs\.?\b|compar|Δ|delta|improve|credit|lineage"
+    r"|naive|reference|leaderboard|\bcap\b|limit|budget|at most|≤|<|under|below|threshold|earlier|without|instead|gain"
+    r"|default|would|expected|about|roughly|each|per |every|reserve|first|until|from step|at step|after",
+    re.I,
+)
+
+
+def readme_claims(text: str, seeds: Iterable[int]) -> Iterator[Claim]:
+    """Numbers with a kind: in a table column that has one, with a unit, or after a word that says score."""
+    known, header, fenced, foreign = {str(seed): seed for seed in seeds}, [], False, False
+    for i, line in enumerate(text.split("\n")[:5000], 1):
+        line = line[:2000]
+        if line.lstrip().startswith(("```", "~~~")):
+            fenced = not fenced
+            continue
+        if line.startswith("#") and not fenced:
+            foreign, header = bool(ELSEWHERE.search(line)) and i > 1, []
+        if foreign or (fenced and re.search(r"[A-Z_]{3,}=|torchrun|python|pip |\$ ", line)):
+            continue
+        if line.lstrip().startswith("|") and not fenced:
+            cells = [cell.strip().strip("*") for cell in line.strip().strip("|").split("|")]
+            if not header or all(re.fullmatch(r":?-+:?", cell) for cell in cells):
+                header = header or cells
+                continue
+            yield from table_claims(header, cells, i, known)
+            continue
+        header = []
+        line = re.sub(r"`[^`]*`|\]\([^)]*\)|https?://\S+", lambda m: " " * len(m[0]), line)
+        for part in re.split(r"(?<=[a-z)])[.;] ", line):
+            if not ELSEWHERE.search(part):
+                yield from prose_claims(part, i)
+
+
+def table_claims(header: list[str], cells: list[str], line: int, known: Mapping[str, int]) -> Iterator[Claim]:
+    row = " ".join(cells)
+    seed = next((known[word] for word in re.findall(r"\d+", cells[0]) if word in known), None) if cells else None
+    if seed is None and ELSEWHERE.search(cells[0]):
+        return
+    for name, cell in zip(header, cells, strict=False):
+        kind = next((kind for kind, pattern in HEADER.items() if pattern.search(name)), None)
+        found = README_NUMBER.search(re.sub(r"[*`_]", "", cell))
+        if kind is None or found is None or ELSEWHERE.search(name) or re.search(r"[A-Za-z]{6,}", cell):
+            continue
+        if not (kind == "score" and not found[2]):  # a whole number is no score
+            yield make_claim(kind, found, line, None if "mean" in row.lower() else seed)
+
+
+def prose_claims(text: str, line: int) -> Iterator[Claim]:
+    for found in README_NUMBER.finditer(text):
+        kind = next((kind for kind, unit in UNIT.items() if unit.match(text, found.end())), None)
+        digits = len(found[2] or ".") - 1
+        if kind is None and digits >= 4 and 0.3 < float(found[1].replace(",", "") + (found[2] or "")) < 12:
+            before = text[max(0, found.start() - 40) : found.start()]
+            last = {name: max((m.end() for m in word.finditer(before)), default=-1) for name, word in NEARBY.items()}
+            kind = "score" if last["score"] > last["setting"] else None
+        if kind in ("score", None) and digits == 0 or kind is None:
+            continue
+        value = float(found[1].replace(",", "") + (found[2] or ""))
+        if kind == "time" and value in (600, 10, 300) or kind == "size" and value in (CAP_BYTES, 16, 16_777_216):
+            continue
+        if kind == "score" and value < 0.3 and not re.search(r"±|std", text[max(0, found.start() - 6) : found.end()]):
+            continue  # a difference
+        yield make_claim(kind, found, line, None)
+
+
+def make_claim(kind: str, found: re.Match, line: int, seed: int | None) -> Claim:
+    text = found[1] + (found[2] or "")
+    return Claim(kind, float(text.replace(",", "")), len(found[2] or ".") - 1, line, text, seed)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# headline
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def declared_label(meta: Mapping) -> str | None:
+    """The label of the line that submission.json declares as the headline."""
+    for key in ("headline", "headline_label", "headline_line", "score_label", "declared_line", "metric_label"):
+        value = meta.get(key)
+        value = value.get("label") if isinstance(value, dict) else value
+        if isinstance(value, str) and value.strip():
+            return value.strip().removesuffix("_exact")
+    return None
+
+
+def scores_by_label(log: RunLog) -> dict[str, tuple[float | None, float | None, bool]]:
+    """label -> (bpb, loss, whether unrounded); the last validation of training is one of them."""
+    found = {}
+    for score in log.scores:
+        found[score.label] = (score.val_bpb, score.val_loss, score.exact)
+    scores = (log.result or {}).get("scores")
+    for label, score in scores.items() if isinstance(scores, dict) else ():
+        if isinstance(score, dict) and label in found:
+            found[label] = (number(score.get("val_bpb")), number(score.get("val_loss")), True)
+    validated = [step for step in log.steps if step.val_bpb is not None]
+    if validated:
+        found.setdefault("last validation step", (validated[-1].val_bpb, validated[-1].val_loss, False))
+    return found
+
+
+class Mean(NamedTuple):
+    value: float
+    n: int
+    tolerance: float
+
+    def gives(self, claim: Any) -> bool:
+        """Whether the mean is the claim, to the claim's digits or to those of the log where it has fewer."""
+        claimed = number(claim)
+        reach = max(0.5 * 10.0 ** -score_digits(claim), self.tolerance) * (1 + 1e-6) + 1e-12
+        return claimed is not None and abs(claimed - self.value) <= reach
+
+
+def means(s: Submission, index: int) -> dict[str, Mean]:
+    """label -> mean over the logs that have it; index 0 is bpb, 1 loss."""
+    columns: dict[str, list[tuple[float, bool]]] = {}
+    for log in s.runs.values():
+        for label, found in scores_by_label(log).items():
+            if found[index] is not None and math.isfinite(found[index]):
+                columns.setdefault(label, []).append((found[index], found[2]))
+    return {
+        label: Mean(
+            statistics.fmean(value for value, _ in values),
+            len(values),
+            EXACT_DIGITS if all(exact for _, exact in values) else ROUNDED_DIGITS,
+        )
+        for label, values in columns.items()
+    }
+
+
+def check_headline(s: Submission) -> Iterator[Note]:
+    """val_bpb and val_loss are the mean over seeds of the declared line."""
+    if not s.meta or not s.runs:
+        yield Note("warn", "nothing to compare: no JSON or no log")
+        return
+    label = declared_label(s.meta)
+    if label is None and s.ours:
+        labels = {log.headline().label for log in s.runs.values() if log.headline() is not None}
+        label = labels.pop() if len(labels) == 1 else None
+    for index, key in enumerate(("val_bpb", "val_loss")):
+        claim = field_of(s.meta, key) if key == "val_bpb" else s.meta.get(key)
+        if number(claim) is None:
+            continue
+        found = means(s, index)
+        if label is not None and label not in found:
+            if index == 0:
+                yield Note("FAIL", f"no log has a line {label}, which is declared as the headline")
+            continue
+        matching = [name for name, mean in found.items() if mean.gives(claim)]
+        if label is not None:
+            mean = found[label]
+            what = f"{key} {claim}; the mean of {mean.n} x {label} is {mean.value:.8f}"
+            reach = max(0.5 * 10.0 ** -score_digits(claim), mean.tolerance)
+            if label in matching and mean.n == len(s.runs):
+                yield Note("pass", f"{what}, tolerance {reach:.1g}")
+            elif label in matching:
+                yield Note("warn", f"{what}, but {len(s.runs) - mean.n} logs lack the line")
+            else:
+                yield Note("FAIL", f"{what}{other_source(s, index, claim, matching)}")
+        elif matching:
+            exact = f"{claim} is the mean over {found[matching[0]].n} logs of {', '.join(matching)}"
+            yield Note("warn", f"no line is declared as the headline; {key} {exact}")
+        else:
+            nearest = min(found.items(), key=lambda item: abs(item[1].value - float(claim)), default=None)
+            near = f"; nearest: {nearest[0]} {nearest[1].value:.8f}" if nearest else ""
+            level = "FAIL" if found else "warn"
+            yield Note(
+                level, f"{key} {claim} is the mean of no line of the logs{near}{other_source(s, index, claim, [])}"
+            )
+
+
+def other_source(s: Submission, index: int, claim: Any, matching: list[str]) -> str:
+    """Where a wrong headline comes from, as far as the logs tell."""
+    if matching:
+        return f"; it is that of {', '.join(matching)}"
+    for name, log in s.runs.items():
+        for label, found in scores_by_label(log).items():
+            if found[index] is not None and len(s.runs) > 1:
+                if Mean(found[index], 1, EXACT_DIGITS if found[2] else ROUNDED_DIGITS).gives(claim):
+                    return f"; it is {label} of {name} alone"
+    return ""
+
+
+def check_readme(s: Submission) -> Iterator[Note]:
+    """README.md gives the score that the JSON gives."""
+    claim = field_of(s.meta, "val_bpb") if s.meta else None
+    if number(claim) is None or not s.readme.strip():
+        return
+    scores = re.findall(r"(?<![\w.])\d\.\d{3,}(?![\w.]*\d)", s.readme)
+    value = number(claim)
+    if any(abs(float(text) - value) <= 0.5 * 10.0 ** -(len(text) - 2) * 1.001 for text in scores):
+        return
+    if any(abs(float(text) - value) < 10.0 ** -(len(text) - 2) for text in scores):
+        yield Note("warn", f"README.md gives val_bpb {claim} of the JSON cut, not rounded")
+    else:
+        stated = re.search(r"bpb\W{0,12}(\d\.\d{3,})|(\d\.\d{3,})\W{0,6}(?:val_)?bpb", s.readme, re.I)
+        here = f", it gives {stated[1] or stated[2]}" if stated else ""
+        yield Note("FAIL" if stated else "warn", f"README.md nowhere gives val_bpb {claim} of {s.json_name}{here}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# source, syntax
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def check_source(s: Submission) -> Iterator[Note]:
+    """The script is the one that ran."""
+    if s.script is None:
+        return
+    sha, compared = hashlib.sha256(s.script).hexdigest(), 0
+    text = s.script.decode("utf-8", "replace").replace("\r\n", "\n").strip("\n")
+    layers = {layer.strip("\n") for layer in s.layers.layers[1:]}
+    for name, log in s.runs.items():
+        if log.code_sha256 is not None:
+            compared += 1
+            if log.code_sha256 != sha:
+                yield Note(
+                    "FAIL", f"{name} is the log of another script: sha256 {log.code_sha256[:16]}, here {sha[:16]}"
+                )
+        elif log.source is not None:
+            compared += 1
+            logged = log.source.replace("\r\n", "\n").strip("\n")
+            if logged == text:
+                continue
+            if logged in layers:
+                yield Note("warn", f"{name} holds the unpacked source of train_gpt.py, not train_gpt.py itself")
+            else:
+                same = unpack.same_program(logged, text)
+                what = (
+                    "but for comments and annotations the source is that of"
+                    if same
+                    else "is the log of another script than"
+                )
+                yield Note(
+                    "warn" if same else "FAIL", f"{name}: {what} train_gpt.py ({first_difference(logged, text)})"
+                )
+        elif len(log.runs) == 1:
+            yield Note("warn", f"{name} neither states a hash of its source nor holds it")
+        for message in log.undecided:
+            if "source" in message or "code_sha256" in message:
+                yield Note("FAIL" if "is not the one" in message else "warn", f"{name}: {message}")
+    stated = s.meta.get("code_sha256")
+    if isinstance(stated, str) and stated != sha:
+        yield Note("FAIL", f"{s.json_name} states code_sha256 {stated[:16]}, train_gpt.py has {sha[:16]}")
+    yield from check_companion(s)
+    if compared and compared == len(s.runs):
+        yield Note("pass", f"train_gpt.py, sha256 {sha[:16]}, compared with {compared} logs")
+
+
+def first_difference(a: str, b: str) -> str:
+    lines = zip(a.split("\n"), b.split("\n"), strict=False)
+    line = next((i for i, (x, y) in enumerate(lines, 1) if x != y), min(a.count("\n"), b.count("\n")) + 2)
+    return f"first difference at line {line}"
+
+
+def check_companion(s: Submission) -> Iterator[Note]:
+    """A readable source beside a packed script is its source."""
+    for name in s.files:
+        if not re.fullmatch(r"train_gpt_human\.py|\w+_decode\.py|train_gpt_readable\.py", name) or not s.layers.layers:
+            continue
+        try:
+            readable = unpack.decode_source(s.read(name))
+        except (SyntaxError, OSError) as error:
+            yield Note("FAIL", f"{name}: {error}")
+            continue
+        if any(unpack.same_program(readable, layer) for layer in s.layers.layers):
+            yield Note("pass", f"{name} is the source of train_gpt.py but for comments, docstrings and annotations")
+        elif s.ours:
+            yield Note("FAIL", f"{name} is not the source of train_gpt.py")
+        else:
+            yield Note("warn", f"{name} is not shown to be the source of train_gpt.py (names or statements differ)")
+
+
+# Modules that a run may need and that are no part of the folder.
+INSTALLED = set(
+    "torch numpy sentencepiece tqdm huggingface_hub zstandard brotli zstd flash_attn flash_attn_interface"
+    " flash_attn_3 triton mamba_ssm causal_conv1d mlx tiktoken tokenizers transformers datasets einops scipy kernels"
+    " ml_dtypes safetensors cutlass cuda pynvml psutil xformers bitsandbytes torchao wandb fla liger_kernel numba"
+    " cupy requests yaml pandas matplotlib setuptools packaging torch_xla jax flax optax typing_extensions blosc2"
+    " lz4 constriction torchvision fused_softcap_ce cutlass_evt_fusion lightning_fabric heavyball muon regex"
+    " xxhash".split()
+)
+FRAGILE = set("flash_attn_interface flash_attn mamba_ssm mlx triton causal_conv1d brotli zstandard fla".split())
+
+
+def check_syntax(s: Submission) -> Iterator[Note]:
+    """Every layer parses on Python 3.10, and what it imports is there."""
+    for name, source in sources(s):
+        try:
+            tree, problems = unpack.read_tree(source)
+        except SyntaxError as error:
+            yield Note("FAIL", f"{name} line {error.lineno or 0}: {error.msg}")
+            continue
+        for problem in problems:
+            yield Note("FAIL", f"{name} line {problem.line}: not Python 3.10: {problem.text}")
+        yield from check_imports(s, name, tree)
+
+
+def sources(s: Submission) -> list[tuple[str, str]]:
+    """(name, text) of every layer of the script and of the files of the folder that it imports or executes."""
+    if "sources" not in s.__dict__:
+        s.__dict__["sources"] = list(read_sources(s))
+    return s.__dict__["sources"]
+
+
+def read_sources(s: Submission) -> Iterator[tuple[str, str]]:
+    if s.script is None:
+        return
+    for i, layer in enumerate(s.layers.layers):
+        yield "train_gpt.py" if i == 0 else f"train_gpt.py, unpacked ({i})", layer
+    for name in siblings(s):
+        with contextlib.suppress(OSError, SyntaxError):
+            for i, layer in enumerate(unpack.unwrap(unpack.decode_source(s.read(name))).layers):
+                yield name if i == 0 else f"{name}, unpacked ({i})", layer
+
+
+def siblings(s: Submission) -> list[str]:
+    """Files of the folder that the script executes by name or imports."""
+    names = [Path(name).name for name in s.layers.files]
+    for layer in s.layers.layers:
+        with contextlib.suppress(SyntaxError):
+            names += [f"{module}.py" for module, _, _ in imports(unpack.read_tree(layer)[0])]
+    return [name for name in dict.fromkeys(names) if name in s.files and name != "train_gpt.py"]
+
+
+def imports(tree: ast.Module) -> Iterator[tuple[str, int, bool]]:
+    """(top-level module, line, whether a missing one is provided for) of every import."""
+    guarded: set[int] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Try) and node.handlers:
+            guarded |= {id(part) for statement in node.body for part in ast.walk(statement)}
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            guarded |= {id(part) for part in ast.walk(node)}  # imported when needed, not with the script
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield alias.name.split(".")[0], node.lineno, id(node) in guarded
+        elif isinstance(node, ast.ImportFrom):
+            yield ("." if node.level else "") + (node.module or "").split(".")[0], node.lineno, id(node) in guarded
+
+
+def check_imports(s: Submission, name: str, tree: ast.Module) -> Iterator[Note]:
+    required = ""
+    if "requirements.txt" in s.files:
+        with contextlib.suppress(OSError):
+            required = s.read("requirements.txt").decode("utf-8", "replace").lower().replace("-", "_")
+    for module, line, guarded in imports(tree):
+        here = module.lstrip(".")
+        if f"{here}.py" in s.files or any(file.startswith(f"{here}/") for file in s.files):
+            continue
+        if module.startswith("."):
+            yield Note("FAIL", f"{name} line {line}: imports {module}, which the folder lacks")
+        elif module in sys.stdlib_module_names or here.lower() in required or guarded and module in INSTALLED:
+            continue
+        elif module in FRAGILE:
+            yield Note("warn", f"{name} line {line}: needs {module} to be imported at all")
+        elif module not in INSTALLED:
+            text = f"{name} line {line}: imports {module}, which is no file of the folder and in no requirements.txt"
+            yield Note("warn" if guarded else "FAIL", text)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# size, clocks
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def check_size(s: Submission) -> Iterator[Note]:
+    """Code and artifact within the cap, in integers, for each seed; the code counted is the file."""
+    if not s.runs:
+        return
+    code = len(s.script) if s.script is not None else None
+    raw = {len(layer.encode()) for layer in s.layers.layers[1:]}
+    raw |= {size for name, size in s.files.items() if re.fullmatch(r"train_gpt_\w+\.py|\w+_decode\.py", name)}
+    beside = {name: s.files[name] for name in siblings(s)}
+    worst, unknown = 0, []
+    for name, log in s.runs.items():
+        total, model, counted = log.bytes_total, log.bytes_model, log.bytes_code
+        for message in log.undecided:
+            if "add up to the total" in message:
+                yield Note("FAIL" if message.startswith("none of") else "warn", f"{name}: {message}")
+        if total is None:
+            unknown.append(name)
+            for message in log.undecided:
+                if "size:" in message or "bytes_total" in message:
+                    yield Note("warn", f"{name}: {message}")
+            continue
+        worst = max(worst, total)
+        if model is not None and counted is not None and model + counted != total:
+            if model == total:
+                yield Note("FAIL", f"{name}: the total of {total:,} bytes is the model alone; the code is forgotten")
+            else:
+                yield Note("FAIL", f"{name}: {counted:,} + {model:,} bytes are not the total of {total:,}")
+        if total > CAP_BYTES:
+            over = f"{total:,} bytes, {total - CAP_BYTES:,} over {CAP_BYTES:,}"
+            mib = f": it fits 16 MiB ({MIB_16:,}), but the cap is 16 MB" if total <= MIB_16 else ""
+            packed = ""
+            if counted in raw and code is not None and model is not None and model + code <= CAP_BYTES:
+                packed = f"; the log counts the raw source, with the packed script it is {model + code:,}"
+            yield Note("FAIL", f"{name}: {over}{mib}{packed}")
+        if code is None or counted is None or counted == code:
+            continue
+        if counted in raw:
+            yield Note("warn", f"{name} counts {counted:,} bytes of raw code; the packed train_gpt.py has {code:,}")
+        elif model is not None and model + code > CAP_BYTES and total <= CAP_BYTES:
+            text = f"with train_gpt.py of {code:,} bytes the total is {model + code:,}, over the cap"
+            yield Note("FAIL", f"{name} counts {counted:,} bytes of code; {text}")
+        else:
+            yield Note(
+                "FAIL" if s.ours else "warn", f"{name} counts {counted:,} bytes of code, train_gpt.py has {code:,}"
+            )
+    for file, size in beside.items():
+        if size + (code or 0) not in {log.bytes_code for log in s.runs.values()}:
+            level = "FAIL" if file in {Path(name).name for name in s.layers.files} else "warn"
+            yield Note(level, f"train_gpt.py runs {file} ({size:,} bytes), which the counted code may leave out")
+    if unknown:
+        yield Note("warn", f"no total size is clear in {', '.join(unknown)}")
+    yield from check_size_fields(s, worst, code)
+
+
+def check_size_fields(s: Submission, worst: int, code: int | None) -> Iterator[Note]:
+    """The sizes in the JSON are those of the logs and the file."""
+    total, counted = field_of(s.meta, "bytes_total"), field_of(s.meta, "bytes_code")
+    logs = s.runs.values()
+    if number(total) is not None:
+        if total > CAP_BYTES:
+            mib = ", as 16 MiB would allow" if total <= MIB_16 else ""
+            yield Note("FAIL", f"{s.json_name}: {total:,} bytes are over {CAP_BYTES:,}{mib}")
+        totals = {log.bytes_total for log in logs} - {None}
+        if totals and number(total) not in totals and "artifact_bytes_mean" != old_name(s.meta, "bytes_total"):
+            if number(total) in {log.bytes_model for log in logs}:
+                yield Note("FAIL", f"{s.json_name}: {total:,} bytes are the model alone; the code is forgotten")
+            else:
+                yield Note(
+                    "FAIL", f"{s.json_name}: {total:,} bytes are the total of no log ({min(totals):,} to {worst:,})"
+                )
+        elif totals and number(total) < worst:
+            yield Note("warn", f"{s.json_name}: {total:,} bytes are not the largest seed's, {worst:,}")
+    if number(counted) is not None and code is not None and number(counted) != code:
+        logged = number(counted) in {log.bytes_code for log in logs}
+        text = f"{s.json_name}: bytes_code {counted:,}, train_gpt.py has {code:,}"
+        yield Note("warn" if logged else "FAIL", text + (", the logs count as the JSON" if logged else ""))
+    if worst:
+        over = worst > CAP_BYTES
+        yield Note(
+            "FAIL" if over else "pass",
+            f"largest total {worst:,} bytes, {abs(CAP_BYTES - worst):,} {'over' if over else 'below'} the cap",
+        )
+
+
+CALIBRATION = re.compile(r"gptq|calibrat|hessian", re.I)
+ENDED = re.compile(r"stopping_early|peak memory allocated")
+
+
+def check_clocks(s: Submission) -> Iterator[Note]:
+    """Training and evaluation within 600 s each, for each seed."""
+    if not s.timed:
+        if s.track:
+            yield Note("pass", f"not applicable: track {s.track}")
+        else:
+            yield Note("warn", "neither the JSON nor the folder above names a track: its clocks were not checked")
+        return
+    longest = {}
+    for name, log in s.runs.items():
+        train, evaluation = train_seconds(log), log.eval_seconds
+        for what, seconds in (("training", train), ("evaluation", evaluation)):
+            if seconds is None:
+                yield Note("warn", f"{name} does not say how long the {what} took")
+            else:
+                longest[what] = max(seconds, longest.get(what, 0.0))
+                if seconds > CLOCK_SECONDS:
+                    yield Note("FAIL", f"{name}: {what} took {seconds:.1f} s, more than {CLOCK_SECONDS}")
+        lines = s.texts[name]
+        end = next((i for i, line in enumerate(lines) if ENDED.match(line)), len(lines))
+        late = [
+            line.strip() for line in lines[end:] if CALIBRATION.search(line) and not line.lstrip().startswith("gptq (")
+        ]
+        phases = sum(seconds for phase, seconds in log.phases.items() if CALIBRATION.search(phase))
+        if late and not re.search(r"reserv", " ".join(lines[:end])):
+            yield Note("warn", f"{name}: calibration after the training clock: {late[0]}")
+        elif late or phases:
+            spent = re.search(r"(\d+\.?\d*) ?s\b", " ".join(late))
+            seconds = phases or (float(spent[1]) if spent else 0.0)
+            if train is not None and train + seconds > CLOCK_SECONDS:
+                yield Note(
+                    "FAIL", f"{name}: with {seconds:.1f} s of calibration, training took {train + seconds:.1f} s"
+                )
+    for path, value in leaves(s.meta):
+        found, key = number(value), path.lower()
+        if found is not None and re.search(r"(?:train|eval)_?time|wallclock|(?:train|eval)\w*_seconds", key):
+            seconds = found / 1000 if key.endswith("_ms") else found
+            if seconds > CLOCK_SECONDS and not re.search(r"total|max_wall|limit|cap", key):
+                yield Note("FAIL", f"{s.json_name} {path}: {value} is more than {CLOCK_SECONDS} s")
+    if longest:
+        yield Note("pass", "longest " + ", ".join(f"{what} {seconds:.1f} s" for what, seconds in longest.items()))
+
+
+def train_seconds(log: RunLog) -> float | None:
+    if log.train_seconds is not None or not log.steps or log.steps[-1].time_ms is None:
+        return log.train_seconds
+    return log.steps[-1].time_ms / 1000
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# seeds and statistics, compliance, audit, legality
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def check_seeds(s: Submission) -> Iterator[Note]:
+    """How many seeds, of one configuration; deviations as claimed."""
+    runs = s.runs
+    if not runs:
+        return
+    seeds: dict[int | None, str] = {}
+    for name, log in runs.items():
+        seed, named = seed_of(name, log), re.search(r"seed[_-]?(\d{1,10})", name)
+        if named and log.seed is not None and int(named[1]) != log.seed:
+            yield Note("FAIL", f"{name} is the log of seed {log.seed}")
+        if seed is not None and seed in seeds:
+            same = runs[seeds[seed]].sha256 == log.sha256
+            stale = "the same file" if same else "two logs"
+            yield Note("FAIL" if same or s.ours else "warn", f"{stale} for seed {seed}: {seeds[seed]} and {name}")
+        seeds.setdefault(seed, name)
+        if s.seeds and seed is not None and seed not in s.seeds:
+            yield Note("warn", f"{name} is of seed {seed}, which {s.json_name} does not list")
+        for message in log.undecided[:5]:
+            if "runs in one log" in message or "several values of seed" in message:
+                yield Note("warn", f"{name}: {message}")
+    hashes = [log.sha256 for log in runs.values()]
+    if len(set(hashes)) < len(hashes) and None in seeds:
+        yield Note("FAIL", "two logs are the same file")
+    claimed = len(s.seeds)
+    known = {seed for seed in seeds if seed is not None}
+    count = max(len(known), 1)
+    if count < SEEDS:
+        yield Note("warn", f"{count} seed{'s' * (count > 1)} in the logs, {claimed} claimed; {SEEDS} are expected")
+    yield from one_configuration(s)
+    yield from deviations(s)
+    if count >= SEEDS:
+        yield Note("pass", f"{count} seeds: {', '.join(map(str, sorted(known)))}")
+
+
+def one_configuration(s: Submission) -> Iterator[Note]:
+    """Nothing but seed, run id and paths differs between the logs."""
+    (first, reference), *others = s.runs.items()
+    for name, log in others:
+        pairs = {
+            "code_sha256": (reference.code_sha256, log.code_sha256),
+            "model_params": (reference.model_params, log.model_params),
+            "world_size": (reference.world_size, log.world_size),
+            "settings_hash": (reference.settings_hash, log.settings_hash),
+        }
+        if reference.source is not None and log.source is not None:
+            pairs["source"] = tuple(
+                hashlib.sha256(x.source.strip().encode()).hexdigest()[:12] for x in (reference, log)
+            )
+        for key in ("train_fingerprint", "val_fingerprint", "tokenizer_sha256"):
+            pairs[key] = ((reference.result or {}).get(key), (log.result or {}).get(key))
+        for what, (a, b) in pairs.items():
+            if a is not None and b is not None and a != b:
+                yield Note("FAIL", f"{name} has another {what} than {first}: {b}, {a}")
+        a, b = reference.settings or {}, log.settings or {}
+        if a and b:
+            odd = [key for key in sorted({*a, *b}) if a.get(key) != b.get(key) and not MAY_DIFFER.fullmatch(key)]
+            if odd:
+                shown = ", ".join(f"{key} {b.get(key)} and {a.get(key)}" for key in odd[:4])
+                yield Note("FAIL", f"{name} and {first} are of different configurations: {shown}")
+
+
+def deviations(s: Submission) -> Iterator[Note]:
+    """val_bpb_std and val_loss_std are sample deviations of the line whose mean is the score."""
+    for index, key in enumerate(("val_bpb", "val_loss")):
+        claim = s.meta.get(f"{key}_std")
+        if number(claim) is None:
+            continue
+        label, score = declared_label(s.meta), field_of(s.meta, "val_bpb") if index == 0 else s.meta.get(key)
+        columns: dict[str, list[float]] = {}
+        for log in s.runs.values():
+            for name, found in scores_by_label(log).items():
+                if found[index] is not None:
+                    columns.setdefault(name, []).append(found[index])
+        fits = [name for name, mean in means(s, index).items() if mean.gives(score)] if label is None else [label]
+        values = [columns[name] for name in fits if len(columns.get(name, ())) > 1]
+        half = max(0.5 * 10.0 ** -decimals(claim), EXACT_DIGITS) * 1.001
+        if not values:
+            if number(claim) != 0 and all(len(column) < 2 for column in columns.values()):
+                yield Note("FAIL", f"{key}_std {claim}, but no line has two seeds")
+        elif any(abs(statistics.stdev(column) - number(claim)) <= half for column in values):
+            yield Note("pass", f"{key}_std {claim} is the sample deviation over {len(values[0])} seeds")
+        elif any(abs(statistics.pstdev(column) - number(claim)) <= half for column in values):
+            sample = statistics.stdev(values[0])
+            yield Note("warn", f"{key}_std {claim} divides by n; the sample deviation (n - 1) is {sample:.6f}")
+        else:
+            sample = statistics.stdev(values[0])
+            yield Note("FAIL", f"{key}_std {claim}; the sample deviation over {len(values[0])} seeds is {sample:.6f}")
+
+
+def examined(s: Submission) -> list[tuple[str, legality.Finding]]:
+    """(file, finding) of the static rules over every source, once."""
+    if "examined" not in s.__dict__:
+        found: list[tuple[str, legality.Finding]] = []
+        for name, source in sources(s):
+            try:
+                found += [(name, finding) for finding in legality.examine(source, switched(s))]
+            except SyntaxError as error:
+                found.append(
+                    (name, legality.Finding("unread", "warn", error.lineno or 0, f"not examined: {error.msg}"))
+                )
+        s.__dict__["examined"] = found
+    return s.__dict__["examined"]
+
+
+def switched(s: Submission) -> dict[str, Any]:
+    """Settings that all runs logged with one value; without any, those that README.md's command switches on."""
+    logged = [log.settings for log in s.runs.values() if log.settings]
+    if not logged:
+        return {name.lower(): value for name, value in re.findall(r"\b([A-Z][A-Z0-9_]{2,})=([\w.]+)", s.readme)}
+    first, *others = logged
+    return {
+        name: value
+        for name, value in first.items()
+        if isinstance(value, (str, int, float, bool)) and all(other.get(name) == value for other in others)
+    }
+
+
+def check_legality(s: Submission) -> Iterator[Note]:
+    """The static rules, and what could not be read."""
+    for problem in s.layers.problems:
+        yield Note("warn", f"train_gpt.py: {problem.text}: what it runs was not examined")
+    for name in s.layers.files:
+        if Path(name).name not in s.files:
+            yield Note("warn", f"train_gpt.py runs {name}, which the folder lacks: it was not examined")
+    for name, finding in examined(s):
+        level = "pass" if finding.level == "note" else finding.level
+        yield Note(level, f"{finding.rule}: {name} line {finding.line}: {finding.text}")
+
+
+def check_compliance(s: Submission) -> Iterator[Note]:
+    """Every claim of `compliance` that can be computed is as computed."""
+    claims = s.meta.get("compliance")
+    if not isinstance(claims, dict):
+        return
+    runs = s.runs.values()
+    seeds = {seed_of(name, log) for name, log in s.runs.items()} - {None}
+
+    def within(values: Iterable[float | None], limit: float) -> bool | None:
+        values = list(values)
+        if any(value is not None and value > limit for value in values):
+            return False
+        return True if values and None not in values else None
+
+    def clean(*rules: str) -> bool | None:
+        levels = {finding.level for _, finding in examined(s) if finding.rule in rules}
+        return False if "FAIL" in levels else None
+
+    totals = [log.bytes_total for log in runs]
+    audited = [passed for log in runs for passed, _ in log.audit.values()]
+    computed: dict[str, bool | None] = {
+        "three_seeds": len(seeds) >= SEEDS if seeds else None,
+        "train_under_600s": within(map(train_seconds, runs), CLOCK_SECONDS),
+        "eval_under_600s": within((log.eval_seconds for log in runs), CLOCK_SECONDS),
+        "artifact_under_16mb": within(totals, CAP_BYTES),
+        "score_first_ttt": clean("train_before_score", "several_passes"),
+        "no_pre_quant_ttt": clean("train_before_score"),
+        "no_slot": clean("scored_region"),
+        "no_ngram_cache": clean("target_in_key", "unnormalised_mix"),
+        "single_pass": clean("several_passes", "best_of_passes"),
+        "audit_passed": all(audited) if audited else None,
+        "no_network": clean("network"),
+    }
+    aliases = {"training_under_600s": "train_under_600s", "artifact_under_16_mb": "artifact_under_16mb"}
+    for key, claim in claims.items():
+        truth = computed.get(aliases.get(key, key))
+        if claim is not None and not isinstance(claim, bool) and aliases.get(key, key) in computed:
+            yield Note("warn", f"{key} is {kind_of(claim)}, not true or false")
+        elif claim is True and truth is False:
+            yield Note("FAIL", f"{key} is claimed, and it is not so")
+        elif claim is False and truth is True:
+            yield Note("warn", f"{key} is denied, but it is so")
+
+
+def check_audit(s: Submission) -> Iterator[Note]:
+    """Audit lines, where a log has them, all pass."""
+    count, without = 0, []
+    for name, log in s.runs.items():
+        findings = dict(log.audit)
+        stated = (log.result or {}).get("audit")
+        for key, finding in stated.items() if isinstance(stated, dict) else ():
+            if isinstance(finding, dict) and finding.get("passed") is False:
+                findings[key] = (False, str(finding.get("figure", "")))
+        count += len(findings)
+        without += [] if findings else [name]
+        for key, (passed, figure) in findings.items():
+            if not passed:
+                yield Note("FAIL", f"{name}: audit:{key} failed: {figure}")
+    if without:
+        yield Note("pass", "no log has audit lines" if not count else f"no audit lines in {', '.join(without)}")
+    elif count:
+        yield Note("pass", f"{count} audit lines pass")
+
+
+CHECKS: dict[str, Callable[[Submission], Iterator[Note]]] = {
+    "files": check_files,
+    "json": check_json,
+    "readme": check_readme,
+    "headline": check_headline,
+    "numbers": check_numbers,
+    "source": check_source,
+    "syntax": check_syntax,
+    "size": check_size,
+    "clocks": check_clocks,
+    "seeds": check_seeds,
+    "compliance": check_compliance,
+    "audit": check_audit,
+    "legality": check_legality,
+}
+
+
+def check(folder: Path) -> list[Finding]:
+    """All findings of a folder, each check with one at least. Raises CheckError where it is no folder."""
+    submission = load(folder)
+    found: list[Finding] = []
+    for name, function in CHECKS.items():
+        notes = []
+        try:
+            notes = list(dict.fromkeys(function(submission)))
+        except RecursionError:
+            notes = [Note("warn", "nested too deeply to be examined")]
+        found += summarised(name, notes)
+    return found
+
+
+def summarised(name: str, notes: list[Note]) -> list[Finding]:
+    """Findings of one check, worst first, the long tail counted; `pass` where there is nothing to say."""
+    found = []
+    for level in ("FAIL", "warn", "pass"):
+        texts = [note.what for note in notes if note.level == level]
+        if level == "pass" and found:
+            texts = []
+        found += [Finding(name, level, clean_text(text)) for text in texts[:MAX_FINDINGS]]
+        if len(texts) > MAX_FINDINGS:
+            found.append(Finding(name, level, f"and {len(texts) - MAX_FINDINGS} more"))
+    return found or [Finding(name, "pass", "")]
+
+
+def clean_text(text: str, limit: int = 300) -> str:
+    """Foreign text for a terminal: one line, nothing that is not printable."""
+    shown = "".join(
+        c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text[:limit]
+    )
+    return shown + "..." * (len(text) > limit)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# --run
+# ----------------------------------------------------------------------------------------------------------------------
+
+RUN_SECONDS = 120
+RUN_MEMORY = 16 << 30  # of addresses: torch alone maps several GiB
+# The subprocess: gives up the network and its limits before anything foreign runs, then imports and reports.
+IMPORTER = """
+import ctypes, importlib.util, json, os, resource, sys, time
+report, path, memory, seconds, preload = int(sys.argv[1]), sys.argv[2], *map(int, sys.argv[3:])
+try:
+    offline = ctypes.CDLL(None).unshare(0x10000000 | 0x40000000) == 0  # CLONE_NEWUSER | CLONE_NEWNET
+except (OSError, AttributeError):
+    offline = False
+for limit, most in ((resource.RLIMIT_AS, memory), (resource.RLIMIT_CPU, seconds), (resource.RLIMIT_FSIZE, 1 << 26),
+                    (resource.RLIMIT_CORE, 0), (resource.RLIMIT_NOFILE, 256)):
+    resource.setrlimit(limit, (most, most))
+os.write(report, json.dumps({"offline": offline}).encode() + b"\\n")
+try:
+    if preload:
+        import torch  # outside the clock, as the community's smoke test has it
+except Exception:
+    pass
+sys.path.insert(0, os.path.dirname(path))
+start = time.perf_counter()
+try:
+    spec = importlib.util.spec_from_file_location("train_gpt", path)
+    module = sys.modules["train_gpt"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    seconds = time.perf_counter() - start
+    found = {"seconds": seconds}
+    settings = getattr(module, "Hyperparameters", None)
+    for name in ("model_dim", "num_layers", "vocab_size"):
+        if settings is not None and not hasattr(settings, name):
+            settings = settings()
+        found[name] = int(getattr(settings, name)) if hasattr(settings, name) else None
+except BaseException as error:
+    found = {"error": f"{type(error).__name__}({str(error)[:200]!r})"}
+os.write(report, json.dumps(found).encode() + b"\\n")
+os._exit(0)
+"""
+
+
+def check_run(folder: Path) -> list[Finding]:
+    """Import the script on CPU: a copy of the folder, limits, no environment, no network where the kernel allows it."""
+    s = load(folder)
+    if s.script is None:
+        return [Finding("run", "FAIL", "no train_gpt.py to import")]
+    with tempfile.TemporaryDirectory(prefix="check_run_") as place:
+        copy, work = Path(place, "folder"), Path(place, "work")
+        work.mkdir()
+        for name in s.files:  # plain files only: a link would lead out
+            (copy / name).parent.mkdir(parents=True, exist_ok=True)
+            (copy / name).write_bytes(s.read(name, MAX_FOLDER))
+        lines, ended = import_there(copy / "train_gpt.py", work, any("import torch" in text for _, text in sources(s)))
+    notes = []
+    first, last = (lines[0] if lines else {}), (lines[-1] if len(lines) > 1 else {})
+    if first.get("offline") is not True:
+        notes.append(Note("warn", "the kernel did not allow to cut off the network"))
+    if "error" in last:
+        notes.append(Note("FAIL", f"IMPORT_FAIL error={last['error']}"))
+    elif number(last.get("seconds")) is None:
+        notes.append(Note("FAIL", f"IMPORT_FAIL error={ended}"))
+    else:
+        shown = [
+            f"{name}={last.get(key)}"
+            for name, key in (("dim", "model_dim"), ("layers", "num_layers"), ("vocab", "vocab_size"))
+        ]
+        smoke = f"import OK in {last['seconds']:.2f}s, {', '.join(shown)}, code={len(s.script)} B, SMOKE_TEST_PASS"
+        notes.append(Note("pass", smoke))
+        if None in (last.get("model_dim"), last.get("num_layers"), last.get("vocab_size")):
+            notes.append(Note("warn", "Hyperparameters lacks model_dim, num_layers or vocab_size"))
+    return [Finding("run", note.level, clean_text(note.what)) for note in notes]
+
+
+def import_there(script: Path, work: Path, preload: bool) -> tuple[list[dict], str]:
+    """(what the subprocess reported, how it ended). `preload` imports torch before the script and its clock."""
+    (reader, writer), seconds = os.pipe(), RUN_SECONDS
+    numbers = [str(value) for value in (RUN_MEMORY, seconds, int(preload))]
+    command = [sys.executable, "-I", "-B", "-c", IMPORTER, str(writer), str(script), *numbers]
+    environment = {"HOME": str(work), "TMPDIR": str(work), "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    environment |= {"CUDA_VISIBLE_DEVICES": "", "LANG": "C.UTF-8"}
+    try:
+        process = subprocess.Popen(
+            command,
+            cwd=work,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            pass_fds=(writer,),
+            start_new_session=True,
+        )
+    finally:
+        os.close(writer)
+    try:
+        code = process.wait(timeout=seconds)
+        ended = f"ended with exit code {code}" if code >= 0 else f"ended by {signal.Signals(-code).name}"
+    except subprocess.TimeoutExpired:
+        ended = f"not imported after {seconds} s"
+    finally:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signal.SIGKILL)  # and what it started
+        process.wait()
+    os.set_blocking(reader, False)
+    with open(reader, "rb") as file:
+        data = (file.read(65536) or b"").decode("utf-8", "replace")
+    reports = []
+    for line in data.splitlines():
+        with contextlib.suppress(ValueError):
+            value = json.loads(line)
+            reports += [value] if isinstance(value, dict) else []
+    return reports, ended
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# --against
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def git(folder: Path, *words: str) -> str:
+    """Output of a git command in a folder. Raises CheckError."""
+    # Nothing that the repository's own configuration names is started.
+    safe = ["-c", "core.fsmonitor=", "-c", "core.hooksPath=/dev/null", "-c", "diff.external="]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    try:
+        done = subprocess.run(
+            ["git", *safe, *words],
+            cwd=folder,
+            env=environment,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=60,
+        )
+    except (OSError, subprocess.SubprocessError) as error:
+        raise CheckError(f"git: {clean_text(str(error), 120)}") from None
+    if done.returncode:
+        raise CheckError(
+            f"git {words[0]}: {clean_text(done.stderr.strip().splitlines()[-1] if done.stderr.strip() else '', 120)}"
+        )
+    return done.stdout
+
+
+def check_against(folder: Path, ref: str) -> list[Finding]:
+    """The difference from REF to the working tree is this folder under records/, new, and nothing else."""
+    folder = folder.resolve()
+    root = Path(git(folder, "rev-parse", "--show-toplevel").rstrip("\n"))
+    base = git(root, "rev-parse", "--verify", "--quiet", "--end-of-options", f"{ref}^{{commit}}").strip()
+    base = git(root, "merge-base", base, "HEAD").strip()  # what came to REF since then is not this change
+    fields = git(root, "diff", "--name-status", "--no-renames", "--no-ext-diff", "-z", base, "--").split("\0")
+    changed = dict(zip(fields[1::2], fields[::2], strict=False))
+    changed |= {name: "A" for name in git(root, "ls-files", "--others", "--exclude-standard", "-z").split("\0") if name}
+    own = folder.relative_to(root).as_posix() + "/"
+    notes = []
+    if not re.fullmatch(r"records/track_[^/]+/[^/]+/", own):
+        notes.append(Note("FAIL", f"{own} is not records/track_<track>/<folder>/"))
+    for name, status in changed.items():
+        if not name.startswith(own):
+            notes.append(
+                Note("FAIL", f"{name} is {dict(A='added', D='deleted').get(status, 'changed')}, outside of {own}")
+            )
+        elif status != "A":
+            notes.append(Note("FAIL", f"{name} was there before and is {'deleted' if status == 'D' else 'changed'}"))
+    added = sum(name.startswith(own) for name in changed)
+    if not added:
+        notes.append(Note("FAIL", f"{own} is not new against {ref}"))
+    return summarised("against", notes or [Note("pass", f"adds {added} files, all in {own}")])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Command
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folders", metavar="FOLDER", nargs="+", type=Path, help="submission folder, anyone's")
+    parser.add_argument("--json", action="store_true", help="the same as JSON")
+    parser.add_argument("--run", action="store_true", help="also import the script, in a subprocess with limits")
+    parser.add_argument("--against", metavar="REF", help="also check that the change since REF is this folder alone")
+
+
+def run(args: argparse.Namespace) -> int:
+    """1 where anything FAILed."""
+    try:
+        found = []
+        for folder in args.folders:
+            findings = check(folder)
+            findings += check_run(folder) if args.run else []
+            findings += check_against(folder, args.against) if args.against else []
+            found.append((folder, findings))
+    except (CheckError, OSError) as error:
+        print(f"error: {clean_text(str(error))}", file=sys.stderr)
+        return 2
+    failed = any(finding.level == "FAIL" for _, findings in found for finding in findings)
+    if args.json:
+        folders = [
+            {
+                "folder": str(folder),
+                "failed": any(f.level == "FAIL" for f in findings),
+                "findings": [f._asdict() for f in findings],
+            }
+            for folder, findings in found
+        ]
+        print(json.dumps({"failed": failed, "folders": folders}, indent=2))
+        return int(failed)
+    for folder, findings in found:
+        if len(found) > 1:
+            show(f"{clean_text(str(folder))}:")
+        for finding in findings:
+            show(f"{finding.level} {finding.check} {finding.what}".rstrip())
+    return int(failed)
+
+
+def show(line: str) -> None:
+    encoding = sys.stdout.encoding or "utf-8"
+    print(line.encode(encoding, "backslashreplace").decode(encoding))

@@ -1,0 +1,336 @@
+"""`compare`: whether the runs of one side are better than those of another, and how many more seeds would tell.
+
+Scores of seeds are taken as independent and normal, with a spread of its own on each side: Welch's t test, one-sided,
+because only a better score is a record.
+"""
+
+import argparse
+import json
+import math
+import statistics
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from records.submission import runlog
+from records.submission.runlog import LogError, RunLog, ScoreLine
+
+POWER = 0.8  # probability of meeting a rule that the number of seeds is worked out for
+MAX_SEEDS = 1000
+
+
+class CompareError(Exception):
+    """What cannot be compared, in one line for the user."""
+
+
+class Rule(NamedTuple):
+    """A rule of acceptance: A is better than B by more than margin, at p < alpha."""
+
+    name: str
+    metric: str  # val_loss (nats per token) | val_bpb
+    margin: float
+    alpha: float
+    against: str  # the null hypothesis, in words
+
+
+RULES = (
+    Rule("0.005 nats", "val_loss", 0.005, 0.01, "A is better by 0.005 nats or less"),
+    Rule("frontier", "val_bpb", 0.0, 0.25, "A is not better"),
+)
+
+
+class Sample(NamedTuple):
+    """What is known of one metric on one side."""
+
+    n: int
+    mean: float
+    std: float | None  # of a sample: n - 1 in the denominator; None with one seed
+
+
+class Side(NamedTuple):
+    """The runs of one side and the score of each."""
+
+    logs: list[RunLog]
+    scores: list[ScoreLine]
+
+    @property
+    def label(self) -> str:
+        return self.scores[0].label
+
+    def sample(self, metric: str) -> Sample | None:
+        """None where some run does not print this metric."""
+        values = [getattr(score, metric) for score in self.scores]
+        return None if None in values else sample(values)
+
+
+class Verdict(NamedTuple):
+    """What a test says: t, degrees of freedom, p, or why there is none; met is None if undecided."""
+
+    t: float | None
+    df: float | None
+    p: float | None
+    met: bool | None
+    more_seeds: int | None  # on each side, to meet the rule with probability POWER; None if no number does
+    note: str
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Statistics
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def scipy_stats():
+    """scipy.stats, or a CompareError that says how to get it."""
+    try:
+        from scipy import stats
+    except ImportError:
+        raise CompareError("the t distribution needs scipy: pip install -r requirements-records.txt") from None
+    return stats
+
+
+def sample(values: Sequence[float]) -> Sample:
+    std = statistics.stdev(values) if len(values) > 1 else None
+    return Sample(len(values), statistics.fmean(values), std)
+
+
+def standard_error(a: Sample, b: Sample) -> tuple[float, float]:
+    """(standard error of the difference of means, Welch-Satterthwaite degrees of freedom); needs spread on a side."""
+    of_a, of_b = a.std / math.sqrt(a.n), b.std / math.sqrt(b.n)
+    error = math.hypot(of_a, of_b)
+    return error, 1 / ((of_a / error) ** 4 / (a.n - 1) + (of_b / error) ** 4 / (b.n - 1))
+
+
+def welch(a: Sample, b: Sample, margin: float = 0.0) -> tuple[float, float, float]:
+    """(t, degrees of freedom, p) of the one-sided test against `mean b - mean a <= margin`; lower scores are better."""
+    error, df = standard_error(a, b)
+    t = (b.mean - a.mean - margin) / error
+    return t, df, float(scipy_stats().t.sf(t, df))
+
+
+def power(a: Sample, b: Sample, margin: float, alpha: float) -> float:
+    """Probability that the test comes out below alpha if the means and spreads are the true ones (noncentral t)."""
+    error, df = standard_error(a, b)
+    stats = scipy_stats()
+    # nct gives nan far in the tails, where it is certain anyway.
+    probability = float(stats.nct.sf(stats.t.isf(alpha, df), df, min((b.mean - a.mean - margin) / error, 30.0)))
+    return 1.0 if math.isnan(probability) else probability
+
+
+def more_seeds(a: Sample, b: Sample, margin: float, alpha: float) -> int | None:
+    """How many more seeds on each side meet a rule with probability POWER, at the present means and spreads."""
+    if b.mean - a.mean <= margin:
+        return None
+
+    def enough(more: int) -> bool:
+        return power(a._replace(n=a.n + more), b._replace(n=b.n + more), margin, alpha) >= POWER
+
+    if not enough(MAX_SEEDS):
+        return None
+    low, high = 0, MAX_SEEDS  # power grows with the number of seeds
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if enough(middle) else (middle + 1, high)
+    return low
+
+
+def judge(rule: Rule, a: Sample | None, b: Sample | None) -> Verdict:
+    """What a rule says about two sides, or why it says nothing."""
+
+    def undecided(note: str) -> Verdict:
+        return Verdict(None, None, None, None, None, note)
+
+    if a is None or b is None:
+        return undecided(f"not every run prints {rule.metric}")
+    if a.std is None or b.std is None:
+        sides = " and ".join(name for name, side in (("A", a), ("B", b)) if side.std is None)
+        return undecided(f"one seed has no spread to test with; at least one more is needed for {sides}")
+    if a.std == 0 and b.std == 0:
+        return undecided("no spread on either side, so no test; were these runs of different seeds?")
+    t, df, p = welch(a, b, rule.margin)
+    if p < rule.alpha:
+        return Verdict(t, df, p, True, 0, "")
+    more = more_seeds(a, b, rule.margin, rule.alpha)
+    if b.mean - a.mean <= rule.margin:
+        note = "at these means no number of seeds would meet it"
+    elif more is None:
+        note = f"at these means and spreads {MAX_SEEDS} more seeds a side are not enough"
+    else:
+        # With 0 more the test had a good chance and missed: the next seed is what can be said.
+        more = max(more, 1)
+        note = f"{more} more seed{'s' * (more > 1)} a side meet it with probability {POWER:g}"
+    return Verdict(t, df, p, False, more, note)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Sides
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def logs_of(path: Path) -> list[Path]:
+    """The log itself, or the logs of a record folder."""
+    if not path.is_dir():
+        return [path]
+    found = sorted(path.glob("*.log")) or sorted(p for p in path.glob("*.txt") if p.name != "requirements.txt")
+    if not found:
+        raise CompareError(f"{path}: no log in this folder")
+    return found
+
+
+def score_of(log: RunLog, label: str | None) -> ScoreLine:
+    """The score that counts: of the given label, else the log's headline. Raises CompareError."""
+    score = log.score(label.removesuffix("_exact")) if label else log.headline()
+    if score is None:
+        labels = ", ".join(dict.fromkeys(found.label for found in log.scores)) or "none"
+        problem = f"no single result {label!r}" if label else "which result is the headline is not clear; --headline"
+        raise CompareError(f"{log.path}: {problem} (results: {labels})")
+    for figure in (score.val_loss, score.val_bpb):
+        if figure is not None and not math.isfinite(figure):
+            raise CompareError(f"{log.path}: {score.label} is not finite (line {score.line})")
+    return score
+
+
+def read_side(paths: Sequence[Path], label: str | None) -> Side:
+    """Raises CompareError and LogError."""
+    logs = [runlog.parse(log) for path in paths for log in logs_of(path)]
+    scores = [score_of(log, label) for log in logs]
+    if len(labels := {score.label for score in scores}) > 1:
+        raise CompareError(f"{logs[0].path} and others: their headlines are {', '.join(sorted(labels))}; --headline")
+    return Side(logs, scores)
+
+
+def reject_twice(logs: Sequence[RunLog]) -> None:
+    """A run counts once, under whatever name. Raises CompareError."""
+    first: dict[str, Path] = {}
+    for log in logs:
+        if log.sha256 in first:
+            raise CompareError(f"{log.path} is the same log as {first[log.sha256]}")
+        first[log.sha256] = log.path
+
+
+def same_tokens(a: Side, b: Side) -> bool:
+    """Whether nats per token compare: bits per byte are in one proportion to them if the tokenizer is one."""
+    ratios = [s.val_bpb / s.val_loss for s in a.scores + b.scores if s.val_bpb is not None and s.val_loss]
+    return not ratios or max(ratios) <= 1.001 * min(ratios)
+
+
+def remarks(sides: dict[str, Side]) -> list[str]:
+    """What a reader of the test should know."""
+    found = []
+    for name, side in sides.items():
+        seeds = Counter(log.seed for log in side.logs if log.seed is not None)
+        if repeated := [str(seed) for seed, times in seeds.items() if times > 1]:
+            found.append(f"{name} has several runs of seed {', '.join(repeated)}: not independent")
+        for what, values in (
+            ("settings", {log.settings_hash for log in side.logs}),
+            ("source", {log.code_sha256 for log in side.logs}),
+        ):
+            if len(values) > 1:
+                found.append(f"{name} mixes runs of different {what}")
+        rounded = [score for score in side.scores if not score.exact]
+        if rounded:
+            found.append(f"{name} has figures that the log rounds to four decimals")
+        for log in side.logs:
+            found += [f"{log.path.name}: {said}" for said in log.undecided if "runs in one log" in said]
+    labels = [side.label for side in sides.values()]
+    if labels[0] != labels[1]:
+        found.append(f"different results are compared: A {labels[0]}, B {labels[1]}")
+    return found
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Report
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def compare(a: Side, b: Side) -> dict:
+    """Everything that is said, as the object that --json prints."""
+    comparable = same_tokens(a, b)
+    report: dict = {}
+    for name, side in dict(a=a, b=b).items():
+        loss, bpb = side.sample("val_loss"), side.sample("val_bpb")
+        report[name] = dict(
+            logs=[str(log.path) for log in side.logs],
+            seeds=[log.seed for log in side.logs],
+            label=side.label,
+            n=len(side.logs),
+            val_loss=loss and dict(mean=loss.mean, std=loss.std),
+            val_bpb=bpb and dict(mean=bpb.mean, std=bpb.std),
+        )
+
+    def difference(metric: str) -> float | None:
+        samples = a.sample(metric), b.sample(metric)
+        return None if None in samples else samples[1].mean - samples[0].mean
+
+    report["better_by"] = dict(nats=difference("val_loss") if comparable else None, bpb=difference("val_bpb"))
+    report["rules"] = []
+    for rule in RULES:
+        metric = rule.metric
+        if metric == "val_bpb" and None in (a.sample(metric), b.sample(metric)) and comparable:
+            metric = "val_loss"  # in proportion to it
+        if metric == "val_loss" and not comparable:
+            other = "the sides have other tokens, so their nats per token do not compare"
+            verdict = Verdict(None, None, None, None, None, other)
+        else:
+            verdict = judge(rule._replace(metric=metric), a.sample(metric), b.sample(metric))
+        report["rules"].append({**rule._asdict(), "metric": metric, **verdict._asdict()})
+    report["assumes"] = (
+        "seeds independent and scores normal; more_seeds: the means and standard deviations of now are the true ones"
+    )
+    report["remarks"] = remarks(dict(A=a, B=b))
+    return report
+
+
+def describe(report: dict) -> str:
+    """The report for a reader."""
+    lines = []
+    for name in ("a", "b"):
+        side = report[name]
+        figures = [f"{name.upper()}  {side['label']}  n {side['n']}"]
+        for metric, unit in (("val_loss", "nats"), ("val_bpb", "bpb")):
+            if stats := side[metric]:
+                std = "unknown with one seed" if stats["std"] is None else f"{stats['std']:.5f}"
+                figures.append(f"{unit} {stats['mean']:.5f} (std {std})")
+        seeds = ", ".join("?" if seed is None else str(seed) for seed in side["seeds"])
+        lines.append("  ".join([*figures, f"seeds {seeds}"]))
+    differences = {unit: value for unit, value in report["better_by"].items() if value is not None}
+    better = min(differences.values(), default=0) >= 0
+    apart = ", ".join(f"{abs(value):.5f} {unit}" for unit, value in differences.items())
+    lines.append(f"A is {'better' if better else 'worse'} by {apart or 'an unknown difference'}")
+    for rule in report["rules"]:
+        met = {True: "met", False: "not met", None: "undecided"}[rule["met"]]
+        line = f"rule {rule['name']}: {met}"
+        if rule["p"] is not None:
+            line += f'; p {rule["p"]:.4g}, needs < {rule["alpha"]:g} against "{rule["against"]}"'
+            line += f" (t {rule['t']:.3f}, {rule['df']:.2f} degrees of freedom)"
+        lines.append(f"{line}; {rule['note']}" if rule["note"] else line)
+    if any(rule["more_seeds"] for rule in report["rules"]):
+        lines.append("seeds still needed: if the means and standard deviations of now are the true ones; few seeds say")
+        lines.append("little about a standard deviation, so take it for an order of magnitude")
+    return "\n".join(lines + [f"note: {remark}" for remark in report["remarks"]])
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.usage = "submit.py compare A [A ...] -- B [B ...] [--headline LABEL] [--json]"
+    parser.add_argument("candidate", nargs="+", type=Path, metavar="A", help="logs or record folders of the candidate")
+    parser.add_argument(
+        "--versus", nargs="+", type=Path, metavar="B", default=[], help="what it has to beat; a bare -- says the same"
+    )
+    parser.add_argument("--headline", metavar="LABEL", help="the result to compare, where a log does not declare it")
+    parser.add_argument("--json", action="store_true", help="the report as one JSON object")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Exit code: 0, or 2 where the sides cannot be compared."""
+    try:
+        if not args.versus:
+            raise CompareError("a comparison has two sides: compare A... -- B...")
+        a, b = (read_side(paths, args.headline) for paths in (args.candidate, args.versus))
+        reject_twice(a.logs + b.logs)
+        report = compare(a, b)
+    except (CompareError, LogError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(json.dumps(report, indent=2) if args.json else describe(report))
+    return 0

@@ -1,0 +1,743 @@
+"""`new NAME LOG...`: a submission folder from the logs of one configuration, one log per seed.
+
+Everything in it comes from the logs: the script is the source that they hold, the figures are theirs, and a boolean of
+`compliance` is computed or null. What cannot be decided is asked for, never guessed. The folder appears whole or not
+at all, and names no path of the machine.
+"""
+
+import argparse
+import ast
+import dataclasses
+import hashlib
+import html
+import json
+import math
+import os
+import re
+import shlex
+import shutil
+import statistics
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from datetime import date
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from records.submission import pack, runlog, unpack
+from records.submission.runlog import LogError, RunLog, ScoreLine
+
+CAP_BYTES = 16_000_000  # code and compressed model
+CLOCK_SECONDS = 600  # each of the two clocks
+SEEDS = 3  # that make a record
+
+# What train_gpt.py leaves out of its settings_hash: runs of one configuration may differ in these.
+MAY_DIFFER = frozenset(
+    "seed run_id out_dir data_path tokenizer_path artifact_path weights_path audit audit_tokens checkpoint_every "
+    "resume".split()
+)
+# The same in the `Hyperparameters:` lists of other scripts, whose names are many.
+MAY_DIFFER_ELSEWHERE = re.compile(r"seed|run_id|.*(path|paths|dir|files?|rank|device)|is_main_process|logfile")
+
+# The audits of train_gpt.py: name -> (key of compliance, the rule).
+AUDITS = {
+    "causal": ("causal_dependence", "A score depends on the artifact and on earlier tokens alone"),
+    "normalised": ("full_distribution", "Scores come from a distribution over the whole vocabulary"),
+    "score_first": ("score_first_ttt", "A token is scored for good before anything learns from it"),
+    "once": ("single_pass", "Every token of the validation split is scored once, in order"),
+    "documents": ("no_leak_across_documents", "Gates and tables do not look across a document's beginning"),
+    "bytes": ("bytes_are_utf8", "The bytes counted are those of the decoded text"),
+    "clocks": ("clocks_kept", "Training and evaluation keep the clocks that were set"),
+    "size": ("size_kept", "Code and artifact keep the cap that was set"),
+}
+
+
+class FolderError(Exception):
+    """Logs or options that make no submission. One line for the user."""
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What a log says
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class SeedRun:
+    """The log of one seed, with all that a submission needs of it."""
+
+    log: RunLog
+    data: bytes  # of the log's file
+    seed: int
+    score: ScoreLine
+    bytes_total: int
+
+    @property
+    def result(self) -> dict[str, Any]:
+        return self.log.result or {}
+
+    @property
+    def name(self) -> str:
+        return self.log.path.name
+
+    @property
+    def steps(self) -> int | None:
+        steps = self.result.get("steps")
+        return steps if isinstance(steps, int) else self.log.steps[-1].step if self.log.steps else None
+
+    @property
+    def counted(self) -> dict[str, Any]:
+        """What the `result` line says of the score that counts: tokens and bytes, too."""
+        scores = self.result.get("scores")
+        found = scores.get(self.score.label) if isinstance(scores, dict) else None
+        return found if isinstance(found, dict) else {}
+
+    @property
+    def pre_quant_bpb(self) -> float | None:
+        """The score of the float weights that were exported."""
+        scores = self.result.get("scores")
+        found = scores.get(f"float_{self.result.get('exported')}") if isinstance(scores, dict) else None
+        return runlog.number(found.get("val_bpb")) if isinstance(found, dict) else None
+
+    @property
+    def eval_cut(self) -> dict[str, Any] | None:
+        cut = self.result.get("eval_cut")
+        return cut if isinstance(cut, dict) else None
+
+    @property
+    def resumed_at(self) -> list[int]:
+        steps = self.result.get("resumed_at")
+        return [step for step in steps if isinstance(step, int)] if isinstance(steps, list) else []
+
+    @property
+    def compared(self) -> dict[str, object] | None:
+        """The settings that have to be the same for all seeds; None where the log states none."""
+        settings = self.log.settings
+        if settings is None:
+            return None
+        ours = self.log.dialect == "pgolf"
+        return {k: v for k, v in settings.items() if not (k in MAY_DIFFER if ours else elsewhere_free(k, v))}
+
+    @property
+    def hardware(self) -> str | None:
+        device, ranks = self.log.device, self.log.world_size or self.result.get("world_size") or 1
+        if device is None or ranks == 1:
+            return device
+        return f"{device}, {ranks} processes" if device.startswith("cpu") else f"{ranks}x {device}"
+
+
+def elsewhere_free(name: str, value: object) -> bool:
+    """Whether a setting of another script may differ between seeds: a seed, a path, a rank."""
+    return MAY_DIFFER_ELSEWHERE.fullmatch(name) is not None or (isinstance(value, str) and "/" in value)
+
+
+def read_run(path: Path, headline: str | None) -> SeedRun:
+    """Parse a log and make sure that it holds what a submission needs. Raises LogError and FolderError."""
+    log = runlog.parse(path)
+    data = path.read_bytes()
+    score = log.score(headline) if headline else log.headline()
+    mode = (log.result or {}).get("mode", "train")
+    for missing, message in (
+        (hashlib.sha256(data).hexdigest() != log.sha256, "it is being written; wait for the end of the run"),
+        (log.dialect == "pgolf" and log.result is None, "no `result` line: the run did not come to its end"),
+        (mode != "train", f"a run with mode {mode}; a submission needs the log of the training run"),
+        (len(log.runs) > 1, f"{len(log.runs)} runs in one log; a submission needs one log per seed"),
+        (log.seed is None, "it does not say its seed"),
+        (score is None and headline, f"no single result is called {headline}"),
+        (score is None, f"which score counts is not clear ({said(log, 'headline')}); --headline LABEL names it"),
+        (score is not None and score.val_bpb is None, "its score has no val_bpb"),
+        (score is not None and not is_finite(score), "its score is not finite"),
+        (log.bytes_total is None, f"its size is not clear ({said(log, 'total size', 'bytes')})"),
+    ):
+        if missing:
+            raise FolderError(f"{path}: {message}")
+    return SeedRun(log, data, log.seed, score, log.bytes_total)
+
+
+def is_finite(score: ScoreLine) -> bool:
+    return all(math.isfinite(value) for value in (score.val_loss, score.val_bpb) if value is not None)
+
+
+def said(log: RunLog, *subjects: str) -> str:
+    """What the parser noted about a subject, or that the log is silent."""
+    return next((line for line in log.undecided if any(s in line for s in subjects)), "nothing in the log says it")
+
+
+def check_one_configuration(runs: Sequence[SeedRun]) -> None:
+    """Raises FolderError where two logs are not of one configuration."""
+    first = runs[0]
+    for other in runs[1:]:
+        mine, others = first.compared, other.compared
+        if (mine is None) != (others is None):
+            raise FolderError(f"{first.name} and {other.name}: only one of them states its settings")
+        for name in dict.fromkeys((*(mine or {}), *(others or {}))):
+            a, b = ((s or {}).get(name, "unset") for s in (mine, others))
+            if a != b:
+                raise FolderError(
+                    f"two configurations: {name.upper()}={plain(a)} in {first.name}, {plain(b)} in {other.name}"
+                )
+        for what, value in (
+            ("code sha256", lambda run: run.log.code_sha256),
+            ("source", lambda run: run.log.source and hashlib.sha256(run.log.source.encode()).hexdigest()),
+            ("settings hash", lambda run: run.log.settings_hash),
+            ("score that counts", lambda run: run.score.label),
+            ("number of parameters", lambda run: run.log.model_params),
+            ("bytes of code", lambda run: run.log.bytes_code),
+            ("validation data", lambda run: run.result.get("val_fingerprint")),
+            ("training data", lambda run: run.result.get("train_fingerprint")),
+            ("tokenizer", lambda run: run.result.get("tokenizer_sha256")),
+        ):
+            a, b = value(first), value(other)
+            if a != b:
+                raise FolderError(f"two configurations: {what} {a} in {first.name}, {b} in {other.name}")
+    for i, run in enumerate(runs):
+        for other in runs[:i]:
+            if run.seed == other.seed:
+                raise FolderError(f"two logs of seed {run.seed}: {other.name} and {run.name}; keep one")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The script that ran
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class Script(NamedTuple):
+    """What ran. `evidence` says what ties it to the logs; `text` is readable, of a packed script what is inside."""
+
+    data: bytes
+    evidence: str
+    packed: bool
+    text: str
+    human: bytes | None
+
+
+def find_script(runs: Sequence[SeedRun], given: Path | None, human: Path | None) -> Script:
+    """The script that the logs prove to have run. Raises FolderError."""
+    log, name = runs[0].log, runs[0].name
+    size = log.bytes_code
+    candidates = []
+    if given is not None:
+        candidates.append((given.read_bytes(), str(given)))
+    if log.source is not None:
+        # A log of another dialect does not keep the end of the last line.
+        text = log.source if log.code_sha256 else log.source.rstrip("\n")
+        ends = ("",) if log.code_sha256 else ("\n", "")
+        candidates += [((text + end).encode(), f"the source in {name}") for end in ends]
+    for data, where in candidates:
+        digest = hashlib.sha256(data).hexdigest()
+        in_log = log.source is not None and data.rstrip() == log.source.encode().rstrip()
+        if log.code_sha256 is not None:
+            if digest == log.code_sha256:
+                return finish_script(data, "the sha256 of the script is in every log", human)
+        elif in_log and size in (None, len(data)):
+            return finish_script(data, "every log holds its source", human)
+        elif log.source is None and size == len(data):
+            return finish_script(data, "every log states its size in bytes, and nothing more", human)
+        if where == str(given):
+            stated = f"sha256 {log.code_sha256}" if log.code_sha256 else f"{size} bytes of code"
+            raise FolderError(f"{given} did not run: it has sha256 {digest}, {len(data)} bytes; {name} states {stated}")
+    if log.source is None:
+        raise FolderError(f"{name} holds no source; give the file that ran with --script")
+    stated = f"sha256 {log.code_sha256}" if log.code_sha256 else f"size, {size} bytes"
+    raise FolderError(f"the source in {name} is not of the {stated} that it states; give the file with --script")
+
+
+def finish_script(data: bytes, evidence: str, human: Path | None) -> Script:
+    """Look inside a packed script, and make sure that the readable source is its source."""
+    inner = pack.unpack(data)
+    outer = data.decode("utf-8", "replace")
+    layers = [outer, inner.decode()] if inner is not None else unpack.unwrap(outer).layers
+    packed = len(layers) > 1
+    if human is None:
+        return Script(data, evidence, packed, layers[-1], None)
+    readable = human.read_bytes()
+    if not packed:
+        raise FolderError(f"the script that ran is readable itself; leave out --human {human}")
+    try:
+        if inner is not None:
+            same = pack.strip(readable, str(human)) == layers[-1]
+        else:
+            same = unpack.same_program(readable.decode("utf-8", "replace"), layers[-1])
+    except pack.PackError as error:
+        raise FolderError(str(error)) from None
+    if not same:
+        raise FolderError(f"{human} is not the source of the packed script that ran")
+    return Script(data, evidence, packed, readable.decode("utf-8", "replace"), readable)
+
+
+class Setting(NamedTuple):
+    variable: str  # of the environment
+    default: object
+    doc: str
+
+
+def declared_settings(text: str) -> dict[str, Setting]:
+    """The settings that a script declares, by field name, read as data: `name: type = opt(section, default, doc)`, or
+    `name = int(os.environ.get("NAME", default))` as the public scripts have it. Empty where it has neither."""
+    try:
+        tree = ast.parse(text)
+    except (SyntaxError, ValueError, RecursionError):
+        return {}
+    found = {}
+    for owner in ast.walk(tree):
+        if not isinstance(owner, ast.ClassDef) or owner.name != "Hyperparameters":
+            continue
+        for statement in owner.body:
+            if not isinstance(statement, ast.Assign | ast.AnnAssign) or statement.value is None:
+                continue
+            target = statement.target if isinstance(statement, ast.AnnAssign) else statement.targets[0]
+            for call in ast.walk(statement.value):
+                if not isinstance(call, ast.Call) or not isinstance(target, ast.Name):
+                    continue
+                constants = [constant(argument) for argument in call.args]
+                if pack.last_name(call) == "opt" and len(constants) >= 3:
+                    found[target.id] = Setting(target.id.upper(), constants[1], str(constants[2]))
+                elif ast.unparse(call.func) in ("os.environ.get", "os.getenv") and len(constants) == 2:
+                    found[target.id] = Setting(str(constants[0]), constants[1], "")
+    return found
+
+
+def constant(node: ast.expr) -> object:
+    """The value of a literal; None for any other expression."""
+    try:
+        return ast.literal_eval(node)
+    except (ValueError, TypeError, SyntaxError, RecursionError):
+        return None
+
+
+def equal(value: object, default: object) -> bool:
+    """Whether a setting has its default, which another script may give as text: "1" is True, "0.0400" is 0.04."""
+    if value == default:
+        return True
+    try:
+        return float(value) == float(default)
+    except (TypeError, ValueError):
+        return str(value).lower() == str(default).lower()
+
+
+def changed_settings(run: SeedRun, declared: Mapping[str, Setting]) -> dict[str, object] | None:
+    """What all seeds set otherwise than the script's defaults, by variable; None where that cannot be told."""
+    if run.compared is None or not declared:
+        return None
+    pairs = [(declared[name], value) for name, value in run.compared.items() if name in declared]
+    return {setting.variable: value for setting, value in pairs if not equal(value, setting.default)}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# submission.json
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def verdict(answers: Iterable[bool | None]) -> bool | None:
+    """False if anything is, None if anything else is unknown, else True."""
+    answers = list(answers)
+    return False if False in answers else None if None in answers or not answers else True
+
+
+def within(values: Iterable[float | None], limit: float) -> bool | None:
+    return verdict(None if value is None else value <= limit for value in values)
+
+
+def known(values: Iterable[Any], reduce: Callable, digits: int | None = None) -> Any:
+    """A reduction of values; None where one of them is."""
+    values = list(values)
+    if None in values:
+        return None
+    value = reduce(values)
+    return value if digits is None or value is None else round(value, digits)
+
+
+def deviation(values: Sequence[float]) -> float | None:
+    """Sample standard deviation (n - 1); None for one value."""
+    return statistics.stdev(values) if len(values) > 1 else None
+
+
+def distinct(values: Iterable[str | None]) -> str | None:
+    return "; ".join(dict.fromkeys(value for value in values if value)) or None
+
+
+def number_of_pull_request(base: str | None) -> int | None:
+    """1855 from `1855`, `#1855` or the pull request's address."""
+    found = re.fullmatch(r"(?:PR ?)?#?(\d{1,6})|https?://\S+/pull/(\d{1,6})/?", base or "", re.IGNORECASE)
+    return int(found[1] or found[2]) if found else None
+
+
+def audited(run: SeedRun, name: str) -> bool | None:
+    finding = run.log.audit.get(name)
+    return None if finding is None else finding[0]
+
+
+def compliance(runs: Sequence[SeedRun], script: Script) -> dict[str, bool | None]:
+    """Every rule as far as the logs and the files decide it."""
+    sizes = [run.bytes_total for run in runs]
+    added_up = [
+        None if run.log.bytes_model is None else run.log.bytes_model + len(script.data) == run.bytes_total
+        for run in runs
+    ]
+    passed = [[ok for ok, _ in run.log.audit.values()] for run in runs]
+    return dict(
+        artifact_under_16mb=verdict([within(sizes, CAP_BYTES), verdict(added_up)]),
+        train_under_600s=within((run.log.train_seconds for run in runs), CLOCK_SECONDS),
+        eval_under_600s=within((run.log.eval_seconds for run in runs), CLOCK_SECONDS),
+        three_seeds=len(runs) >= SEEDS,
+        one_configuration=None if any(run.compared is None for run in runs) else True,  # else it was refused
+        audit_passed=verdict(verdict(answers) for answers in passed),
+        **{key: verdict(audited(run, name) for run in runs) for name, (key, _) in AUDITS.items()},
+    )
+
+
+def seed_result(run: SeedRun) -> dict[str, Any]:
+    log, seconds = run.log, run.log.train_seconds
+    return dict(
+        val_loss=None if run.score.val_loss is None else round(run.score.val_loss, 8),
+        val_bpb=round(run.score.val_bpb, 8),
+        steps=run.steps,
+        train_time_s=None if seconds is None else round(seconds, 3),
+        eval_time_s=None if log.eval_seconds is None else round(log.eval_seconds, 3),
+        artifact_bytes=run.bytes_total,
+        bytes_total=run.bytes_total,
+        bytes_model=log.bytes_model,
+        pre_quant_val_bpb=run.pre_quant_bpb,
+        artifact_sha256=run.result.get("artifact_sha256"),
+        scores={score.label: score.val_bpb for score in log.candidates() if score.val_bpb is not None},
+        eval_cut=run.eval_cut,
+        resumed_at=run.resumed_at,
+        log=log_name(run),
+        log_sha256=log.sha256,
+    )
+
+
+def log_name(run: SeedRun) -> str:
+    return f"train_seed{run.seed}.log"
+
+
+def describe(runs: Sequence[SeedRun], script: Script, args: argparse.Namespace) -> dict[str, Any]:
+    """submission.json. Names are those of the public files, which viewers read; `artifact` there is code and model."""
+    results = {str(run.seed): seed_result(run) for run in runs}
+    losses, scores = ([r[key] for r in results.values()] for key in ("val_loss", "val_bpb"))
+    totals = [run.bytes_total for run in runs]
+    largest = max(runs, key=lambda run: run.bytes_total)
+    base_pr = number_of_pull_request(args.base)
+    base = f"PR #{base_pr}" if base_pr else args.base
+    settings = changed_settings(runs[0], declared_settings(script.text))
+    return dict(
+        author=args.author,
+        github_id=args.github_id,
+        name=args.name,
+        blurb=args.blurb,
+        date=args.date or date.fromtimestamp(max(run.log.path.stat().st_mtime for run in runs)).isoformat(),
+        track=args.track,
+        headline=runs[0].score.label,
+        val_loss=known(losses, statistics.fmean, 8),
+        val_bpb=known(scores, statistics.fmean, 8),
+        val_loss_std=known(losses, deviation, 8),
+        val_bpb_std=known(scores, deviation, 8),
+        seeds=[run.seed for run in runs],
+        seed_results=results,
+        bytes_total=max(totals),
+        bytes_code=len(script.data),
+        bytes_model=largest.log.bytes_model,
+        artifact_bytes_mean=round(statistics.fmean(totals), 1),
+        artifact_bytes_max=max(totals),
+        hardware=args.hardware or distinct(run.hardware for run in runs),
+        pytorch_version=distinct(run.log.torch for run in runs),
+        cuda_version=distinct(run.log.cuda for run in runs),
+        train_time_s_max=known((r["train_time_s"] for r in results.values()), max),
+        eval_time_s_max=known((r["eval_time_s"] for r in results.values()), max),
+        settings=settings,
+        settings_hash=runs[0].log.settings_hash,
+        code_sha256=hashlib.sha256(script.data).hexdigest(),
+        code_packed=script.packed,
+        code_evidence=script.evidence,
+        train_fingerprint=runs[0].result.get("train_fingerprint"),
+        val_fingerprint=runs[0].result.get("val_fingerprint"),
+        tokenizer_sha256=runs[0].result.get("tokenizer_sha256"),
+        val_tokens=runs[0].counted.get("tokens"),
+        val_bytes=runs[0].counted.get("bytes"),
+        compliance=compliance(runs, script),
+        attribution={"base": base} if base else {},
+        base_pr=base_pr,
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# README.md
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def plain(value: object) -> str:
+    """A setting's value as the environment takes it."""
+    return str(int(value)) if isinstance(value, bool) else str(value)
+
+
+def cell(value: object) -> str:
+    """Text of a log in a Markdown table or sentence: nothing in it is markup, a row or a column."""
+    text = html.escape(" ".join(str("" if value is None else value).split()), quote=False)
+    return re.sub(r"([\\|`*_\[\]~#!])", r"\\\1", text)
+
+
+def code(value: object) -> str:
+    """Text of a log as Markdown code, also inside a table."""
+    return f"`{' '.join(str(value).split()).replace('`', chr(39)).replace('|', '¦')}`"
+
+
+def figure(value: float | None, digits: int) -> str:
+    return "" if value is None else f"{value:,.{digits}f}"
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def yes_no(answer: bool | None) -> str:
+    return {True: "yes", False: "**no**", None: "not shown"}[answer]
+
+
+def score_line(s: Mapping[str, Any]) -> str:
+    spread = "" if s["val_bpb_std"] is None else f" ± {s['val_bpb_std']:.5f}"
+    loss = "" if s["val_loss"] is None else f", {s['val_loss']:.5f} nats per token"
+    many = len(s["seeds"]) > 1
+    seeds = f"{len(s['seeds'])} seed{'s' * many}"
+    size = f"{s['bytes_total']:,} bytes{' at most' * many}"
+    return f"**val_bpb {s['val_bpb']:.5f}{spread}** ({seeds}, {code(s['headline'])}{loss}), {size}"
+
+
+def results_table(s: Mapping[str, Any]) -> str:
+    """A row per seed with every score that all of them have, then mean and deviation."""
+    results = s["seed_results"].values()
+    labels = [label for label in next(iter(results))["scores"] if all(label in r["scores"] for r in results)]
+    columns = [
+        ("steps", 0, [r["steps"] for r in results]),
+        ("float weights", 5, [r["pre_quant_val_bpb"] for r in results]),
+        *((code(label), 5, [r["scores"][label] for r in results]) for label in labels),
+        ("bytes", 0, [r["bytes_total"] for r in results]),
+        ("training, s", 1, [r["train_time_s"] for r in results]),
+        ("evaluation, s", 1, [r["eval_time_s"] for r in results]),
+    ]
+    columns = [column for column in columns if any(value is not None for value in column[2])]
+    rows = [
+        [str(seed), *(figure(values[i], digits) for _, digits, values in columns)] for i, seed in enumerate(s["seeds"])
+    ]
+    if len(rows) > 1:
+        for name, reduce in (("mean", statistics.fmean), ("std", deviation)):
+            row = [figure(known(values, reduce), max(digits, 1)) for _, digits, values in columns]
+            rows.append([name, *row])
+    return table(["seed", *(name for name, *_ in columns)], rows)
+
+
+def notes(s: Mapping[str, Any]) -> Iterator[str]:
+    """What a reader of the table has to know."""
+    for seed, result in s["seed_results"].items():
+        if result["eval_cut"]:
+            cut = ", ".join(f"{cell(k)} {cell(v)}" for k, v in result["eval_cut"].items())
+            yield f"Seed {seed}: the evaluation clock cut the last pass ({cut}), so this score does not repeat."
+        if result["resumed_at"]:
+            steps = ", ".join(cell(step) for step in result["resumed_at"])
+            yield f"Seed {seed}: taken up from a checkpoint at step {steps}."
+
+
+def techniques(s: Mapping[str, Any], script: Script) -> str:
+    declared = {setting.variable: setting for setting in declared_settings(script.text).values()}
+    if s["settings"] is None:
+        return "The logs do not state the settings of the runs, or the script does not declare its defaults."
+    if not s["settings"]:
+        return "Nothing: the script's defaults ran."
+    return table(
+        ["setting", "here", "default", "what it is"],
+        [
+            [code(name), code(plain(value)), code(plain(was.default)) if was.default != "" else "", cell(was.doc)]
+            for name, value in s["settings"].items()
+            for was in [declared[name]]
+        ],
+    )
+
+
+def run_command(s: Mapping[str, Any], runs: Sequence[SeedRun]) -> str:
+    """What makes these runs again, but for the machine."""
+    ranks = runs[0].log.world_size or runs[0].result.get("world_size") or 1
+    settings = {name: plain(value) for name, value in (s["settings"] or {}).items()}
+    if all((run.log.settings or {}).get("audit") is True for run in runs):
+        settings["AUDIT"] = "1"
+    words = [f"{name}={shlex.quote(value)}" for name, value in settings.items()]
+    lines = [" ".join(words[i : i + 4]) for i in range(0, len(words), 4)]
+    start = f"torchrun --standalone --nproc_per_node={ranks}" if ranks > 1 else "python"
+    lines.append(f"SEED=$seed DATA_PATH=$DATA_PATH {start} train_gpt.py")
+    seeds = " ".join(str(run.seed) for run in runs)
+    body = " \\\n    ".join(lines)
+    return f"```\nfor seed in {seeds}; do\n  {body}\ndone\n```"
+
+
+def rules(s: Mapping[str, Any], runs: Sequence[SeedRun]) -> str:
+    c = s["compliance"]
+    worst = max(runs, key=lambda run: run.bytes_total)
+    sizes = f"code {s['bytes_code']:,} + model {figure(worst.log.bytes_model, 0) or 'unknown'} = {worst.bytes_total:,}"
+    sizes += f" bytes (seed {worst.seed}), {CAP_BYTES - worst.bytes_total:,} below the cap"
+    hashes = f"settings hash {s['settings_hash']}" if s["settings_hash"] else "the logs state no settings hash"
+    rows = [
+        [f"Code and compressed model: at most {CAP_BYTES:,} bytes", yes_no(c["artifact_under_16mb"]), sizes],
+        [
+            f"Training: at most {CLOCK_SECONDS} s",
+            yes_no(c["train_under_600s"]),
+            f"longest {figure(s['train_time_s_max'], 1)} s" if s["train_time_s_max"] is not None else "",
+        ],
+        [
+            f"Evaluation: at most {CLOCK_SECONDS} s",
+            yes_no(c["eval_under_600s"]),
+            f"longest {figure(s['eval_time_s_max'], 1)} s" if s["eval_time_s_max"] is not None else "",
+        ],
+        ["At least three seeds", yes_no(c["three_seeds"]), ", ".join(map(str, s["seeds"]))],
+        ["One configuration", yes_no(c["one_configuration"]), f"{hashes}; {cell(s['code_evidence'])}"],
+    ]
+    for name, (key, rule) in AUDITS.items():
+        findings = [(run.seed, run.log.audit.get(name)) for run in runs]
+        figures = [
+            f"{seed}: {'' if passed else 'FAIL '}{cell(figure)}"
+            for seed, finding in findings
+            if finding
+            for passed, figure in [finding]
+        ]
+        rows.append([rule, yes_no(c[key]), "<br>".join(figures)])
+    text = table(["rule", "kept", "evidence"], rows)
+    if c["audit_passed"] is None:
+        text += "\n\nNot shown: the logs hold no audit of it. `AUDIT=1` adds one to a run."
+    return text
+
+
+def data_section(s: Mapping[str, Any], runs: Sequence[SeedRun]) -> str:
+    names = {Path(str(run.log.settings["data_path"])).name for run in runs if (run.log.settings or {}).get("data_path")}
+    rows = [
+        ("data set", ", ".join(code(name) for name in sorted(names))),
+        ("training tokens seen", figure(runs[0].result.get("train_tokens"), 0)),
+        ("validation tokens scored", figure(s["val_tokens"], 0)),
+        ("validation bytes", figure(s["val_bytes"], 0)),
+        ("training shards, fingerprint", code(s["train_fingerprint"] or "")),
+        ("validation shards, fingerprint", code(s["val_fingerprint"] or "")),
+        ("tokenizer, sha256", code(s["tokenizer_sha256"] or "")),
+    ]
+    rows = [row for row in rows if row[1] not in ("", "``")]
+    return table(["", ""], rows) if rows else "The logs do not say."
+
+
+def readme(s: Mapping[str, Any], runs: Sequence[SeedRun], script: Script, files: Mapping[str, bytes]) -> str:
+    """README.md; `files` are the others of the folder."""
+    kinds = {
+        "train_gpt.py": f"what ran{', packed' if script.packed else ''}",
+        "train_gpt_human.py": "its readable source",
+        "submission.json": "all of this, for programs",
+    }
+    file_rows = [
+        [code(name), f"{len(data):,}", code(hashlib.sha256(data).hexdigest()), kinds.get(name, "log, as written")]
+        for name, data in files.items()
+    ]
+    machine = [s["hardware"] or "not named in the logs", f"torch {s['pytorch_version'] or 'unknown'}"]
+    machine += [f"CUDA {s['cuda_version']}"] if s["cuda_version"] else []
+    result_notes = list(notes(s))
+    credit = s["attribution"].get("base")
+    parts = [
+        f"# {cell(s['name'])}",
+        score_line(s),
+        s["blurb"],
+        f"Built on {cell(credit)}." if credit else "",
+        "## Results",
+        results_table(s),
+        *result_notes,
+        "## What differs from the script's defaults",
+        techniques(s, script),
+        "## Run",
+        run_command(s, runs),
+        "## Rules",
+        rules(s, runs),
+        "## Files",
+        table(["file", "bytes", "sha256", "what it is"], file_rows),
+        "## Hardware",
+        f"{cell(', '.join(machine))}.",
+        "## Data",
+        data_section(s, runs),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Command
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", metavar="NAME", help="short name: letters, digits, '_', '.', '+', '-'")
+    parser.add_argument("logs", metavar="LOG", nargs="+", type=Path, help="log of a run, one per seed")
+    parser.add_argument("--track", default="10min_16mb", help="default: %(default)s")
+    parser.add_argument("--author", default="", help="your name")
+    parser.add_argument("--github-id", default="", help="your account")
+    parser.add_argument("--blurb", default="", help="the idea in one or two sentences")
+    parser.add_argument("--hardware", help="default: the device that the logs name")
+    parser.add_argument("--base", help="what it is built on: a pull request's number, or a record's name")
+    parser.add_argument("--date", help="YYYY-MM-DD; default: that of the newest log's file")
+    parser.add_argument("--script", type=Path, help="the file that ran; default: the source in the logs")
+    parser.add_argument("--human", type=Path, help="the readable source of a packed script")
+    parser.add_argument("--headline", metavar="LABEL", help="the score that counts, where a log does not declare it")
+    parser.add_argument("--out", type=Path, default=Path("records"), help="folder of the tracks; default: %(default)s")
+
+
+def run(args: argparse.Namespace) -> int:
+    try:
+        folder, submission = build(args)
+    except (FolderError, LogError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+        return 2
+    print(f"{folder}: {score_line(submission).replace('*', '').replace('`', '')}")
+    for key, answer in submission["compliance"].items():
+        if answer is False:
+            print(f"note: {key} is false")
+    unknown = [key for key, answer in submission["compliance"].items() if answer is None]
+    if unknown:
+        print(f"note: the logs do not show {', '.join(unknown)}")
+    empty = [f"--{key.replace('_', '-')}" for key in ("author", "github_id", "blurb") if not submission[key]]
+    if empty:
+        print(f"note: left empty, and `check` asks for them: {', '.join(empty)}")
+    return 0
+
+
+def build(args: argparse.Namespace) -> tuple[Path, dict[str, Any]]:
+    """Make the folder; returns it and its submission.json. Raises FolderError, LogError and OSError."""
+    for what, value in (("NAME", args.name), ("--track", args.track)):
+        if not re.fullmatch(r"[A-Za-z0-9][\w.+-]{0,127}", value, re.ASCII):
+            raise FolderError(f"{what} {value!r} must be letters, digits, '_', '.', '+' and '-'")
+    if args.date and not is_date(args.date):
+        raise FolderError(f"--date {args.date} must be a day: YYYY-MM-DD")
+    runs = sorted((read_run(path, args.headline) for path in args.logs), key=lambda run: run.seed)
+    check_one_configuration(runs)
+    script = find_script(runs, args.script, args.human)
+    submission = describe(runs, script, args)
+    files = {"submission.json": (json.dumps(submission, indent=2, ensure_ascii=False) + "\n").encode()}
+    files["train_gpt.py"] = script.data
+    if script.human is not None:
+        files["train_gpt_human.py"] = script.human
+    files |= {log_name(run): run.data for run in runs}
+    files["README.md"] = readme(submission, runs, script, files).encode()
+    folder = args.out / f"track_{args.track}" / f"{submission['date']}_{args.name}"
+    write_folder(folder, files)
+    return folder, submission
+
+
+def is_date(text: str) -> bool:
+    try:
+        return date.fromisoformat(text).isoformat() == text
+    except ValueError:
+        return False
+
+
+def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
+    """All files in a new folder, or none. Raises FolderError where the folder is there already."""
+    if folder.exists() or folder.is_symlink():
+        raise FolderError(f"{folder} exists; choose another NAME, or remove it")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+    try:
+        partial.mkdir()
+        for name, data in files.items():
+            (partial / name).write_bytes(data)
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

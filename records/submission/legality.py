@@ -1,0 +1,960 @@
+"""Static legality of a training script: named rules over its syntax tree, which point at a line and say why.
+
+Nothing is executed. Values are followed by name, statement by statement and through calls of functions of the same
+file, in two grades: validation *tokens*, and what a model made of them. Code that the file's own defaults or the run's
+logged settings switch off, and functions that nothing live refers to, give notes only. A finding is FAIL where the
+pattern is unmistakable and warn where a reader has to decide.
+
+The rules, after the four conditions that reviewers name (causal, normalised, score before update, one pass):
+
+- train_before_score: a gradient from validation tokens that are scored afterwards
+- several_passes: score-then-train repeated over the same tokens, where only the first scores would count
+- scored_region: a delta optimised on the very windows that are scored with it
+- target_in_key: a hash of the target id looked up in a table
+- best_of_passes: the smaller of two scores of a token or of a run
+- unnormalised_mix: probabilities of the realised token alone are blended
+- network: downloads, package managers and sockets
+- training_data_in_eval: evaluation that reads training shards
+- calibration_on_validation: quantization statistics from validation tokens
+"""
+
+import ast
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain
+from typing import Any, NamedTuple
+
+from records.submission.unpack import read_tree
+
+
+class Finding(NamedTuple):
+    """What a rule saw; `level` is FAIL, warn or note."""
+
+    rule: str
+    level: str
+    line: int
+    text: str
+
+
+MAX_SOURCE = 1_000_000  # characters; the longest public script has 160,000, and the rules take seconds for those
+UNKNOWN = object()
+Function = (ast.FunctionDef, ast.AsyncFunctionDef)
+Scopes = list[tuple[str, list[ast.AST]]]  # (name, own nodes) of the module and of every function
+
+VALIDATION = re.compile(
+    r"(?:^|_)val(?:id|idation)?_(?:tok(?:en)?s?|toks|data|ids|loader|stream|batch|x|y|inputs?|targets?|np|text|docs?|files|pattern|shards?)$"
+    r"|^(?:x|y|tokens|toks|data)_val(?:id|idation)?$|^val(?:id|idation)?_?set$"
+)
+VALIDATION_PATH = re.compile(r"(?:^|\.)_?val(?:id|idation)?\.(?:tokens?|data|ids|text)$")
+TARGET = re.compile(
+    r"^(?:y|ys|y_batch|tgt|tgts|targets?|labels?|gold|next_tok(?:en)?s?|true_tok(?:en)?s?"
+    r"|(?:tgt|target)_(?:np|ids?|tok(?:en)?s?|batch|flat))$"
+)
+SCORE = re.compile(
+    r"(?:^|_)(?:nlls?|nats|bpb|bpbs|ptl|xent|token_loss(?:es)?|val_loss(?:es)?|per_tok(?:en)?_loss)(?:_|\d|$)"
+)
+KEPT = re.compile(r"loss|nll|nats|bits|bpb|xent|ptl|scor|entropy|(?:^|_)ce(?:_|$)")  # names of what adds up to a score
+EARLIER = re.compile(r"(?:^|_)(?:prev|previous|past|scored|seen|already|history)(?:_|$)")
+REPEAT = re.compile(r"epoch|pass(?:es)?\b|repeat|rounds?\b|n_times")
+EVALUATION = re.compile(r"(?:^|_)(?:eval|evaluate|ttt|slot|score|sliding)(?:_|$)")
+CALIBRATION = re.compile(r"calib|hessian|gptq_collect|collect_gptq|gptq_quant|activation_stats")
+TRAINING_DATA = re.compile(r"(?:^|_)train_(?:files?|shards?|tokens?|loader|stream|data|pattern)$")
+
+# What keeps tokens tokens: everything else that takes them makes a result of them.
+CONVERSIONS = set(
+    "to long int float double bfloat16 half cuda cpu numpy reshape view contiguous clone astype from_numpy tensor array"
+    " as_tensor asarray stack cat concatenate split chunk unsqueeze squeeze flatten pin_memory detach tolist list tuple"
+    " enumerate zip iter next unfold narrow expand repeat pad where sum mean roll shift copy ascontiguousarray sorted"
+    " reversed unbind T glob Path open fromfile frombuffer memmap read load_data_shard".split()
+)
+# What tells about tokens without carrying them.
+CLEAN = set(
+    "len numel size dim shape dtype device ndim nbytes isinstance range zeros ones empty full zeros_like ones_like"
+    " empty_like full_like rand randn randint randint_like rand_like randn_like arange print log log0 type hasattr id"
+    " any all is_contiguous min_len perf_counter time".split()
+)
+TOKENS, RESULT = 1, 2
+
+
+def examine(source: str, settings: Mapping[str, Any] | None = None) -> list[Finding]:
+    """Every finding in a script, live ones first. `settings` are values that the run itself logged.
+
+    Raises SyntaxError where the source cannot be read.
+    """
+    if len(source) > MAX_SOURCE:
+        raise SyntaxError(f"longer than {MAX_SOURCE:,} characters")
+    try:
+        tree = read_tree(source)[0]
+        live_tree = reachable(prune(read_tree(source)[0], switches(tree, settings or {})))
+        live, everything = inspect(live_tree), inspect(tree)
+    except RecursionError:
+        raise SyntaxError("nested too deeply to be examined") from None
+    seen = {(finding.rule, finding.line) for finding in live}
+    dead = [
+        finding._replace(level="note", text=f"in code that is switched off or never called: {finding.text}")
+        for finding in everything
+        if (finding.rule, finding.line) not in seen
+    ]
+    return live + dead
+
+
+def inspect(tree: ast.Module) -> list[Finding]:
+    """All rules on one tree, each line once per rule."""
+    rules = (target_in_key, best_of_passes, unnormalised_mix, network, training_data_in_eval, calibration_on_validation)
+    scopes = [("", list(own_nodes(tree)))]
+    scopes += [(node.name, list(own_nodes(node))) for node in ast.walk(tree) if isinstance(node, Function)]
+    found: dict[tuple[str, int], Finding] = {}
+    for finding in chain(order_of_events(tree), *(rule(scopes) for rule in rules)):
+        known = found.get((finding.rule, finding.line))
+        if known is None or (known.level, finding.level) == ("warn", "FAIL"):
+            found[finding.rule, finding.line] = finding
+    return sorted(found.values(), key=lambda finding: finding.line)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Small helpers on nodes
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def name_of(node: ast.AST) -> str:
+    """The last name of a dotted expression; empty where there is none."""
+    return node.id if isinstance(node, ast.Name) else node.attr if isinstance(node, ast.Attribute) else ""
+
+
+def dotted(node: ast.AST) -> str:
+    parts = []
+    while isinstance(node, ast.Attribute):
+        parts.append(node.attr)
+        node = node.value
+    return ".".join([name_of(node), *reversed(parts)])
+
+
+def own_nodes(function: ast.AST) -> Iterator[ast.AST]:
+    """Every node of a function but those of functions and classes inside it."""
+    waiting = list(ast.iter_child_nodes(function))
+    while waiting:
+        node = waiting.pop()
+        yield node
+        if not isinstance(node, (*Function, ast.ClassDef)):
+            waiting.extend(ast.iter_child_nodes(node))
+
+
+def calls_of(node: ast.AST) -> Iterator[ast.Call]:
+    return (part for part in ast.walk(node) if isinstance(part, ast.Call))
+
+
+def names_in(node: ast.AST) -> set[str]:
+    return {name_of(part) for part in ast.walk(node) if isinstance(part, (ast.Name, ast.Attribute))}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Reachability: settings that are off, then names that nothing live mentions
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def environment_read(node: ast.AST) -> tuple[str, Any] | None:
+    """(name, default) of os.environ.get("NAME", default) or os.getenv("NAME", default)."""
+    if not (isinstance(node, ast.Call) and name_of(node.func) in {"get", "getenv", "pop"} and node.args):
+        return None
+    if name_of(node.func) != "getenv" and "environ" not in dotted(node.func):
+        return None
+    constants = [part.value if isinstance(part, ast.Constant) else UNKNOWN for part in node.args]
+    if not isinstance(constants[0], str):
+        return None
+    return constants[0], constants[1] if len(constants) > 1 else None
+
+
+def switches(tree: ast.Module, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Values of names that are settings: logged ones, else the defaults in the file. Rebound names are left out."""
+    logged = {name.lower(): value for name, value in settings.items()}
+    known: dict[str, Any] = {}
+    defined: set[int] = set()
+
+    def learn(name: str, value: Any) -> None:
+        value = logged.get(name.lower(), value)
+        known[name] = UNKNOWN if name in known and known[name] != value else value
+
+    for node in ast.walk(tree):
+        in_class = isinstance(node, ast.ClassDef)
+        for statement in node.body if in_class or isinstance(node, ast.Module) else ():
+            if isinstance(statement, (ast.Assign, ast.AnnAssign)) and statement.value is not None:
+                targets = statement.targets if isinstance(statement, ast.Assign) else [statement.target]
+                value = default_of(statement.value, logged)
+                plain = isinstance(statement.value, ast.Constant)
+                if value is not UNKNOWN and (in_class or not plain):
+                    for target in targets:
+                        if isinstance(target, ast.Name):
+                            learn(target.id, value)
+                            defined.add(id(target))
+        if isinstance(node, (ast.Assign, ast.AnnAssign)) and node.value is not None and read_names(node.value):
+            value = default_of(node.value, logged)
+            for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
+                if name_of(target) and id(target) not in defined:
+                    learn(name_of(target), value)
+                    defined.add(id(target))
+        if isinstance(node, ast.Call) and name_of(node.func) == "add_argument" and node.args:
+            option = getattr(node.args[-1], "value", None)
+            keywords = {keyword.arg: getattr(keyword.value, "value", UNKNOWN) for keyword in node.keywords}
+            default = keywords.get("default", False if keywords.get("action") == "store_true" else UNKNOWN)
+            if isinstance(option, str):
+                learn(option.lstrip("-").replace("-", "_"), default)
+    for node in ast.walk(tree):  # a name that is set anywhere else is no switch
+        stored = isinstance(getattr(node, "ctx", None), ast.Store) and id(node) not in defined
+        if stored and name_of(node) in known and name_of(node).lower() not in logged:
+            known[name_of(node)] = UNKNOWN
+        if isinstance(node, ast.Call) and name_of(node.func) == "setattr" and len(node.args) == 3:
+            known.pop(getattr(node.args[1], "value", None), None)
+    for name, value in logged.items():
+        known.setdefault(name, value)
+    return {name: value for name, value in known.items() if value is not UNKNOWN}
+
+
+def read_names(node: ast.AST) -> list[str]:
+    return [read[0] for part in ast.walk(node) if (read := environment_read(part))]
+
+
+def default_of(node: ast.AST, logged: Mapping[str, Any]) -> Any:
+    """The value of a setting's declaration, or UNKNOWN."""
+    if isinstance(node, ast.Call) and name_of(node.func) in {"opt", "field", "Field"}:
+        for keyword in node.keywords:
+            if keyword.arg == "default":
+                return getattr(keyword.value, "value", UNKNOWN)
+        place = 1 if name_of(node.func) == "opt" else 0
+        return getattr(node.args[place], "value", UNKNOWN) if len(node.args) > place else UNKNOWN
+    return value_of(node, {}, logged, set())
+
+
+def value_of(node: ast.AST, known: Mapping, logged: Mapping, shadowed: set[str]) -> Any:
+    """What an expression over settings is, or UNKNOWN. Looks at a short list of forms and evaluates nothing else."""
+
+    def value(part: ast.AST) -> Any:
+        return value_of(part, known, logged, shadowed)
+
+    if isinstance(node, ast.Constant):
+        return node.value
+    if isinstance(node, ast.Attribute):
+        return known.get(node.attr, UNKNOWN)
+    if isinstance(node, ast.Name):
+        return UNKNOWN if node.id in shadowed else known.get(node.id, UNKNOWN)
+    if isinstance(node, (ast.Tuple, ast.List, ast.Set)):
+        parts = [value(part) for part in node.elts]
+        return UNKNOWN if UNKNOWN in parts else parts
+    if read := environment_read(node):
+        found = logged.get(read[0].lower(), read[1])
+        return found if found is UNKNOWN or found is None else str(int(found) if isinstance(found, bool) else found)
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
+        inner = value(node.operand)
+        return UNKNOWN if inner is UNKNOWN else not inner
+    if isinstance(node, ast.BoolOp):
+        parts, stops = [value(part) for part in node.values], isinstance(node.op, ast.Or)
+        if any(part is not UNKNOWN and bool(part) == stops for part in parts):
+            return stops
+        return UNKNOWN if UNKNOWN in parts else not stops
+    if isinstance(node, ast.Call) and len(node.args) <= 1 and not node.keywords:
+        name = name_of(node.func)
+        if isinstance(node.func, ast.Name) and name in {"bool", "int", "float", "str"} and node.args:
+            inner = value(node.args[0])
+        elif isinstance(node.func, ast.Attribute) and name in {"lower", "upper", "strip"}:
+            inner = value(node.func.value)
+        else:
+            return UNKNOWN
+        try:
+            if inner is UNKNOWN or inner is None:
+                return UNKNOWN
+            if name in {"lower", "upper", "strip"}:
+                return getattr(str(inner), name)()
+            return {"bool": bool, "int": int, "float": float, "str": str}[name](inner)
+        except (ValueError, TypeError, OverflowError):
+            return UNKNOWN
+    if isinstance(node, ast.Compare) and len(node.ops) == 1:
+        left, right = value(node.left), value(node.comparators[0])
+        if left is UNKNOWN or right is UNKNOWN:
+            return UNKNOWN
+        try:
+            return compare(node.ops[0], left, right)
+        except TypeError:
+            return UNKNOWN
+    return UNKNOWN
+
+
+def compare(operator: ast.cmpop, left: Any, right: Any) -> Any:
+    if isinstance(operator, (ast.Eq, ast.Is)):
+        return left == right
+    if isinstance(operator, (ast.NotEq, ast.IsNot)):
+        return left != right
+    if isinstance(operator, (ast.In, ast.NotIn)):
+        return (left in right) == isinstance(operator, ast.In)
+    if isinstance(operator, (ast.Lt, ast.LtE)):
+        return left < right or (left == right and isinstance(operator, ast.LtE))
+    return left > right or (left == right and isinstance(operator, ast.GtE))
+
+
+class Pruner(ast.NodeTransformer):
+    """Takes out branches that the settings switch off, and what follows a return."""
+
+    def __init__(self, known: Mapping[str, Any]):
+        self.known, self.shadowed = known, [set()]
+
+    def truth(self, node: ast.AST) -> bool | None:
+        value = value_of(node, self.known, {}, self.shadowed[-1])
+        return None if value is UNKNOWN else bool(value)
+
+    def block(self, statements: list[ast.stmt]) -> list[ast.stmt]:
+        kept = []
+        for statement in statements:
+            new = self.visit(statement)
+            kept.extend(new if isinstance(new, list) else [new] if new is not None else [])
+            if kept and isinstance(kept[-1], (ast.Return, ast.Raise, ast.Continue, ast.Break)):
+                break
+        return kept
+
+    def generic_visit(self, node):
+        function = isinstance(node, (*Function, ast.Lambda))
+        if function:
+            arguments = node.args
+            every = arguments.args + arguments.posonlyargs + arguments.kwonlyargs
+            self.shadowed.append(self.shadowed[-1] | {argument.arg for argument in every})
+        for field, value in ast.iter_fields(node):
+            if isinstance(value, list) and value and isinstance(value[0], ast.stmt):
+                setattr(node, field, self.block(value) or ([ast.Pass()] if field == "body" else []))
+            elif isinstance(value, list):
+                setattr(node, field, [self.visit(part) if isinstance(part, ast.AST) else part for part in value])
+            elif isinstance(value, ast.AST):
+                setattr(node, field, self.visit(value))
+        if function:
+            self.shadowed.pop()
+        return node
+
+    def visit_If(self, node):
+        truth = self.truth(node.test)
+        if truth is None:
+            return self.generic_visit(node)
+        return self.block(node.body if truth else node.orelse)
+
+    def visit_While(self, node):
+        return self.block(node.orelse) if self.truth(node.test) is False else self.generic_visit(node)
+
+    def visit_IfExp(self, node):
+        truth = self.truth(node.test)
+        return self.generic_visit(node) if truth is None else self.visit(node.body if truth else node.orelse)
+
+    def visit_BoolOp(self, node):
+        truth = self.truth(node)
+        return self.generic_visit(node) if truth is None else ast.copy_location(ast.Constant(truth), node)
+
+
+def prune(tree: ast.Module, known: Mapping[str, Any]) -> ast.Module:
+    """The tree without what the settings switch off (changes it)."""
+    return Pruner(known).generic_visit(tree)
+
+
+def reachable(tree: ast.Module) -> ast.Module:
+    """The tree without functions that no live code mentions, by name: names, attributes and strings count (changes it).
+
+    A class that is mentioned brings its special methods and forward/backward with it.
+    """
+    definitions: dict[str, list[ast.AST]] = {}
+    implied: dict[int, list[ast.FunctionDef]] = {}
+    for node in ast.walk(tree):
+        if isinstance(node, (*Function, ast.ClassDef)):
+            definitions.setdefault(node.name, []).append(node)
+        if isinstance(node, ast.ClassDef):
+            methods = [part for part in node.body if isinstance(part, Function)]
+            implied[id(node)] = [m for m in methods if m.name.startswith("__") or m.name in {"forward", "backward"}]
+    live: set[int] = set()
+    waiting: list[ast.AST] = [tree]
+    while waiting:
+        for node in own_nodes_and_headers(waiting.pop()):
+            mentioned = [name_of(node)]
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                mentioned = [node.value]
+            for definition in (found for name in mentioned for found in definitions.get(name, ())):
+                for part in (definition, *implied.get(id(definition), ())):
+                    if id(part) not in live:
+                        live.add(id(part))
+                        waiting.append(part)
+    for node in ast.walk(tree):
+        if isinstance(getattr(node, "body", None), list):
+            node.body = [
+                part for part in node.body if not isinstance(part, (*Function, ast.ClassDef)) or id(part) in live
+            ] or [ast.Pass()]
+    return tree
+
+
+def own_nodes_and_headers(node: ast.AST) -> Iterator[ast.AST]:
+    """own_nodes, with decorators and defaults of what is defined inside, and the statements of classes."""
+    for part in own_nodes(node):
+        yield part
+        if isinstance(part, Function):
+            headers = [*part.decorator_list, *part.args.defaults, *(d for d in part.args.kw_defaults if d)]
+            yield from (inner for header in headers for inner in ast.walk(header))
+        elif isinstance(part, ast.ClassDef) and not isinstance(node, ast.ClassDef):
+            for header in [*part.bases, *part.decorator_list]:
+                yield from ast.walk(header)
+            for statement in part.body:
+                if not isinstance(statement, (*Function, ast.ClassDef)):
+                    yield from ast.walk(statement)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Order of events: scores of validation tokens and gradients from them
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class Event(NamedTuple):
+    """kind: score, score? (a sum kept outside no_grad), train, late (a train with a score after it in its loop), pair
+    (a train with a score before it in its loop), repeat and repeat? (such a pair, repeated). `mark` is the rule that a
+    train would break, with a `?` where a reader has to decide."""
+
+    kind: str
+    line: int
+    mark: str = ""
+
+
+class Flow:
+    """Follows validation tokens through a tree and gives the order of scores and gradients."""
+
+    def __init__(self, tree: ast.Module):
+        self.tree = tree
+        self.by_name: dict[str, list[ast.FunctionDef]] = {}
+        self.methods: set[int] = set()
+        for node in ast.walk(tree):
+            if isinstance(node, Function):
+                self.by_name.setdefault(node.name, []).append(node)
+            if isinstance(node, ast.ClassDef):
+                self.methods |= {id(part) for part in node.body if isinstance(part, Function)}
+        self.memo: dict[tuple, tuple[list[Event], int]] = {}
+        self.active: set[tuple] = set()
+        self.called: set[int] = set()
+
+    def roots(self) -> Iterator[list[Event]]:
+        """Events of the module and of every function that no followed call reaches, in order."""
+        yield self.block([node for node in self.tree.body if not isinstance(node, ast.ClassDef)], State())
+        for functions in self.by_name.values():
+            for function in functions:
+                if id(function) not in self.called:
+                    yield self.summary(function, {}, False)[0]
+
+    def summary(self, function: ast.FunctionDef, levels: Mapping[str, int], quiet: bool) -> tuple[list[Event], int]:
+        """(events, level of what is returned) of a function whose arguments have these levels."""
+        key = (id(function), frozenset(levels.items()), quiet)
+        if key in self.memo:
+            return self.memo[key]
+        if key in self.active or len(self.active) > 40:
+            return [], 0
+        self.active.add(key)
+        quiet = quiet or any(without_gradient(decorator) for decorator in function.decorator_list)
+        fresh = makes_parameter(function)
+        state = State(dict(levels), quiet, "scored_region" if fresh else "train_before_score")
+        events = self.block(function.body, state)
+        self.active.discard(key)
+        self.memo[key] = events, state.returned
+        return self.memo[key]
+
+    # -- statements ----------------------------------------------------------------------------------------------------
+
+    def block(self, statements: Iterable[ast.stmt], state: "State") -> list[Event]:
+        events: list[Event] = []
+        for statement in statements:
+            events += self.statement(statement, state)
+        return shorten(events)
+
+    def statement(self, node: ast.stmt, state: "State") -> list[Event]:
+        if isinstance(node, (*Function, ast.ClassDef)):
+            return []
+        if isinstance(node, (ast.For, ast.AsyncFor, ast.While)):
+            return self.loop(node, state)
+        if isinstance(node, ast.If):
+            events, other = self.expression(node.test, state), state.copy()
+            events += self.block(node.body, state) + self.block(node.orelse, other)
+            state.join(other)
+            return events
+        if isinstance(node, (ast.With, ast.AsyncWith)):
+            events = [event for item in node.items for event in self.expression(item.context_expr, state)]
+            quiet = state.quiet
+            for item in node.items:
+                state.quiet = True if without_gradient(item.context_expr) else state.quiet
+                state.quiet = (
+                    False if "enable_grad" in dotted(getattr(item.context_expr, "func", item)) else state.quiet
+                )
+            events += self.block(node.body, state)
+            state.quiet = quiet
+            return events
+        if isinstance(node, ast.Try) or type(node).__name__ == "TryStar":
+            events = self.block(node.body, state)
+            for handler in node.handlers:
+                events += self.block(handler.body, state)
+            return events + self.block(node.orelse, state) + self.block(node.finalbody, state)
+        if isinstance(node, ast.Match):
+            return [event for case in node.cases for event in self.block(case.body, state)]
+        events = [event for part in ast.iter_child_nodes(node) for event in self.expression(part, state)]
+        return events + self.effect(node, state)
+
+    def effect(self, node: ast.stmt, state: "State") -> list[Event]:
+        """What an assignment or return does to the names, and the score that it may keep."""
+        value = getattr(node, "value", None)
+        level = 0 if value is None else self.level(value, state)
+        score = []
+        if level == RESULT and any(KEPT.search(name) for name in names_in(node)):
+            score = [self.kept(node, state)]
+        if isinstance(node, ast.Assign):
+            kept = any(isinstance(target, ast.Subscript) for target in node.targets)
+            for target in node.targets:
+                state.bind(target, level)
+                # total = total + loss accumulates as well
+                kept = kept or (isinstance(value, ast.BinOp) and name_of(target) in names_in(value) - {""})
+            gathered = isinstance(value, (ast.ListComp, ast.GeneratorExp)) and state.quiet
+            return score if kept or gathered else []
+        if isinstance(node, ast.AnnAssign):
+            state.bind(node.target, level)
+        elif isinstance(node, ast.AugAssign):
+            state.levels[name_of(node.target)] = max(level, state.levels.get(name_of(node.target), 0))
+            return score
+        elif isinstance(node, ast.Return):
+            state.returned = max(state.returned, level)
+            return score if state.quiet else []
+        return []
+
+    def loop(self, node: ast.For | ast.AsyncFor | ast.While, state: "State") -> list[Event]:
+        header = node.test if isinstance(node, ast.While) else node.iter
+        events = self.expression(header, state)
+        before = state.copy()
+        for _ in range(3):  # until what the loop carries is known
+            entered = dict(state.levels)
+            if not isinstance(node, ast.While):
+                state.bind(node.target, self.level(node.iter, state))
+            body = self.block(node.body, state)
+            state.join(before)
+            if state.levels == entered:
+                break
+        return shorten(events + self.collapse(body, node)) + self.block(node.orelse, state)
+
+    def collapse(self, body: list[Event], node: ast.stmt) -> list[Event]:
+        """Events of one turn -> of the loop: a gradient with a score before it in the same turn is a pair."""
+        seen, result = "", []
+        for i, event in enumerate(body):
+            if event.kind.startswith("score"):
+                seen = event.kind if seen != "score" else seen
+            elif event.kind in {"train", "late"} and seen == "score":
+                event = event._replace(kind="pair")
+            elif event.kind == "train":
+                if any(later.kind == "score" for later in body[i:]):
+                    event = event._replace(kind="late")
+                if seen:
+                    event = event._replace(mark=event.mark.rstrip("?") + "?")
+            if repeats(node) and event.kind == "pair":
+                restored = names_in(node) & {"load_state_dict", "reset", "deepcopy", "copy_", "restore"}
+                event = event._replace(kind="repeat?" if restored else "repeat")
+            result.append(event)
+        return result
+
+    # -- expressions ---------------------------------------------------------------------------------------------------
+
+    def expression(self, node: ast.AST, state: "State") -> list[Event]:
+        """Events of the calls in an expression, innermost first."""
+        if not isinstance(node, ast.expr):
+            return []
+        events: list[Event] = []
+        for part in ast.iter_child_nodes(node):
+            if isinstance(part, ast.comprehension):
+                events += self.expression(part.iter, state)
+                state.bind(part.target, self.level(part.iter, state))
+            events += self.expression(part.value if isinstance(part, ast.keyword) else part, state)
+        if isinstance(node, ast.NamedExpr):
+            state.bind(node.target, self.level(node.value, state))
+        if isinstance(node, ast.Call):
+            events += self.call(node, state)
+        return events
+
+    def call(self, node: ast.Call, state: "State") -> list[Event]:
+        name = name_of(node.func)
+        arguments = [*node.args, *(keyword.value for keyword in node.keywords)]
+        if name in {"backward", "grad"} and not state.quiet:
+            owner = [node.func.value] if isinstance(node.func, ast.Attribute) and name == "backward" else []
+            followed = [*owner, *arguments] if name == "backward" or "autograd" in dotted(node.func) else []
+            if any(self.level(part, state) for part in followed):
+                return [Event("train", node.lineno, state.reason())]
+        if name in {"append", "add_", "extend", "index_add_", "copy_"} and isinstance(node.func, ast.Attribute):
+            kept = any(KEPT.search(word) for word in names_in(node))
+            if kept and any(self.level(part, state) == RESULT for part in arguments):
+                return [
+                    *(event for part in arguments for event in self.expression(part, state)),
+                    self.kept(node, state),
+                ]
+        events: list[Event] = []
+        for function, levels in self.targets(node, state):
+            self.called.add(id(function))
+            events += self.summary(function, levels, state.quiet)[0]
+        for part in arguments:  # a function that is handed over is taken as called here: closures, callbacks
+            for function in self.by_name.get(part.id, ()) if isinstance(part, ast.Name) else ():
+                if id(function) not in self.methods and name not in {"compile", "checkpoint", "print"}:
+                    self.called.add(id(function))
+                    events += self.summary(function, dict(state.levels), state.quiet)[0]
+        return events
+
+    def kept(self, node: ast.stmt | ast.expr, state: "State") -> Event:
+        """The event of a result that is kept: a score for certain where no gradient is taken, or where a function that
+        was handed over as `score` gave it."""
+        scorers = [call for call in calls_of(node) if re.fullmatch(r"_?(?:score|eval)\w*", name_of(call.func))]
+        handed = any(not list(self.targets(call, state)) for call in scorers)
+        return Event("score" if state.quiet or handed else "score?", node.lineno)
+
+    def targets(self, node: ast.Call, state: "State") -> Iterator[tuple[ast.FunctionDef, dict[str, int]]]:
+        """Functions of this file that a call may mean, with the levels of their arguments."""
+        attribute = isinstance(node.func, ast.Attribute)
+        if not attribute and not isinstance(node.func, ast.Name):
+            return
+        for function in self.by_name.get(name_of(node.func), ()):
+            if (id(function) in self.methods) != attribute:
+                continue
+            names = [argument.arg for argument in (*function.args.posonlyargs, *function.args.args)]
+            names = names[1:] if attribute and names[:1] in (["self"], ["cls"]) else names
+            starred = any(isinstance(part, ast.Starred) for part in node.args) or any(
+                k.arg is None for k in node.keywords
+            )
+            if len(names) - len(function.args.defaults) > len(node.args) + len(node.keywords) and not starred:
+                continue  # another function of that name
+            nested = function.col_offset > 0 and not attribute  # it sees the names around it
+            levels = dict(state.levels) if nested else {}
+            for parameter, part in zip(names, node.args, strict=False):
+                levels[parameter] = self.level(part, state)
+            for keyword in node.keywords:
+                levels[keyword.arg or ""] = self.level(keyword.value, state)
+            yield function, {key: level for key, level in levels.items() if level}
+
+    def level(self, node: ast.AST, state: "State") -> int:
+        """0, TOKENS or RESULT: what an expression carries of the validation tokens."""
+        if isinstance(node, ast.Name):
+            return state.levels.get(node.id, TOKENS if VALIDATION.search(node.id) else 0)
+        if isinstance(node, ast.Attribute):
+            if node.attr in CLEAN:
+                return 0
+            own = VALIDATION.search(node.attr) or VALIDATION_PATH.search(dotted(node))
+            return TOKENS if own else self.level(node.value, state)
+        if isinstance(node, (ast.Constant, ast.Compare, ast.JoinedStr, ast.Lambda)):
+            return 0
+        if isinstance(node, ast.Call):
+            name = name_of(node.func)
+            if name in CLEAN:
+                return 0
+            parts = [*node.args, *(keyword.value for keyword in node.keywords)]
+            if isinstance(node.func, ast.Attribute):
+                parts.append(node.func.value)
+            carried = max((self.level(part, state) for part in parts), default=0)
+            targets = [] if name in CONVERSIONS else list(self.targets(node, state))
+            if targets:
+                return max(self.summary(function, levels, state.quiet)[1] for function, levels in targets)
+            if re.search(r"load_val", name):
+                return TOKENS
+            return carried if carried == 0 or name in CONVERSIONS else RESULT
+        children = []
+        for part in ast.iter_child_nodes(node):
+            children.append(part.iter if isinstance(part, ast.comprehension) else part)
+        return max((self.level(part, state) for part in children if isinstance(part, ast.expr)), default=0)
+
+
+class State:
+    """What is known while a block is walked: level of each name, whether gradients are off, the rule in question."""
+
+    def __init__(self, levels: dict[str, int] | None = None, quiet: bool = False, rule: str = "train_before_score"):
+        self.levels, self.quiet, self.rule, self.returned = levels or {}, quiet, rule, 0
+
+    def copy(self) -> "State":
+        return State(dict(self.levels), self.quiet, self.rule)
+
+    def join(self, other: "State") -> None:
+        for name, level in other.levels.items():
+            self.levels[name] = max(level, self.levels.get(name, 0))
+        self.returned = max(self.returned, other.returned)
+
+    def bind(self, target: ast.AST, level: int) -> None:
+        if isinstance(target, (ast.Tuple, ast.List)):
+            for part in target.elts:
+                self.bind(part, level)
+        elif isinstance(target, ast.Starred):
+            self.bind(target.value, level)
+        elif isinstance(target, ast.Name):
+            self.levels[target.id] = level
+        elif isinstance(target, ast.Subscript) and isinstance(target.value, ast.Name):
+            self.levels[target.value.id] = max(level, self.levels.get(target.value.id, 0))
+
+    def reason(self) -> str:
+        """The rule, with a `?` where a name says that the text was scored in an earlier turn."""
+        earlier = any(level and EARLIER.search(name) for name, level in self.levels.items())
+        return self.rule + "?" * earlier
+
+
+def shorten(events: list[Event]) -> list[Event]:
+    """First and last of equal events: enough for what comes before what, and bounded."""
+    first = {event: i for i, event in reversed(list(enumerate(events)))}
+    last = {event: i for i, event in enumerate(events)}
+    return [event for i, event in enumerate(events) if i in (first[event], last[event])]
+
+
+def without_gradient(node: ast.AST) -> bool:
+    return any(name in dotted(getattr(node, "func", node)) for name in ("no_grad", "inference_mode"))
+
+
+def makes_parameter(function: ast.FunctionDef) -> bool:
+    """Whether a function optimises a fresh tensor: requires_grad=True or nn.Parameter in its own code."""
+    for node in own_nodes(function):
+        if isinstance(node, ast.Call):
+            if any(k.arg == "requires_grad" and getattr(k.value, "value", 0) is True for k in node.keywords):
+                return True
+            fresh = isinstance(getattr(node.func, "value", None), ast.Call)
+            if name_of(node.func) == "Parameter" or (name_of(node.func) == "requires_grad_" and fresh):
+                return True
+    return False
+
+
+def repeats(node: ast.stmt) -> bool:
+    """Whether a loop goes over the same text again: it says so, or nothing in it depends on the turn."""
+    if not isinstance(node, ast.For):
+        return False
+    targets = names_in(node.target)
+    words = f"{ast.unparse(node.target)} {ast.unparse(node.iter)}".lower()
+    used = {name for statement in node.body for name in names_in(statement)}
+    counted = isinstance(node.iter, ast.Call) and name_of(node.iter.func) == "range"
+    return counted and (bool(REPEAT.search(words)) or not targets & used)
+
+
+def order_of_events(tree: ast.Module) -> Iterator[Finding]:
+    texts = {
+        "train_before_score": "a gradient from validation tokens ({line}) before they are scored",
+        "scored_region": "a fresh tensor is optimised on validation windows ({line}) that are scored with it",
+    }
+    for events in Flow(tree).roots():
+        scores = [i for i, event in enumerate(events) if event.kind == "score"]
+        for i, event in enumerate(events):
+            rule, doubt = event.mark.rstrip("?"), event.mark.endswith("?")
+            where = f"line {event.line}"
+            if event.kind in {"train", "late"}:
+                later = event.kind == "late" or any(j > i for j in scores)
+                earlier = any(j < i for j in scores)
+                text = texts[rule].format(line=where)
+                if not later and (earlier or scores):
+                    continue  # after every score: it can change none
+                if not later:
+                    text += ", if they are scored after it: no score was found"
+                elif doubt:
+                    text += ", unless an earlier turn scored them"
+                elif earlier and event.kind == "train":
+                    text = f"validation tokens are scored again after learning from them ({where})"
+                yield Finding(rule, "FAIL" if later and not doubt else "warn", event.line, text)
+            elif event.kind.startswith("repeat"):
+                level = "warn" if event.kind == "repeat?" or doubt else "FAIL"
+                yield Finding("several_passes", level, event.line, "scores and learns from the same tokens repeatedly")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The other rules
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def is_hash(node: ast.AST) -> bool:
+    """An expression that mixes numbers as hash functions do: xor, or a product cut by a modulus or mask."""
+    parts = [part for part in ast.walk(node) if isinstance(part, ast.BinOp)]
+    # A product with a number or name that hash functions use: masks and weights are multiplied as well.
+    operators = {type(part.op) for part in parts if not isinstance(part.op, ast.Mult) or is_multiplier(part)}
+    called = {name_of(call.func) for call in calls_of(node)}
+    mixes = called & {"hash", "bitwise_xor", "crc32", "adler32", "blake2b", "md5", "xxhash"}
+    return ast.BitXor in operators or bool(mixes) or (ast.Mult in operators and bool({ast.Mod, ast.BitAnd} & operators))
+
+
+def is_multiplier(node: ast.BinOp) -> bool:
+    for part in (node.left, node.right):
+        if isinstance(part, ast.Constant) and isinstance(part.value, int) and part.value >= 31:
+            return True
+        if re.search(r"prime|mult|hash|magic|salt|vocab", " ".join(names_in(part)), re.I):
+            return True
+    return False
+
+
+def derived(nodes: list[ast.AST], start: set[str], stop: set[str]) -> set[str]:
+    """Names that get a value from `start` in these nodes, through assignments, but not through calls in `stop`."""
+    names = set(start)
+    assigned = [node for node in nodes if isinstance(node, (ast.Assign, ast.AugAssign, ast.AnnAssign)) and node.value]
+    for _ in range(4):
+        for node in assigned:
+            if (names_in(node.value) & names) and not {name_of(c.func) for c in calls_of(node.value)} & stop:
+                for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
+                    names |= {
+                        n.id for n in ast.walk(target) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)
+                    }
+    return names
+
+
+LOSSES = {"cross_entropy", "nll_loss", "log_softmax", "gather", "numel", "len", "model", "size"}
+LOOKUPS = {"get", "take", "gather", "index_select", "lookup", "query"}
+
+
+def target_keys(nodes: list[ast.AST]) -> tuple[set[str], set[str]]:
+    """(names with a target id in them, names of hash keys made from one) in one scope."""
+    own = {name_of(node) for node in nodes if isinstance(node, ast.Name) and TARGET.match(node.id)}
+    targets = derived(nodes, own, LOSSES) if own else set()
+    keys = set()
+    for node in nodes:
+        if isinstance(node, (ast.Assign, ast.AugAssign)) and is_hash(node.value) and names_in(node.value) & targets:
+            for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
+                keys |= {name_of(part) for part in ast.walk(target) if isinstance(part, ast.Name)}
+    return targets, derived(nodes, keys, LOOKUPS | LOSSES) if keys else set()
+
+
+def lookups(nodes: list[ast.AST]) -> Iterator[tuple[ast.AST, ast.AST, ast.AST]]:
+    """(node, table, key) of every read of a table."""
+    for node in nodes:
+        if isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Load):
+            yield node, node.value, node.slice
+        elif isinstance(node, ast.Call) and name_of(node.func) in LOOKUPS and isinstance(node.func, ast.Attribute):
+            for part in node.args:
+                yield node, node.func.value, part
+
+
+def target_in_key(scopes: Scopes) -> Iterator[Finding]:
+    for _, nodes in scopes:
+        targets, keys = target_keys(nodes)
+        if not targets:
+            continue
+        counting = written_tables(nodes)
+        for node, table, key in lookups(nodes):
+            if id(node) in counting:
+                continue
+            used = names_in(key)
+            direct = is_hash(key) and used & targets
+            if (direct or used & keys) and not names_in(table) & keys:
+                yield Finding("target_in_key", "FAIL", node.lineno, "a table is read with a hash of the target id")
+            elif used & targets and isinstance(key, ast.Tuple) and re.search(r"cache|gram|count|tabl", dotted(table)):
+                text = "a table is read with the target id in its key: is it one distribution over all tokens?"
+                yield Finding("target_in_key", "warn", node.lineno, text)
+
+
+def written_tables(nodes: list[ast.AST]) -> set[int]:
+    """Reads that are the left side of an update: np.add.at(table[key], …), table[key] += 1, bincount."""
+    written: set[int] = set()
+    for node in nodes:
+        if isinstance(node, ast.Call) and re.search(r"add\.at$|scatter_add|index_add|bincount|put", dotted(node.func)):
+            written |= {id(part) for part in ast.walk(node)}
+        elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Subscript):
+            target = ast.dump(node.targets[0].slice)  # t[k] = t.get(k, 0) + 1 and t[k] = t[k] + 1
+            for _, part in ((0, part) for part in ast.walk(node.value)):
+                same = isinstance(part, ast.Subscript) and ast.dump(part.slice) == target
+                got = isinstance(part, ast.Call) and part.args and ast.dump(part.args[0]) == target
+                if same or got:
+                    written.add(id(part))
+    return written
+
+
+def best_of_passes(scopes: Scopes) -> Iterator[Finding]:
+    for _, nodes in scopes:
+        for node in nodes:
+            if isinstance(node, ast.Compare) and len(node.ops) == 1:
+                continue
+            if not isinstance(node, ast.Call):
+                continue
+            name, where = name_of(node.func), dotted(node.func)
+            scored = [part for part in node.args if any(SCORE.search(word) for word in names_in(part))]
+            tracking = any("best" in word for word in names_in(node))
+            if name in {"minimum", "fmin", "min"} and len(scored) >= 2 and not tracking:
+                yield Finding("best_of_passes", "FAIL", node.lineno, f"keeps the smaller of two scores ({where})")
+            elif name == "where" and len(node.args) == 3 and len(scored) == 3:
+                yield Finding("best_of_passes", "FAIL", node.lineno, "chooses between two scores by comparing them")
+            elif name in {"min", "amin", "minimum.reduce"} and any(SCORE.search(word) for word in names_in(node)):
+                axis = [k.arg for k in node.keywords if k.arg in {"dim", "axis"}]
+                gathered = {"stack", "vstack", "array", "cat"} & {name_of(call.func) for call in calls_of(node)}
+                if gathered or (axis and any(re.search(r"all|pass|runs|stack", word) for word in names_in(node))):
+                    yield Finding("best_of_passes", "FAIL", node.lineno, "keeps the smallest score over several passes")
+        for node in nodes:
+            if isinstance(node, ast.If) and isinstance(node.test, ast.Compare) and isinstance(node.test.ops[0], ast.Lt):
+                left, right = name_of(node.test.left), name_of(node.test.comparators[0])
+                if re.search(r"val_(?:loss|bpb)|^bpb|_bpb$", left) and "best" in right:
+                    text = "keeps what has the best validation score: choosing after seeing validation outcomes"
+                    yield Finding("best_of_passes", "warn", node.lineno, text)
+
+
+def unnormalised_mix(scopes: Scopes) -> Iterator[Finding]:
+    """exp(-nll) of the realised token, blended with another probability and logged again."""
+    for _, nodes in scopes:
+        own, looked_up = set(), set()
+        _, keys = target_keys(nodes)
+        for node in nodes:
+            if isinstance(node, ast.Assign) and len(node.targets) == 1:
+                calls = {name_of(call.func) for call in calls_of(node.value)}
+                if "exp" in calls and any(SCORE.search(word) for word in names_in(node.value)):
+                    own.add(name_of(node.targets[0]))
+                if any(names_in(key) & keys for _, _, key in lookups(list(ast.walk(node.value)))):
+                    looked_up.add(name_of(node.targets[0]))
+        own.discard("")
+        probabilities = derived(nodes, own, {"log"}) if own else set()
+        tables = derived(nodes, looked_up - {""}, {"log"}) if looked_up else set()
+        for node in nodes:
+            if not (isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add) and probabilities):
+                continue
+            products = [part for part in (node.left, node.right) if isinstance(part, ast.BinOp)]
+            if len(products) == 2 and all(isinstance(part.op, ast.Mult) for part in products):
+                if names_in(node) & own:
+                    level = "FAIL" if names_in(node) & tables else "warn"
+                    text = "blends the realised token's probability alone: does the mixture sum to 1 over all tokens?"
+                    yield Finding("unnormalised_mix", level, node.lineno, text)
+
+
+NETWORK_CALLS = re.compile(
+    r"(?:^|\.)(?:urlopen|urlretrieve|hf_hub_download|snapshot_download|load_dataset|create_connection|HTTPS?Connection)$"
+    r"|^(?:requests|httpx|aiohttp)\.(?:get|post|put|head|request|Session|Client|ClientSession)$"
+    r"|^wget\.download$|^boto3\.(?:client|resource)$"
+)
+NETWORK_COMMANDS = re.compile(
+    r"\b(?:pip3? install|curl |wget |git clone|apt(?:-get)? install|conda install|hf download)"
+)
+
+
+def network(scopes: Scopes) -> Iterator[Finding]:
+    for _, nodes in scopes:
+        for node in nodes:
+            if not isinstance(node, ast.Call):
+                continue
+            name = dotted(node.func)
+            if NETWORK_CALLS.search(name):
+                yield Finding("network", "FAIL", node.lineno, f"{name}() uses the network at run time")
+            elif name_of(node.func) in {"system", "run", "call", "check_call", "check_output", "Popen"}:
+                words = [part.value for part in ast.walk(node) if isinstance(part, ast.Constant)]
+                command = " ".join(word for word in words if isinstance(word, str)) + " "
+                if NETWORK_COMMANDS.search(command):
+                    yield Finding("network", "FAIL", node.lineno, f"{name}() fetches something at run time")
+
+
+def training_data_in_eval(scopes: Scopes) -> Iterator[Finding]:
+    readers = re.compile(r"load|loader|read|open|glob|next_batch|shard|prefill|update|stream|memmap|fromfile", re.I)
+    for scope, nodes in scopes:
+        if not EVALUATION.search(scope) or "train" in scope:
+            continue
+        for node in nodes:
+            if not isinstance(node, ast.Call):
+                continue
+            words = names_in(node) | {str(p.value) for p in ast.walk(node) if isinstance(p, ast.Constant)}
+            found = [word for word in words if TRAINING_DATA.search(word) or "fineweb_train" in word]
+            if found and readers.search(dotted(node.func)):
+                yield Finding("training_data_in_eval", "FAIL", node.lineno, f"{scope}() reads training data")
+
+
+def calibration_on_validation(scopes: Scopes) -> Iterator[Finding]:
+    rule = "calibration_on_validation"
+    for scope, nodes in scopes:
+        inside = CALIBRATION.search(scope) and not EVALUATION.search(scope)
+        for node in nodes:
+            if isinstance(node, ast.Call) and CALIBRATION.search(name_of(node.func)):
+                parts = [*node.args, *(keyword.value for keyword in node.keywords)]
+                if not EVALUATION.search(name_of(node.func)) and any(is_validation(part) for part in parts):
+                    text = f"{name_of(node.func)}() gets validation tokens"
+                    yield Finding(rule, "FAIL", node.lineno, text)
+            elif inside and isinstance(node, (ast.Name, ast.Attribute)) and is_validation(node):
+                if isinstance(node.ctx, ast.Load):
+                    yield Finding(rule, "FAIL", node.lineno, f"{scope}() uses validation tokens")
+
+
+def is_validation(node: ast.AST) -> bool:
+    """Validation tokens themselves or a slice or conversion of them."""
+    while isinstance(node, (ast.Subscript, ast.Call)):
+        node = node.func if isinstance(node, ast.Call) else node.value
+        if isinstance(node, ast.Attribute) and node.attr in CONVERSIONS:
+            node = node.value
+    return bool(VALIDATION.search(name_of(node)) or VALIDATION_PATH.search(dotted(node)))

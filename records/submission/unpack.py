@@ -1,0 +1,573 @@
+"""Reads Python that nobody has vouched for: self-extracting scripts are unwrapped as data, and nothing is executed.
+
+`unwrap` folds the constants around `exec` (decoders, decompressors, joined strings, one-line helper functions) with an
+interpreter that knows a short list of pure functions and bounds every output. What it cannot fold it says. `parse`
+gives a tree even where the text needs Python 3.12, and names what Python 3.10 would refuse.
+"""
+
+import ast
+import base64
+import binascii
+import bz2
+import codecs
+import dataclasses
+import functools
+import io
+import lzma
+import string
+import warnings
+import zlib
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+MAX_BYTES = 8_000_000  # of one unwrapped layer; the largest public script has 0.2 MB
+MAX_LAYERS = 8
+MAX_DICTIONARY = 1 << 26  # of a raw LZMA stream, which names its own memory need
+MAX_FOLDS = 20_000  # nodes folded per layer
+
+
+class Problem(NamedTuple):
+    """Something that stayed unread, or that Python 3.10 would refuse."""
+
+    line: int
+    text: str
+
+
+@dataclasses.dataclass
+class Unwrapped:
+    """Every readable layer, outermost first; `files` are scripts that a layer executes by name."""
+
+    layers: list[str]
+    problems: list[Problem]
+    files: list[str]
+
+    @property
+    def packed(self) -> bool:
+        return len(self.layers) > 1
+
+
+class Unfoldable(Exception):
+    """An expression that is not a constant as far as this module can tell; the text says why."""
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Parsing
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def parse(source: str, feature_version: tuple[int, int] | None = None) -> ast.Module:
+    """The tree of a source that may be hostile. Raises SyntaxError whatever is wrong with it."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # they would quote foreign text
+            return ast.parse(source, feature_version=feature_version)
+    except (ValueError, RecursionError, MemoryError, OverflowError) as error:
+        raise SyntaxError(f"cannot be parsed ({type(error).__name__})") from None
+
+
+def read_tree(source: str) -> tuple[ast.Module, list[Problem]]:
+    """(tree, what Python 3.10 would refuse). Raises SyntaxError where no supported version could read it.
+
+    F-strings that only 3.12 reads are blanked out for the tree, so that the rest is examined on any version.
+    """
+    problems = []
+    for start, end, reason in reversed(new_fstrings(source)):
+        problems.insert(0, Problem(source.count("\n", 0, start) + 1, f"{reason}: an f-string that needs Python 3.12"))
+        source = source[:start] + "'''" + "\n" * source.count("\n", start, end) + "'''" + source[end:]
+    try:
+        return parse(source, (3, 10)), problems
+    except SyntaxError as error:
+        problems.append(Problem(error.lineno or 0, error.msg or "invalid syntax"))
+    return parse(source), problems
+
+
+def decode_source(data: bytes) -> str:
+    """Text of a script with `\\n` newlines. Raises SyntaxError where it is not UTF-8."""
+    try:
+        return data.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
+    except UnicodeDecodeError as error:
+        raise SyntaxError(f"not UTF-8 at byte {error.start}") from None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# F-strings: Python 3.12 gave them a grammar; before, a field could not hold the string's own quote, a backslash, a
+# comment, or a line break within single quotes. Older interpreters cannot even tokenize such text, hence a scanner.
+# ----------------------------------------------------------------------------------------------------------------------
+
+PREFIXES = {a + b for a in ("", "r", "R") for b in ("f", "F", "b", "B", "u", "U")}
+PREFIXES |= {b + a for a in ("r", "R") for b in ("f", "F", "b", "B")} | {"r", "R", ""}
+WORD = set(string.ascii_letters + string.digits + "_")
+
+
+class FStrings:
+    """Scanner over one source; `found` are outermost f-strings (start, end, reason) that 3.10 would refuse."""
+
+    def __init__(self, source: str):
+        self.source, self.found, self.reason = source, [], ""
+
+    def scan(self) -> list[tuple[int, int, str]]:
+        i, n = 0, len(self.source)
+        while i < n:
+            start, i = i, self.token(i, [])
+            if self.reason:
+                self.found.append((start, min(i, n), self.reason))
+                self.reason = ""
+        return self.found
+
+    def token(self, i: int, quotes: list[str]) -> int:
+        """Where the word, string, comment or character at i ends."""
+        s, c = self.source, self.source[i]
+        if c == "#":
+            end = s.find("\n", i)
+            return len(s) if end < 0 else end
+        word = i
+        while word < len(s) and (s[word] in WORD or s[word] > "\x7f"):
+            word += 1
+        prefix = s[i:word]
+        if word < len(s) and s[word] in "'\"" and prefix in PREFIXES:
+            return self.string(word, prefix.lower(), quotes)
+        return max(word, i + 1)
+
+    def string(self, i: int, prefix: str, quotes: list[str]) -> int:
+        s = self.source
+        quote = s[i : i + 3] if s[i : i + 3] in ("'''", '"""') else s[i]
+        if any(quote.startswith(outer) or (len(outer) == 1 and outer in quote) for outer in quotes):
+            self.reason = self.reason or "the same quotes inside"
+        i += len(quote)
+        while i < len(s) and not s.startswith(quote, i):
+            if s[i] == "\\":
+                if quotes:
+                    self.reason = self.reason or "a backslash inside"
+                i += 2
+                if "r" not in prefix and s.startswith("N{", i - 1):
+                    i = max(i, s.find("}", i))
+            elif "f" in prefix and s.startswith("{{", i):
+                i += 2
+            elif "f" in prefix and s[i] == "{":
+                if len(quotes) > 50:
+                    return len(s)
+                i = self.field(i + 1, [*quotes, quote])
+            elif s[i] == "\n" and len(quote) == 1:
+                return i  # unterminated: the parser will say so
+            else:
+                i += 1
+        return i + len(quote)
+
+    def field(self, i: int, quotes: list[str]) -> int:
+        """Behind the `}` of the replacement field that begins at i."""
+        s, depth = self.source, 0
+        while i < len(s):
+            c = s[i]
+            if c == "}" and depth == 0:
+                return i + 1
+            if c == ":" and depth == 0:
+                return self.spec(i + 1, quotes)
+            if c == "#":
+                self.reason = self.reason or "a comment inside"
+            elif c == "\\":
+                self.reason = self.reason or "a backslash inside"
+            elif c == "\n" and len(quotes[-1]) == 1:
+                self.reason = self.reason or "a line break inside"
+            depth += (c in "([{") - (c in ")]}")
+            i = self.token(i, quotes)
+        return i
+
+    def spec(self, i: int, quotes: list[str]) -> int:
+        """Behind the `}` that ends a format specification, which may have fields of its own."""
+        while i < len(self.source) and self.source[i] != "}":
+            if self.source.startswith(quotes[-1], i):
+                return i  # unterminated field
+            i = self.field(i + 1, quotes) if self.source[i] == "{" else i + 1
+        return i + 1
+
+
+@functools.lru_cache(16)
+def new_fstrings(source: str) -> list[tuple[int, int, str]]:
+    """(start, end, reason) of f-strings that Python before 3.12 refuses."""
+    try:
+        return FStrings(source).scan()
+    except RecursionError:
+        return []
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Bounded decompressors
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def bounded(data: bytes) -> bytes:
+    if len(data) > MAX_BYTES:
+        raise Unfoldable(f"unpacks to more than {MAX_BYTES} bytes")
+    return data
+
+
+def inflate(decompressor: Any, data: bytes) -> bytes:
+    """All that a decompressor object gives for the data, if it is not too much and the data has its end."""
+    found = bounded(decompressor.decompress(data, MAX_BYTES + 1))
+    if not decompressor.eof:
+        raise Unfoldable("its compressed data does not end")
+    return found
+
+
+def lzma_decompress(data: bytes, format: int = lzma.FORMAT_AUTO, memlimit: Any = None, filters: Any = None) -> bytes:
+    if filters is not None and any(int(f.get("dict_size", 0)) > MAX_DICTIONARY for f in filters):
+        raise Unfoldable("its LZMA dictionary is too large")
+    limit = None if format == lzma.FORMAT_RAW else 2 * MAX_DICTIONARY
+    return inflate(lzma.LZMADecompressor(format, limit, filters), data)
+
+
+def zlib_decompress(data: bytes, wbits: int = zlib.MAX_WBITS, bufsize: int = 0) -> bytes:
+    return inflate(zlib.decompressobj(wbits), data)
+
+
+def bz2_decompress(data: bytes) -> bytes:
+    return inflate(bz2.BZ2Decompressor(), data)
+
+
+def gzip_decompress(data: bytes) -> bytes:
+    return zlib_decompress(data, 31)
+
+
+def brotli_decompress(data: bytes) -> bytes:
+    try:
+        import brotli
+
+        return bounded(brotli.Decompressor().process(data, output_buffer_limit=MAX_BYTES + 1))
+    except (ImportError, TypeError):  # older releases cannot bound their output
+        raise Unfoldable("brotli 1.2 or newer is not installed here") from None
+
+
+def zstd_decompress(data: bytes, max_output_size: int = 0) -> bytes:
+    try:
+        import zstandard
+    except ImportError:
+        raise Unfoldable("zstandard is not installed here") from None
+    reader = zstandard.ZstdDecompressor(max_window_size=MAX_DICTIONARY).stream_reader(io.BytesIO(data))
+    return bounded(reader.read(MAX_BYTES + 1))
+
+
+def codecs_decode(data: Any, encoding: str = "utf-8", errors: str = "strict") -> Any:
+    if encoding.lower().replace("-", "_") not in {"utf_8", "utf8", "ascii", "latin_1", "latin1", "rot13", "rot_13"}:
+        raise Unfoldable(f"codec {encoding!r} is not followed")
+    return codecs.decode(data, encoding, errors)
+
+
+FUNCTIONS: Mapping[str, Callable] = {
+    "lzma.decompress": lzma_decompress,
+    "zlib.decompress": zlib_decompress,
+    "bz2.decompress": bz2_decompress,
+    "gzip.decompress": gzip_decompress,
+    "brotli.decompress": brotli_decompress,
+    "zstandard.decompress": zstd_decompress,
+    "zstd.decompress": zstd_decompress,
+    "zstandard.ZstdDecompressor.decompress": zstd_decompress,
+    **{f"base64.{name}": getattr(base64, name) for name in ("b85decode", "a85decode", "b64decode", "b32decode")},
+    **{f"base64.{name}": getattr(base64, name) for name in ("b16decode", "standard_b64decode", "urlsafe_b64decode")},
+    "binascii.unhexlify": binascii.unhexlify,
+    "binascii.a2b_hex": binascii.a2b_hex,
+    "binascii.a2b_base64": binascii.a2b_base64,
+    "codecs.decode": codecs_decode,
+    "bytes.fromhex": bytes.fromhex,
+    "compile": lambda source: source,
+    "chr": chr,
+    "ord": ord,
+    "len": len,
+    "reversed": lambda value: value[::-1],
+    "bytes": lambda value=b"", *encoding: _bytes(value, *encoding),
+    "bytearray": lambda value=b"", *encoding: _bytes(value, *encoding),
+    "str": lambda value="", *encoding: str(value, *encoding) if encoding else str(value),
+}
+METHODS = {"decode", "encode", "join", "replace", "strip", "lstrip", "rstrip", "removeprefix", "removesuffix", "split"}
+METHODS |= {"splitlines", "translate", "lower", "upper"}
+
+
+def _bytes(value: Any, *encoding: str) -> bytes:
+    if isinstance(value, int):
+        raise Unfoldable("bytes of a number")
+    return bytes(value, *encoding)
+
+
+class Ref(NamedTuple):
+    """A module or function by its dotted name."""
+
+    name: str
+
+
+class Folding:
+    """Constant folding over one layer: names of the module that hold constants, modules or one-line functions."""
+
+    def __init__(self, tree: ast.Module):
+        self.names: dict[str, Any] = {name: Ref(name) for name in FUNCTIONS if "." not in name}
+        self.names |= {name: Ref(name) for name in ("__import__", "getattr", "open", "builtins", "__builtins__")}
+        self.folds, self.depth = 0, 0
+        for node in statements(tree):
+            self.note(node)
+
+    def note(self, node: ast.stmt) -> None:
+        """Learn what a statement binds."""
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                self.names[alias.asname or alias.name.split(".")[0]] = Ref(
+                    alias.name if alias.asname else alias.name.split(".")[0]
+                )
+        elif isinstance(node, ast.ImportFrom):
+            for alias in node.names:
+                self.names[alias.asname or alias.name] = Ref(f"{node.module}.{alias.name}")
+        elif isinstance(node, ast.FunctionDef):
+            self.names[node.name] = node
+        elif isinstance(node, ast.Assign):
+            for target in node.targets:
+                self.bind(target, node.value)
+        elif isinstance(node, ast.AnnAssign) and node.value is not None:
+            self.bind(node.target, node.value)
+        elif isinstance(node, ast.AugAssign) and isinstance(node.target, ast.Name):
+            left = ast.copy_location(ast.Name(node.target.id, ast.Load()), node)
+            self.bind(node.target, ast.copy_location(ast.BinOp(left, node.op, node.value), node))
+
+    def bind(self, target: ast.expr, value: ast.expr) -> None:
+        if isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple) and len(target.elts) == len(value.elts):
+            for part, of in zip(target.elts, value.elts, strict=True):
+                self.bind(part, of)
+        elif isinstance(target, ast.Name):
+            try:
+                self.names[target.id] = value if isinstance(value, ast.Lambda) else self.fold(value)
+            except Unfoldable as error:
+                self.names[target.id] = error
+
+    def fold(self, node: ast.AST) -> Any:
+        """The constant that an expression is. Raises Unfoldable."""
+        self.folds += 1
+        if self.folds > MAX_FOLDS:
+            raise Unfoldable("too much to fold")
+        method = getattr(self, f"fold_{type(node).__name__}", None)
+        if method is None:
+            raise Unfoldable(f"{type(node).__name__} at line {getattr(node, 'lineno', 0)} is not a constant")
+        try:
+            value = method(node)
+        except Unfoldable:
+            raise
+        except RecursionError:
+            raise Unfoldable("nested too deeply") from None
+        except Exception as error:  # a decoder may raise anything on foreign bytes
+            raise Unfoldable(f"{type(error).__name__} at line {getattr(node, 'lineno', 0)}") from None
+        if isinstance(value, (str, bytes)):
+            bounded(value)
+        return value
+
+    def fold_Constant(self, node):
+        return node.value
+
+    def fold_Name(self, node):
+        value = self.names.get(node.id)
+        if isinstance(value, Unfoldable):
+            raise value
+        if value is None:
+            raise Unfoldable(f"{node.id} is not known at line {node.lineno}")
+        return value
+
+    def fold_NamedExpr(self, node):
+        value = self.names[node.target.id] = self.fold(node.value)
+        return value
+
+    def fold_Tuple(self, node):
+        return tuple(self.fold(part) for part in node.elts)
+
+    def fold_List(self, node):
+        return [self.fold(part) for part in node.elts]
+
+    def fold_Dict(self, node):
+        return {self.fold(k): self.fold(v) for k, v in zip(node.keys, node.values, strict=True)}
+
+    def fold_JoinedStr(self, node):
+        return "".join(str(self.fold(part)) for part in node.values)
+
+    def fold_FormattedValue(self, node):
+        return self.fold(node.value)
+
+    def fold_UnaryOp(self, node):
+        if isinstance(node.op, ast.USub):
+            return -self.fold(node.operand)
+        raise Unfoldable("an operator that is not followed")
+
+    def fold_BinOp(self, node):
+        left, right = self.fold(node.left), self.fold(node.right)
+        if isinstance(node.op, ast.Add) and type(left) is type(right) and isinstance(left, (str, bytes, list, int)):
+            return left + right
+        if isinstance(node.op, (ast.Sub, ast.BitOr)) and isinstance(left, int) and isinstance(right, int):
+            return left - right if isinstance(node.op, ast.Sub) else left | right
+        raise Unfoldable(f"an operator at line {node.lineno} that is not followed")
+
+    def fold_Subscript(self, node):
+        value = self.fold(node.value)
+        if isinstance(value, Ref) or not isinstance(value, (str, bytes, list, tuple, dict)):
+            raise Unfoldable(f"a subscript at line {node.lineno}")
+        if isinstance(node.slice, ast.Slice):
+            parts = (node.slice.lower, node.slice.upper, node.slice.step)
+            return value[slice(*(None if part is None else self.fold(part) for part in parts))]
+        return value[self.fold(node.slice)]
+
+    def fold_Attribute(self, node):
+        value = self.fold(node.value)
+        if isinstance(value, Ref):
+            name = f"{value.name}.{node.attr}".removeprefix("builtins.").removeprefix("__builtins__.")
+            if value.name == "lzma" and isinstance(getattr(lzma, node.attr, None), int):
+                return int(getattr(lzma, node.attr))
+            return Ref(name)
+        raise Unfoldable(f"attribute {node.attr} at line {node.lineno}")
+
+    def fold_Call(self, node):
+        if isinstance(node.func, ast.Attribute) and node.func.attr in METHODS:
+            try:
+                owner = self.fold(node.func.value)
+            except Unfoldable as error:
+                owner = error
+            if isinstance(owner, (str, bytes)):
+                arguments = [self.fold(part) for part in node.args]
+                return getattr(owner, node.func.attr)(*arguments, **self.keywords(node))
+            if isinstance(owner, Unfoldable):
+                raise owner
+        function = node.func if isinstance(node.func, ast.Lambda) else self.fold(node.func)
+        if isinstance(function, (ast.Lambda, ast.FunctionDef)):
+            return self.inline(function, node)
+        if not isinstance(function, Ref):
+            raise Unfoldable(f"a call at line {node.lineno}")
+        counted = node.args[:1] if function.name == "compile" else node.args  # compile(text, __file__, "exec")
+        arguments = [self.fold(part) for part in counted]
+        if function.name == "__import__" and arguments:
+            return Ref(str(arguments[0]))
+        if function.name == "getattr" and len(arguments) == 2 and isinstance(arguments[0], Ref):
+            return Ref(f"{arguments[0].name}.{arguments[1]}")
+        if function.name == "zstandard.ZstdDecompressor":
+            return function
+        if function.name not in FUNCTIONS:
+            raise Unfoldable(f"{function.name}() at line {node.lineno} is not followed")
+        return FUNCTIONS[function.name](*arguments, **self.keywords(node))
+
+    def keywords(self, node: ast.Call) -> dict:
+        return {keyword.arg or "": self.fold(keyword.value) for keyword in node.keywords}
+
+    def inline(self, function: ast.Lambda | ast.FunctionDef, call: ast.Call) -> Any:
+        """The result of a function that only assigns and returns."""
+        names = [argument.arg for argument in function.args.args]
+        values = [self.fold(part) for part in call.args]
+        if len(names) != len(values) or call.keywords or self.depth > 10:
+            raise Unfoldable(f"the call at line {call.lineno} is not followed")
+        outside, self.names, self.depth = self.names, self.names | dict(zip(names, values, strict=True)), self.depth + 1
+        try:
+            if isinstance(function, ast.Lambda):
+                return self.fold(function.body)
+            for statement in function.body:
+                if isinstance(statement, ast.Return) and statement.value is not None:
+                    return self.fold(statement.value)
+                self.note(statement)
+            raise Unfoldable(f"{function.name}() returns nothing")
+        finally:
+            self.names, self.depth = outside, self.depth - 1
+
+
+def statements(tree: ast.AST):
+    """Every statement that runs with the module, in order: function bodies are left out."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, (ast.stmt, ast.ExceptHandler)):
+            yield node
+            if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+                yield from statements(node)
+
+
+def executions(tree: ast.Module) -> list[ast.Call]:
+    """Calls of exec, eval and of functions that run a file, wherever they stand."""
+    return [
+        node
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call)
+        and (
+            (isinstance(node.func, ast.Name) and node.func.id in {"exec", "eval", "run_path"})
+            or (isinstance(node.func, ast.Attribute) and node.func.attr in {"exec", "run_path"})
+        )
+    ]
+
+
+def executed_file(node: ast.AST) -> str | None:
+    """The name in `open("name").read()`, `Path("name").read_text()` or `run_path("name")`, anywhere below a node."""
+    for call in ast.walk(node):
+        if isinstance(call, ast.Call) and call.args:
+            name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
+            if name in {"open", "Path", "run_path"} and isinstance(call.args[0], ast.Constant):
+                if isinstance(call.args[0].value, str):
+                    return call.args[0].value
+    return None
+
+
+def unwrap(source: str) -> Unwrapped:
+    """Every layer of a script that unpacks itself, as text. Never executes, never raises on foreign text."""
+    found = Unwrapped([], [], [])
+    waiting = [source]
+    while waiting:
+        layer = waiting.pop(0)
+        if len(found.layers) == MAX_LAYERS:
+            found.problems.append(Problem(0, f"more than {MAX_LAYERS} layers"))
+            break
+        found.layers.append(layer)
+        try:
+            tree = read_tree(layer)[0]
+            calls = executions(tree)
+            folding = Folding(tree) if calls else None
+        except (SyntaxError, RecursionError):
+            continue  # the syntax check names it
+        for call in calls:
+            where = f"{getattr(call.func, 'id', None) or getattr(call.func, 'attr', '')} at line {call.lineno}"
+            if not call.args:
+                continue
+            if name := executed_file(call):
+                found.files.append(name)
+                continue
+            try:
+                inner = folding.fold(call.args[0])
+                inner = decode_source(inner) if isinstance(inner, bytes) else inner
+                if not isinstance(inner, str):
+                    raise Unfoldable("what it runs is not text")
+                if inner.strip():
+                    waiting.append(inner.replace("\r\n", "\n"))
+            except (Unfoldable, SyntaxError) as error:
+                found.problems.append(Problem(call.lineno, f"{where} cannot be unwrapped: {error}"))
+    return found
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Comparing a packed script with its readable companion
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class Bare(ast.NodeTransformer):
+    """Drops what a packer may drop: docstrings and other bare constants, annotations, lone `pass`."""
+
+    def visit(self, node):
+        node = super().generic_visit(node)
+        for field in ("body", "orelse", "finalbody"):
+            block = getattr(node, field, None)
+            if isinstance(block, list):
+                kept = [
+                    statement
+                    for statement in block
+                    if not isinstance(statement, ast.Pass)
+                    and not (isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant))
+                    and not (isinstance(statement, ast.AnnAssign) and statement.value is None)
+                ]
+                setattr(node, field, kept)
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            node.returns = None
+        elif isinstance(node, ast.arg):
+            node.annotation = None
+        elif isinstance(node, ast.AnnAssign) and node.value is not None:
+            return ast.copy_location(ast.Assign([node.target], node.value), node)
+        if hasattr(node, "type_comment"):
+            node.type_comment = None
+        return node
+
+
+def same_program(a: str, b: str) -> bool | None:
+    """Whether two sources are one program but for comments, docstrings and annotations; None if unreadable."""
+    try:
+        return ast.dump(Bare().visit(read_tree(a)[0])) == ast.dump(Bare().visit(read_tree(b)[0]))
+    except (SyntaxError, RecursionError):
+        return None

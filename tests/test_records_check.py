@@ -1,0 +1,925 @@
+"""`check` on synthetic folders: clean ones of every dialect pass, every planted defect is found by the check named."""
+
+import base64
+import dataclasses
+import hashlib
+import io
+import json
+import lzma
+import os
+import re
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import records_corpus as corpus
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_records_legality import EVAL, HEAD, LEGAL_TTT, MAIN, PRE_QUANT_TTT, SLOT, TRAIN, script
+
+from records.submission import check
+
+SEEDS = (1337, 42, 2025)
+SETTINGS = HEAD + "    model_dim = 512\n    num_layers = 11\n    vocab_size = 1024\n"
+SCRIPT = SETTINGS + EVAL + TRAIN + LEGAL_TTT + MAIN.format(body="eval_val_ttt(args, model, val_tokens, [], optimizer)")
+RESULTS = {
+    "pgolf": corpus.PGOLF_RESULTS,
+    "baseline": corpus.BASELINE_RESULTS,
+    "baseline-noprefix": (
+        corpus.result("quantized", 2.0712),
+        corpus.result("quantized_ttt_phased", 2.0531, "", 401_234),
+    ),
+}
+HEADLINE = {"pgolf": "legal_ttt", "baseline": "final_int8_zlib_roundtrip", "baseline-noprefix": "quantized_ttt_phased"}
+
+
+@dataclasses.dataclass
+class Folder:
+    """A folder that can be spoilt before it is written."""
+
+    dialect: str
+    runs: list[corpus.Run]
+    meta: dict
+    readme: str
+    files: dict[str, bytes]
+
+    def logs(self) -> dict[str, bytes]:
+        return {f"train_seed{run.seed}.log": corpus.DIALECTS[self.dialect](run).encode() for run in self.runs}
+
+    def write(self, path: Path) -> Path:
+        path.mkdir(parents=True)
+        files = {"submission.json": json.dumps(self.meta, indent=2).encode(), "README.md": self.readme.encode()}
+        for name, data in (files | self.files).items():
+            (path / name).parent.mkdir(parents=True, exist_ok=True)
+            if data is not None:
+                (path / name).write_bytes(data)
+        return path
+
+    def again(self, *changes: dict) -> None:
+        """The logs of changed runs, one dictionary of changes per seed, and nothing else."""
+        self.runs = [dataclasses.replace(run, **change) for run, change in zip(self.runs, changes, strict=False)]
+        self.files |= self.logs()
+
+    def edit(self, name: str, old: str, new: str) -> None:
+        text = self.files[name].decode()
+        assert old in text
+        self.files[name] = text.replace(old, new).encode()
+
+
+def build(dialect: str = "pgolf", seeds: tuple = SEEDS, source: str = SCRIPT, inner: str | None = None) -> Folder:
+    """A clean submission; `inner` is the readable source of a packed script."""
+    label = HEADLINE[dialect]
+    runs = []
+    for i, seed in enumerate(seeds):
+        results = tuple(
+            corpus.result(found.label, found.loss + 0.0007 * i**2, found.extra, found.eval_ms)
+            for found in RESULTS[dialect]
+        )
+        settings = (("num_layers", 11), ("matrix_lr", 0.04), ("slot_enabled", False))
+        run = corpus.Run(
+            seed=seed,
+            run_id=f"seed{seed}",
+            source=source,
+            results=results,
+            settings=settings,
+            step_ms=87.5 + i,
+            steps=(1, 2, 10, 200, 6500 + i),
+            bytes_model=15_815_847 + 41 * i,
+            size_label="int8+zlib" if dialect == "baseline" else "int6+lzma",
+        )
+        runs.append(run)
+    scores = [next(r for r in run.results if r.label == label) for run in runs]
+    bpb, loss = [score.bpb for score in scores], [score.loss for score in scores]
+    deviation = statistics.stdev(bpb) if len(bpb) > 1 else 0.0
+    meta = dict(
+        author="Ann Author",
+        github_id="ann",
+        name="Core",
+        blurb="One idea over #549, 0.9965 of it.",
+        date="2026-04-09",
+        track="10min_16mb",
+        headline=f"{label}_exact",
+        val_loss=round(statistics.fmean(loss), 8),
+        val_bpb=round(statistics.fmean(bpb), 8),
+        val_bpb_std=round(deviation, 8),
+        seeds=list(seeds),
+        seed_results={
+            str(run.seed): dict(
+                val_bpb=score.bpb,
+                val_loss=score.loss,
+                artifact_bytes=run.bytes_total,
+                steps=run.steps[-1],
+                train_time_s=run.train_ms / 1000,
+            )
+            for run, score in zip(runs, scores, strict=True)
+        },
+        bytes_total=max(run.bytes_total for run in runs),
+        bytes_code=runs[0].bytes_code,
+        hardware="8xH100 80GB SXM",
+        pytorch_version="2.9.1+cu128",
+        compliance=dict(three_seeds=len(seeds) >= 3, train_under_600s=True, artifact_under_16mb=True, no_slot=True),
+        base_pr=549,
+        comparison_baseline_bpb=1.1194,
+        p_value=0.003,
+    )
+    rows = "\n".join(
+        f"| {run.seed} | {run.steps[-1]:,} | **{score.bpb:.5f}** | {score.loss:.4f} | {run.bytes_total:,} |"
+        for run, score in zip(runs, scores, strict=True)
+    )
+    readme = f"""# Core (2026)
+
+**val_bpb {statistics.fmean(bpb):.5f} ± {deviation:.5f}** ({len(seeds)} seeds), {meta["bytes_total"]:,} bytes
+
+| seed | steps | val_bpb | val_loss | artifact bytes |
+|---|---|---|---|---|
+{rows}
+| mean | | {statistics.fmean(bpb):.5f} | {statistics.fmean(loss):.4f} | |
+
+## Techniques
+
+11 layers of width 512, EMA decay 0.9965, lr 0.0250, written in 2026 after #549 (1.1194) and PR #414; 8 GPUs, CUDA 12.8.
+Improves on the baseline's 1.2244 by 0.01 nats. The cap is 16,000,000 bytes and 600 s.
+
+```
+SEED=1337 MATRIX_LR=0.04 torchrun --standalone --nproc_per_node=8 train_gpt.py
+```
+"""
+    made = Folder(dialect, runs, meta, readme, {"train_gpt.py": source.encode()})
+    if inner is not None:
+        made.files["train_gpt_human.py"] = inner.encode()
+    made.files |= made.logs()
+    return made
+
+
+def packed(source: str) -> str:
+    data = base64.b85encode(lzma.compress(source.encode())).decode()
+    return f"import lzma,base64\nexec(lzma.decompress(base64.b85decode({data!r})))\n"
+
+
+def findings(folder: Path, level: str | None = None) -> list[check.Finding]:
+    return [found for found in check.check(folder) if level in (None, found.level)]
+
+
+# -----------------------------------------------------------------------------
+# Clean folders
+# -----------------------------------------------------------------------------
+
+CLEAN: dict[str, Callable[[], Folder]] = {
+    **{dialect: lambda dialect=dialect: build(dialect) for dialect in corpus.DIALECTS},
+    "packed, with its readable source": lambda: build(source=packed(SCRIPT), inner=SCRIPT),
+    "packed twice": lambda: build("baseline", source=packed(packed(SCRIPT))),
+}
+
+
+@pytest.mark.parametrize("name", CLEAN)
+def test_a_clean_folder_passes(tmp_path, name):
+    folder = CLEAN[name]().write(tmp_path / "track_10min_16mb" / "2026-04-09_Core")
+    found = findings(folder)
+    assert [f for f in found if f.level != "pass"] == []
+    assert {f.check for f in found} == set(check.CHECKS)
+
+
+def test_a_folder_of_old_habits_fails_nothing(tmp_path):
+    """Renamed JSON, old names, one seed, a date with a time, UTF-16 with \\r\\n, seed in the file name alone."""
+    made = build("baseline", seeds=(1337,))
+    log = made.files.pop("train_seed1337.log").decode()
+    made.files["train.log"] = log.replace("\n", "\r\n").encode("utf-16")
+    for key in ("headline", "seeds", "seed_results", "compliance", "val_bpb_std"):
+        made.meta.pop(key)
+    made.meta["mean_val_bpb"] = round(made.meta.pop("val_bpb"), 4)
+    made.meta |= dict(artifact_bytes=made.meta.pop("bytes_total"), code_bytes=made.meta.pop("bytes_code"))
+    made.meta |= dict(date="2026-03-20T18:24:05Z", wallclock_seconds=569, step_stop=6500)
+    folder = made.write(tmp_path / "f")
+    (folder / "submission.json").rename(folder / "submission_ternary.json")
+    assert findings(folder, "FAIL") == []
+
+
+def test_two_candidate_lines_without_a_declaration_are_listed(tmp_path):
+    made = build("baseline-noprefix")
+    del made.meta["headline"]
+    (found,) = [f for f in findings(made.write(tmp_path / "f"), "warn") if "val_bpb" in f.what]
+    assert found.check == "headline" and "quantized_ttt_phased" in found.what
+
+
+def test_a_folder_that_new_builds_passes(tmp_path):
+    folder = pytest.importorskip("records.submission.folder")
+    made = build()
+    made.write(tmp_path / "logs")
+    import argparse
+
+    parser = argparse.ArgumentParser()
+    folder.add_arguments(parser)
+    logs = [str(tmp_path / "logs" / name) for name in made.logs()]
+    options = ["--author", "Ann", "--github-id", "ann", "--blurb", "One idea.", "--out", str(tmp_path / "records")]
+    assert folder.run(parser.parse_args(["Core", *logs, *options])) == 0
+    (path,) = (tmp_path / "records").glob("track_10min_16mb/*_Core")
+    assert [f for f in findings(path) if f.level != "pass"] == []
+
+
+# -----------------------------------------------------------------------------
+# Planted defects: name -> (check that finds it, level, words of its finding, what is done to a clean folder)
+# -----------------------------------------------------------------------------
+
+DEFECTS: dict[str, tuple[str, str, str, Callable[[Folder], object]]] = {}
+
+
+def defect(where: str, level: str, words: str, dialect: str = "pgolf", **built):
+    """Register a function that spoils a folder; its name is the defect's."""
+
+    def register(spoil):
+        DEFECTS[spoil.__name__] = (where, level, words, lambda: _spoilt(spoil, dialect, built))
+        return spoil
+
+    return register
+
+
+def _spoilt(spoil, dialect, built):
+    made = build(dialect, **built)
+    spoil(made)
+    return made
+
+
+def planted(name: str, where: str, level: str, words: str, spoil: Callable, dialect: str = "pgolf", **built) -> None:
+    spoil.__name__ = name
+    defect(where, level, words, dialect, **built)(spoil)
+
+
+# files
+planted("no README", "files", "FAIL", "README.md is missing", lambda f: f.files.update({"README.md": None}))
+planted("no JSON", "files", "FAIL", "submission.json is missing", lambda f: f.files.update({"submission.json": None}))
+planted("no script", "files", "FAIL", "train_gpt.py is missing", lambda f: f.files.update({"train_gpt.py": None}))
+planted("empty script", "files", "FAIL", "train_gpt.py is empty", lambda f: f.files.update({"train_gpt.py": b""}))
+planted("no log", "files", "FAIL", "no log", lambda f: f.files.update({name: None for name in f.logs()}))
+planted("a log missing", "files", "FAIL", "seed 42", lambda f: f.files.update({"train_seed42.log": None}))
+planted("secrets file", "files", "FAIL", ".env: may hold secrets", lambda f: f.files.update({".env": b"A=1"}))
+planted("weights", "files", "FAIL", "final_model.pt", lambda f: f.files.update({"final_model.pt": b"PK"}))
+planted("private key", "files", "FAIL", "id_rsa", lambda f: f.files.update({"keys/id_rsa": b"x"}))
+planted("key in the text", "files", "FAIL", "secret key", lambda f: f.files.update({"notes.md": b"hf_" + b"a" * 34}))
+planted(
+    "shard", "files", "FAIL", "fineweb_val_000000.bin: data", lambda f: f.files.update({"fineweb_val_000000.bin": b"1"})
+)
+planted("cache folder", "files", "FAIL", "__pycache__", lambda f: f.files.update({"__pycache__/a.pyc": b"1"}))
+planted("binary", "files", "FAIL", "tool: binary", lambda f: f.files.update({"tool": b"\x7fELF\0"}))
+planted("helper file", "files", "warn", "launch.py: not one", lambda f: f.files.update({"launch.py": b"1"}))
+planted(
+    "oversized file",
+    "files",
+    "FAIL",
+    "notes.md: 8,000,001 bytes",
+    lambda f: f.files.update({"notes.md": b"a" * 8_000_001}),
+)
+# json
+planted("JSON does not parse", "json", "FAIL", "does not parse", lambda f: f.files.update({"submission.json": b"{,}"}))
+planted("JSON bomb", "json", "FAIL", "", lambda f: f.files.update({"submission.json": b"[" * 100_000}))
+planted("JSON nested deeply", "json", "FAIL", "deeply", lambda f: f.meta.update(x=json.loads("[" * 40 + "]" * 40)))
+planted("NaN", "json", "FAIL", "NaN", lambda f: f.meta.update(val_loss=float("nan")))
+planted("twice", "json", "FAIL", "twice", lambda f: f.files.update({"submission.json": b'{"author":"a","author":"b"}'}))
+planted("empty author", "json", "FAIL", "author is empty", lambda f: f.meta.update(author="", github_id=""))
+planted("no date", "json", "FAIL", "no field date", lambda f: f.meta.pop("date"))
+planted("wrong date", "json", "FAIL", "09/04/2026", lambda f: f.meta.update(date="09/04/2026"))
+planted("score as text", "json", "FAIL", "val_bpb is text", lambda f: f.meta.update(val_bpb="1.08"))
+planted("no score", "json", "FAIL", "no field val_bpb", lambda f: f.meta.pop("val_bpb"))
+planted("implausible score", "json", "FAIL", "not plausible", lambda f: f.meta.update(val_bpb=-1.08))
+planted("unfilled size", "json", "FAIL", "bytes_total is null", lambda f: f.meta.update(bytes_total=None))
+planted("placeholder", "json", "FAIL", "github_id is not filled in", lambda f: f.meta.update(github_id="your_github"))
+planted("placeholder in README", "json", "warn", "TODO", lambda f: setattr(f, "readme", f.readme + "\nTODO: results\n"))
+planted("seeds and results differ", "json", "FAIL", "7", lambda f: f.meta.update(seeds=[1337, 42, 7]))
+# readme, headline
+planted(
+    "README of another run", "readme", "FAIL", "nowhere", lambda f: setattr(f, "readme", "# Core\n\nval_bpb 1.0512\n")
+)
+planted("JSON disagrees with logs", "headline", "FAIL", "mean of 3", lambda f: f.meta.update(val_bpb=1.1502))
+planted(
+    "best seed as headline",
+    "headline",
+    "FAIL",
+    "train_seed1337.log alone",
+    lambda f: f.meta.update(val_bpb=f.meta["seed_results"]["1337"]["val_bpb"]),
+)
+planted(
+    "another line than declared",
+    "headline",
+    "FAIL",
+    "it is that of legal_ttt",
+    lambda f: f.meta.update(headline="final_int6_roundtrip"),
+)
+planted("declared line missing", "headline", "FAIL", "slot", lambda f: f.meta.update(headline="slot_exact"))
+planted(
+    "undeclared and unknown",
+    "headline",
+    "FAIL",
+    "nearest",
+    lambda f: (f.meta.pop("headline"), f.meta.update(val_bpb=1.01)),
+    dialect="baseline-noprefix",
+)
+planted("wrong loss", "headline", "FAIL", "val_loss", lambda f: f.meta.update(val_loss=1.9))
+planted(
+    "rounded up", "headline", "FAIL", "val_bpb", lambda f: f.meta.update(val_bpb=round(f.meta["val_bpb"] - 0.00001, 5))
+)
+# numbers
+planted(
+    "seed result not logged",
+    "numbers",
+    "FAIL",
+    "seed_results.42.val_bpb",
+    lambda f: f.meta["seed_results"]["42"].update(val_bpb=1.2),
+)
+planted(
+    "results of two seeds swapped",
+    "numbers",
+    "FAIL",
+    "the log of seed 1337",
+    lambda f: f.meta["seed_results"].update(
+        {"1337": f.meta["seed_results"]["42"], "42": f.meta["seed_results"]["1337"]}
+    ),
+)
+planted("steps not logged", "numbers", "FAIL", "steps", lambda f: f.meta["seed_results"]["42"].update(steps=7185))
+planted(
+    "README row not logged",
+    "numbers",
+    "FAIL",
+    "README.md line",
+    lambda f: setattr(f, "readme", re.sub(r"\*\*1\.\d+\*\* \| 2", "**1.04321** | 2", f.readme, count=1)),
+)
+planted(
+    "README score not logged",
+    "numbers",
+    "warn",
+    "1.09312",
+    lambda f: setattr(f, "readme", f.readme + "\nIt gives val_bpb 1.09312.\n"),
+    dialect="baseline",
+)
+planted(
+    "README bytes not logged",
+    "numbers",
+    "FAIL",
+    "15,123,456",
+    lambda f: setattr(f, "readme", f.readme + "\nThe artifact has 15,123,456 bytes.\n"),
+)
+# source
+planted(
+    "log of another script", "source", "FAIL", "another script", lambda f: f.again({}, dict(source=SCRIPT + "x = 1\n"))
+)
+planted(
+    "script edited after the run",
+    "source",
+    "FAIL",
+    "first difference",
+    lambda f: f.edit("train_gpt.py", '"3"', '"4"'),
+    dialect="baseline",
+)
+planted("hash in the JSON", "source", "FAIL", "code_sha256", lambda f: f.meta.update(code_sha256="0" * 64))
+planted(
+    "log's source is not what it states",
+    "source",
+    "FAIL",
+    "whose code_sha256",
+    lambda f: f.edit("train_seed42.log", '"TTT_EPOCHS", "3"', '"TTT_EPOCHS", "4"'),
+)
+planted(
+    "companion is another program",
+    "source",
+    "FAIL",
+    "train_gpt_human.py",
+    lambda f: f.edit("train_gpt_human.py", '"3"', '"4"'),
+    source=packed(SCRIPT),
+    inner=SCRIPT,
+)
+# syntax
+planted("syntax error", "syntax", "FAIL", "line 1", lambda f: None, source="def f(:\n")
+planted("Python 3.12 only", "syntax", "FAIL", "3.12", lambda f: None, source=SCRIPT + "print(f'{len('a')}')\n")
+planted(
+    "Python 3.11 only",
+    "syntax",
+    "FAIL",
+    "3.10",
+    lambda f: None,
+    source=SCRIPT + "try:\n    pass\nexcept* OSError:\n    pass\n",
+)
+planted(
+    "3.12 inside a packed script",
+    "syntax",
+    "FAIL",
+    "unpacked (1)",
+    lambda f: None,
+    source=packed(SCRIPT + "print(f'{len('a')}')\n"),
+)
+planted(
+    "sibling module missing", "syntax", "FAIL", "env_utils", lambda f: None, source="from env_utils import a\n" + SCRIPT
+)
+planted(
+    "needs a kernel to be imported",
+    "syntax",
+    "warn",
+    "flash_attn",
+    lambda f: None,
+    source="from flash_attn_interface import flash_attn_func\n" + SCRIPT,
+)
+# size
+planted("over the cap", "size", "FAIL", "over 16,000,000", lambda f: f.again({}, dict(bytes_model=18_000_000)))
+planted("MiB for MB", "size", "FAIL", "16 MiB", lambda f: f.again({}, dict(bytes_model=16_042_632)))
+planted(
+    "code bytes forgotten in the JSON",
+    "size",
+    "FAIL",
+    "the code is forgotten",
+    lambda f: f.meta.update(bytes_total=f.runs[0].bytes_model),
+)
+planted(
+    "code bytes forgotten in the log",
+    "size",
+    "FAIL",
+    "code",
+    lambda f: [
+        f.edit(
+            name,
+            f"Total submission size int8+zlib: {run.bytes_total}",
+            f"Total submission size int8+zlib: {run.bytes_model}",
+        )
+        for name, run in zip(f.logs(), f.runs, strict=True)
+    ],
+    dialect="baseline",
+)
+planted("size of no log", "size", "FAIL", "the total of no log", lambda f: f.meta.update(bytes_total=15_900_001))
+planted("not the largest seed", "size", "warn", "largest", lambda f: f.meta.update(bytes_total=f.runs[0].bytes_total))
+planted("other code bytes", "size", "FAIL", "train_gpt.py has", lambda f: f.meta.update(bytes_code=47_686))
+planted(
+    "raw code counted",
+    "size",
+    "warn",
+    "raw code",
+    lambda f: f.files.update({"train_gpt.py": packed(SCRIPT).encode()}),
+    dialect="baseline",
+)
+planted(
+    "raw code counted, over the cap",
+    "size",
+    "FAIL",
+    "counts the raw source",
+    lambda f: (
+        f.again(*[dict(bytes_model=15_999_000 - len(packed(SCRIPT)))] * 3),
+        f.files.update({"train_gpt.py": packed(SCRIPT).encode()}),
+    ),
+    dialect="baseline",
+    source=SCRIPT,
+)
+planted(
+    "a stub that runs a sibling",
+    "size",
+    "FAIL",
+    "inner.py",
+    lambda f: f.files.update({"inner.py": SCRIPT.encode()}),
+    source="exec(open('inner.py').read())\n",
+)
+# clocks
+planted(
+    "training too long",
+    "clocks",
+    "FAIL",
+    "training took 601.2 s",
+    lambda f: f.again({}, dict(steps=(1, 6012), step_ms=100.0)),
+)
+planted(
+    "evaluation too long",
+    "clocks",
+    "FAIL",
+    "evaluation took",
+    lambda f: f.again({}, dict(results=(corpus.result("legal_ttt", 2.05, "", 688_000),))),
+)
+planted(
+    "calibration after the clock",
+    "clocks",
+    "FAIL",
+    "12.8 s of calibration",
+    lambda f: f.again(*[dict(steps=(1, 5999), step_ms=100.0)] * 3),
+    dialect="baseline-noprefix",
+)
+planted(
+    "time in the JSON", "clocks", "FAIL", "eval_time_seconds", lambda f: f.meta.update(eval_time_seconds=[500, 616])
+)
+# seeds
+planted("single seed", "seeds", "warn", "3 are expected", lambda f: None, seeds=(1337,))
+planted(
+    "the same log twice",
+    "seeds",
+    "FAIL",
+    "the same file",
+    lambda f: f.files.update({"train_seed42.log": f.files["train_seed1337.log"]}),
+)
+planted(
+    "log named for another seed",
+    "seeds",
+    "FAIL",
+    "is the log of seed",
+    lambda f: f.files.update(
+        {"train_seed42.log": f.files["train_seed2025.log"], "train_seed2025.log": f.files["train_seed42.log"]}
+    ),
+)
+planted(
+    "mixed configurations",
+    "seeds",
+    "FAIL",
+    "matrix_lr",
+    lambda f: f.again({}, dict(settings=(("num_layers", 11), ("matrix_lr", 0.02), ("slot_enabled", False)))),
+)
+planted(
+    "mixed models", "seeds", "FAIL", "model_params", lambda f: f.again({}, dict(model_params=1)), dialect="baseline"
+)
+planted(
+    "population deviation",
+    "seeds",
+    "warn",
+    "divides by n",
+    lambda f: f.meta.update(
+        val_bpb_std=round(statistics.pstdev(r["val_bpb"] for r in f.meta["seed_results"].values()), 8)
+    ),
+)
+planted("wrong deviation", "seeds", "FAIL", "val_bpb_std", lambda f: f.meta.update(val_bpb_std=0.0001))
+# compliance, audit
+planted(
+    "three seeds claimed",
+    "compliance",
+    "FAIL",
+    "three_seeds",
+    lambda f: f.meta["compliance"].update(three_seeds=True),
+    seeds=(1337,),
+)
+planted(
+    "time claimed",
+    "compliance",
+    "FAIL",
+    "train_under_600s",
+    lambda f: f.again({}, dict(steps=(1, 6012), step_ms=100.0)),
+)
+planted(
+    "size claimed", "compliance", "FAIL", "artifact_under_16mb", lambda f: f.again({}, dict(bytes_model=16_042_632))
+)
+planted(
+    "no SLOT claimed",
+    "compliance",
+    "FAIL",
+    "no_slot",
+    lambda f: None,
+    source=script(SLOT, "eval_val_slot(args, model, val_tokens, [])"),
+)
+planted(
+    "audit failed",
+    "audit",
+    "FAIL",
+    "audit:causal",
+    lambda f: f.edit("train_seed42.log", "audit:causal pass", "audit:causal FAIL"),
+)
+# legality
+planted(
+    "trains on validation first",
+    "legality",
+    "FAIL",
+    "train_before_score",
+    lambda f: None,
+    source=script(PRE_QUANT_TTT, "ttt_adapt(args, model, val_tokens, optimizer)"),
+)
+planted(
+    "the same, packed",
+    "legality",
+    "FAIL",
+    "unpacked (1) line",
+    lambda f: None,
+    source=packed(script(PRE_QUANT_TTT, "ttt_adapt(args, model, val_tokens, optimizer)")),
+)
+planted(
+    "SLOT switched on by the run",
+    "legality",
+    "FAIL",
+    "scored_region",
+    lambda f: f.again(*[dict(settings=(("slot_enabled", True),))] * 3),
+    source=script(SLOT, "if args.slot_enabled: eval_val_slot(args, model, val_tokens, [])"),
+)
+planted(
+    "in a sibling module",
+    "legality",
+    "FAIL",
+    "helper.py line",
+    lambda f: f.files.update(
+        {"helper.py": script(PRE_QUANT_TTT, "ttt_adapt(args, model, val_tokens, optimizer)").encode()}
+    ),
+    source="import helper\n" + SCRIPT,
+)
+planted(
+    "cannot be unwrapped",
+    "legality",
+    "warn",
+    "not examined",
+    lambda f: None,
+    source="import zlib\nexec(zlib.decompress(input()))\n",
+)
+
+
+@pytest.mark.parametrize("name", DEFECTS)
+def test_a_planted_defect_is_found_by_its_check(tmp_path, name):
+    where, level, words, spoilt = DEFECTS[name]
+    found = findings(spoilt().write(tmp_path / "track_10min_16mb" / "2026-04-09_Core"))
+    assert [f for f in found if f.check == where and f.level == level and words in f.what], found
+
+
+def test_there_are_enough_defects():
+    assert len(DEFECTS) >= 40 and {where for where, *_ in DEFECTS.values()} == set(check.CHECKS)
+
+
+def test_what_is_too_long_to_be_examined_is_said(tmp_path, monkeypatch):
+    monkeypatch.setattr(check.legality, "MAX_SOURCE", 1000)
+    found = findings(build().write(tmp_path / "f"), "warn")
+    assert any(f.check == "legality" and "not examined: longer than" in f.what for f in found)
+
+
+def test_dead_code_is_a_note_not_a_failure(tmp_path):
+    made = build(source=script(SLOT, "if args.slot_enabled: eval_val_slot(args, model, val_tokens, [])"))
+    found = findings(made.write(tmp_path / "f"))
+    assert [f for f in found if f.level == "FAIL"] == []
+    assert any(f.check == "legality" and "switched off" in f.what for f in found)
+
+
+def test_other_tracks_have_no_clocks(tmp_path):
+    made = build()
+    made.again(*[dict(steps=(1, 6012), step_ms=1000.0)] * 3)
+    made.meta |= dict(track="non_record_16mb")
+    assert not [f for f in findings(made.write(tmp_path / "f"), "FAIL") if f.check == "clocks"]
+
+
+# -----------------------------------------------------------------------------
+# Untrusted folders
+# -----------------------------------------------------------------------------
+
+
+def test_links_are_not_followed(tmp_path):
+    secret = tmp_path / "secret.log"
+    secret.write_text("seed:7\nlegal_ttt val_loss:1.0000 val_bpb:0.5000\n")
+    folder = build().write(tmp_path / "f")
+    (folder / "extra.log").symlink_to(secret)
+    (folder / "inside.log").symlink_to("train_seed42.log")
+    (folder / "outside").symlink_to(tmp_path, target_is_directory=True)
+    os.mkfifo(folder / "pipe.log")
+    found = {(f.level, f.what) for f in findings(folder) if f.check == "files"}
+    assert {
+        ("FAIL", "extra.log: a link that leaves the folder"),
+        ("FAIL", "outside: a link that leaves the folder"),
+        ("FAIL", "pipe.log: not a plain file"),
+        ("warn", "inside.log: a link, which is not followed"),
+    } == found
+    assert "extra.log" not in check.load(folder).logs
+
+
+def test_nothing_foreign_is_executed(tmp_path):
+    made = build(source=f"open({str(tmp_path / 'ran')!r}, 'w')\n" + SCRIPT)
+    made.files["train_gpt.py"] = packed(made.files["train_gpt.py"].decode()).encode()
+    findings(made.write(tmp_path / "f"))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_foreign_text_cannot_steer_the_terminal(tmp_path, capsys):
+    made = build()
+    made.meta |= dict(author="TODO \x1b[2J\u202e\n pass files", date="\x1b]0;x\x07")
+    made.files["\x1b[31mred.pt"] = b""
+    assert main(made.write(tmp_path / "f")) == 1
+    out = capsys.readouterr().out
+    assert all(line.split(" ")[0] in {"pass", "warn", "FAIL"} and line.isprintable() for line in out.splitlines())
+
+
+def test_huge_and_odd_folders(tmp_path):
+    folder = tmp_path / "f"
+    folder.mkdir()
+    for i in range(check.MAX_ENTRIES + 5):
+        (folder / f"z{i}.md").write_text("")
+    (folder / "a/b/c/d/e/f/g").mkdir(parents=True)
+    found = [f.what for f in findings(folder, "FAIL")]
+    assert any("more than 500 files" in what for what in found)
+    assert any("nested too deeply" in what for what in found)
+
+
+KEYS = [
+    "author",
+    "date",
+    "val_bpb",
+    "val_loss",
+    "seeds",
+    "seed_results",
+    "bytes_total",
+    "compliance",
+    "headline",
+    "track",
+]
+ANY_JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda part: (
+        st.lists(part, max_size=3) | st.dictionaries(st.sampled_from(KEYS) | st.text(max_size=8), part, max_size=4)
+    ),
+    max_leaves=8,
+)
+
+
+@given(
+    meta=st.dictionaries(st.sampled_from([*KEYS, "bytes_code", "val_bpb_std", "github_id"]), ANY_JSON), readme=st.text()
+)
+@settings(max_examples=60, deadline=None)
+def test_any_json_and_readme_are_judged_without_an_exception(tmp_path_factory, meta, readme):
+    made = build("baseline", source="x = 1\n")
+    made.meta |= meta
+    made.readme = readme.encode("utf-8", "replace").decode()
+    found = findings(made.write(tmp_path_factory.mktemp("any") / "f"))
+    assert {f.check for f in found} == set(check.CHECKS)
+    assert all(f.what.isprintable() for f in found)
+
+
+@given(st.floats(0.9, 1.3), st.floats(0.9, 1.3), st.floats(0.9, 1.3), st.integers(3, 8))
+@settings(max_examples=50, deadline=None)
+def test_a_mean_gives_its_rounding_and_no_other(a, b, c, digits):
+    mean = check.Mean(statistics.fmean((a, b, c)), 3, check.EXACT_DIGITS)
+    right = check.Decimal(f"{mean.value:.{digits}f}")
+    assert mean.gives(right)
+    assert not mean.gives(right + 2 * check.Decimal(10) ** -digits)
+
+
+# -----------------------------------------------------------------------------
+# Prose
+# -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "On 2026-04-09 PR #1493 (1.0810) and #549 came, in 2026, with 8 GPUs.",
+        "EMA decay 0.9965, lr 0.0250, beta 0.9500, softcap 30, warmdown 3,500, width 512, vocab 8192.",
+        "The cap is 16,000,000 bytes; each clock has 600 s.",
+        "Improves by 0.0052 nats over the baseline of 1.2244 bpb.",
+        "See `final 1.23456` at https://a.b/1.23456 and [text](1.23456.md).",
+        "torch 2.9.1, CUDA 12.8, Python 3.12.3",
+        "```\nval 1.2345 MATRIX_LR=1.0345 torchrun x\n```",
+        "| setting | value |\n|---|---|\n| MATRIX_LR | 0.02500 |\n| decay | 0.99650 |",
+        "| PR | val_bpb |\n|---|---|\n| #1493 | 1.0810 |\n| baseline | 1.2244 |",
+        "# Core\n## Ablation\n\n| variant | val_bpb |\n|---|---|\n| no EMA | 1.0913 |",
+    ],
+)
+def test_prose_numbers_are_no_claims(line):
+    assert list(check.readme_claims(line, SEEDS)) == []
+
+
+@pytest.mark.parametrize(
+    "line, kind, value",
+    [
+        ("val_bpb 1.08100", "score", 1.081),
+        ("**val_bpb: 1.0810 ± 0.0004**", "score", 1.081),
+        ("The mean is 1.0810 BPB.", "score", 1.081),
+        ("15,982,621 bytes", "size", 15_982_621),
+        ("an artifact of 15.98 MB", "size", 15.98),
+        ("trains 588.3 s", "time", 588.3),
+        ("4,900 steps", "steps", 4900),
+        ("| seed | val_bpb |\n|---|---|\n| 42 | **1.0812** |", "score", 1.0812),
+    ],
+)
+def test_claims_are_read(line, kind, value):
+    assert (kind, value) in {(claim.kind, claim.value) for claim in check.readme_claims(line, SEEDS)}
+
+
+# -----------------------------------------------------------------------------
+# Command line, --run, --against
+# -----------------------------------------------------------------------------
+
+
+def main(*words: object) -> int:
+    import argparse
+
+    parser = argparse.ArgumentParser()
+    check.add_arguments(parser)
+    return check.run(parser.parse_args([str(word) for word in words]))
+
+
+def test_exit_codes_and_json(tmp_path, capsys):
+    good = build().write(tmp_path / "good")
+    made = build()
+    made.meta["val_bpb"] = 1.0
+    bad = made.write(tmp_path / "bad")
+    assert main(good) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert all(line.startswith("pass ") for line in lines) and len(lines) >= len(check.CHECKS)
+    assert main(good, bad, "--json") == 1
+    said = json.loads(capsys.readouterr().out)
+    assert said["failed"] and [folder["failed"] for folder in said["folders"]] == [False, True]
+    assert {"check", "level", "what"} == set(said["folders"][1]["findings"][0])
+    assert main(tmp_path / "none") == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1
+
+
+def test_output_survives_a_narrow_encoding(tmp_path, monkeypatch):
+    narrow = io.TextIOWrapper(io.BytesIO(), "ascii")
+    monkeypatch.setattr(sys, "stdout", narrow)
+    made = build()
+    made.meta["author"] = "TODO é"
+    assert main(made.write(tmp_path / "f")) == 1
+
+
+def test_run_prints_the_smoke_line(tmp_path):
+    source = "class Hyperparameters:\n    model_dim, num_layers, vocab_size = 512, 11, 1024\n"
+    folder = build(source=source).write(tmp_path / "f")
+    found = check.check_run(folder)
+    smoke = r"import OK in \d+\.\d\ds, dim=512, layers=11, vocab=1024, code=(\d+) B, SMOKE_TEST_PASS"
+    assert int(re.fullmatch(smoke, found[-1].what)[1]) == len(source) and found[-1].level == "pass"
+
+
+HOSTILE = {
+    "missing module": ("import env_utils", "ModuleNotFoundError"),
+    "exception": ("raise RuntimeError('\\x1b[2J')", "RuntimeError"),
+    "exit": ("import sys; sys.exit(0)", "SystemExit"),
+    "hard exit": ("import os; os._exit(0)", "ended with exit code 0"),
+    "killed": ("import os; os.kill(os.getpid(), 9)", "SIGKILL"),
+    "endless": ("while True: pass", "not imported after"),
+    "memory": ("x = bytearray(2 << 30)", "MemoryError"),
+    "files": ("import os; open('a', 'wb').write(b'0' * (1 << 27))", ""),
+    "environment": ("import os; assert 'SECRET' in os.environ", "AssertionError"),
+    "working folder": (f"import os; assert os.getcwd() == {os.getcwd()!r}", "AssertionError"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_run_holds_hostile_scripts(tmp_path, monkeypatch, name):
+    monkeypatch.setenv("SECRET", "1")
+    monkeypatch.setattr(check, "RUN_MEMORY", 1 << 30)
+    monkeypatch.setattr(check, "RUN_SECONDS", 20 if name != "endless" else 2)
+    source, words = HOSTILE[name]
+    folder = build(source=source + "\n").write(tmp_path / "f")
+    before = sorted(folder.rglob("*"))
+    found = check.check_run(folder)
+    assert found[-1].level == "FAIL" and words in found[-1].what and found[-1].what.isprintable()
+    assert sorted(folder.rglob("*")) == before
+
+
+def test_run_has_no_network(tmp_path):
+    source = "import socket\nsocket.create_connection(('127.0.0.1', PORT), 2)\n"
+    import socket
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        text = source.replace("PORT", str(server.getsockname()[1]))
+        found = check.check_run(build(source=text).write(tmp_path / "f"))
+    if any("did not allow" in f.what for f in found):
+        pytest.skip("the kernel does not allow network namespaces here")
+    assert found[-1].level == "FAIL" and "OSError" in found[-1].what or "Network" in found[-1].what
+
+
+@pytest.fixture
+def repository(tmp_path):
+    """A clone with a record, and a submission added to its working tree."""
+
+    def git(*words):
+        identity = ["-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false"]
+        subprocess.run(["git", *identity, *words], cwd=tmp_path, check=True, capture_output=True)
+
+    git("init", "-q", "-b", "main")
+    (tmp_path / "train_gpt.py").write_text("x = 1\n")
+    build().write(tmp_path / "records/track_10min_16mb/2026-04-01_Old")
+    git("add", ".")
+    git("commit", "-qm", "a")
+    return tmp_path, git, build().write(tmp_path / "records/track_10min_16mb/2026-04-09_Core")
+
+
+def against(folder: Path, ref: str = "main") -> set[str]:
+    return {f.what for f in check.check_against(folder, ref) if f.level == "FAIL"}
+
+
+def test_against_wants_one_new_folder(repository):
+    root, git, folder = repository
+    assert against(folder) == set()
+    git("checkout", "-qb", "mine")
+    git("add", ".")
+    git("commit", "-qm", "b")
+    assert against(folder) == set()
+    (root / "train_gpt.py").write_text("x = 2\n")
+    (root / "helper.py").write_text("")
+    (root / "records/track_10min_16mb/2026-04-01_Old/README.md").unlink()
+    (root / "records/track_10min_16mb/2026-04-02_Two").mkdir()
+    (root / "records/track_10min_16mb/2026-04-02_Two/README.md").write_text("")
+    said = " ".join(against(folder))
+    for words in ("train_gpt.py is changed", "helper.py is added", "README.md is deleted", "2026-04-02_Two"):
+        assert words in said
+    old = root / "records/track_10min_16mb/2026-04-01_Old"
+    assert any("is not new" in what or "was there before" in what for what in against(old))
+    with pytest.raises(check.CheckError):
+        against(folder, "--output=/tmp/x")
+
+
+def test_against_ignores_what_came_later(repository):
+    root, git, folder = repository
+    git("checkout", "-qb", "mine")
+    git("add", ".")
+    git("commit", "-qm", "b")
+    git("checkout", "-q", "main")
+    (root / "train_gpt.py").write_text("x = 3\n")
+    git("commit", "-qam", "c")
+    git("checkout", "-q", "mine")
+    assert against(folder) == set()
+
+
+def test_the_hash_shown_is_the_file_s(tmp_path):
+    sha = hashlib.sha256(SCRIPT.encode()).hexdigest()[:16]
+    assert any(f.check == "source" and sha in f.what for f in findings(build().write(tmp_path / "f")))
