@@ -19,7 +19,7 @@ import records_corpus as corpus
 from records.submission import runlog, watch
 
 ROOT = Path(__file__).resolve().parent.parent
-LOGS = sorted((ROOT / "records" / "logs").glob("*.txt"))
+LOGS = sorted((ROOT / "records" / "logs").glob("cpu_mini*.txt"))
 DONE = ROOT / "records" / "logs" / "cpu_mini_seed1337.txt"
 COMMAND = (
     "import sys, argparse; from records.submission import watch\n"
