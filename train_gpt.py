@@ -115,7 +115,8 @@ class Hyperparameters:
     num_heads: int = opt("model", 8, "H, query heads", lo=1)
     num_kv_heads: int = opt("model", 4, "key/value heads (grouped-query attention)", lo=1)
     mlp_mult: float = opt("model", 3.0, "MLP hidden width, in multiples of D", lo=0.01, hi=64)
-    leaky_relu_slope: float = opt("model", 0.5, "negative slope before the square; 0: relu squared", lo=0, hi=1)
+    mlp_kind: str = opt("model", "leaky_relu2", "MLP nonlinearity", choices=("leaky_relu2", "swiglu", "star_relu"))
+    leaky_relu_slope: float = opt("model", 0.5, "leaky_relu2's negative slope; 0: relu squared", lo=0, hi=1)
     tie_embeddings: bool = opt("model", True, "the head is the token embedding")
     rope_base: float = opt("model", 10000.0, "rotary base frequency", lo=1)
     rope_dims: int = opt("model", 16, "rotated dimensions of each head, even; 0: all K", lo=0)
@@ -124,6 +125,11 @@ class Hyperparameters:
     ln_scale: bool = opt("model", True, "block l scales its normalized inputs by 1/sqrt(l+1)")
     unet_skips: bool = opt("model", True, "second half adds the outputs of the first half in reverse order")
     xsa_last_n: int = opt("model", 4, "last n layers remove the own value's direction from attention outputs", lo=0)
+    value_residual: bool = opt("model", False, "later layers add a learned share of the first layer's value")
+    gated_attention: bool = opt("model", False, "a learned gate of the input on each head's output")
+    num_loops: int = opt("model", 0, "extra passes over layers LOOP_START…LOOP_END with the same weights", lo=0, hi=16)
+    loop_start: int = opt("model", 3, "first layer of the loop", lo=0)
+    loop_end: int = opt("model", 5, "last layer of the loop", lo=0)
     smear_gate_enabled: bool = opt("model", True, "blend each position's embedding with its predecessor's")
     bigram_vocab_size: int = opt("model", 3072, "rows of the hashed bigram table; 0: none", lo=0, hi=1 << 24)
     bigram_dim: int = opt("model", 128, "width of the bigram table", lo=1, hi=16384)
@@ -143,6 +149,7 @@ class Hyperparameters:
     tied_embed_lr: float = opt("training", 0.035, "AdamW, tables (token, bigram, value) of a tied model", lo=0)
     tied_embed_init_std: float = opt("training", 0.005, "initial deviation of the token table", lo=0)
     matrix_lr: float = opt("training", 0.025, "Muon, block matrices", lo=0)
+    decoder_lr_mult: float = opt("training", 1.0, "MATRIX_LR of the second half of the layers, times this", lo=0)
     scalar_lr: float = opt("training", 0.025, "AdamW, gains, scales, gates and small projections", lo=0)
     muon_momentum: float = opt("training", 0.99, "Muon's final momentum", lo=0, hi=0.9999)
     muon_momentum_warmup_start: float = opt("training", 0.92, "Muon's first momentum", lo=0, hi=0.9999)
@@ -154,6 +161,9 @@ class Hyperparameters:
     beta2: float = opt("training", 0.95, "AdamW", lo=0, hi=0.99999)
     adam_eps: float = opt("training", 1e-8, "AdamW", lo=0)
     grad_clip_norm: float = opt("training", 0.3, "norm of the averaged gradient; 0: no clipping", lo=0)
+    enable_looping_at: float = opt(
+        "training", 0.35, "share of the steps or of the clock after which loops run", lo=0, hi=0.9
+    )
 
     ema_enabled: bool = opt("averaging", True, "exponential moving average of all weights")
     ema_decay: float = opt("averaging", 0.997, "reached through the ramp (1+t)/(10+t)", lo=0, hi=0.99999)
@@ -164,6 +174,7 @@ class Hyperparameters:
     qat_enabled: bool = opt("quantization", False, "fake quantization from the first step")
     late_qat: bool = opt("quantization", True, "fake quantization once the learning-rate scale is below the threshold")
     late_qat_threshold: float = opt("quantization", 0.57, "learning-rate scale that switches late QAT on", lo=0, hi=1)
+    crown_q: float = opt("quantization", 0.0, "weight of CROWN-Q's penalty in the warmdown; 0: none", lo=0)
     compressor: str = opt("quantization", "lzma", "of the artifact", choices=("lzma", "zstd"))
     artifact_cap_bytes: int = opt("quantization", 16_000_000, "code plus artifact; above it the exit code is 3", lo=1)
 
@@ -199,6 +210,12 @@ class Hyperparameters:
         )
         yield s.bigram_vocab_size == 1, "BIGRAM_VOCAB_SIZE=1 leaves no row to hash into; use 0 (none) or at least 2"
         yield s.xsa_last_n > s.num_layers, f"XSA_LAST_N={s.xsa_last_n} exceeds NUM_LAYERS={s.num_layers}"
+        yield (
+            s.num_loops > 0 and not s.loop_start <= s.loop_end < s.num_layers,
+            f"LOOP_START={s.loop_start} and LOOP_END={s.loop_end} must be layers in order, the last at most "
+            f"{s.num_layers - 1} (NUM_LAYERS={s.num_layers})",
+        )
+        yield s.num_loops > s.model_dim, f"NUM_LOOPS={s.num_loops} exceeds MODEL_DIM={s.model_dim}"
         yield (
             s.ve_enabled and not re.fullmatch(r"\s*\d{1,3}\s*(,\s*\d{1,3}\s*)*", s.ve_layers[:1024]),
             f"VE_LAYERS={s.ve_layers[:32]!r} must be layer numbers separated by commas, such as 9,10",
@@ -238,7 +255,8 @@ class Hyperparameters:
 
     @property
     def mlp_dim(self) -> int:
-        return max(1, round(self.mlp_mult * self.model_dim))
+        """Hidden width; a gated MLP has a third matrix and two thirds of the width, so as many weights."""
+        return max(1, round(self.mlp_mult * self.model_dim * (1 if self.mlp_kind == "leaky_relu2" else 2 / 3)))
 
     @property
     def ve_layer_ids(self) -> list[int]:
@@ -323,8 +341,6 @@ NOT_HERE = {
     "USE_GPTQ": (("0", "false"), "matrices are quantized by a per-row clip search"),
     "TRIGRAM": (("0", "false"), "trigram tables were measured as a loss by their authors"),
     "MUON_BETA2": (("0.95",), "Muon keeps no second moment (public scripts declare it and never read it)"),
-    "VALUE_RESIDUAL": (("0", "false"), "this version has no value residual"),
-    "GATED_ATTENTION": (("0", "false"), "this version has no gated attention"),
 }
 
 # Other programs' variables, never taken for a misspelt setting.
@@ -1098,13 +1114,21 @@ class Attention(nn.Module):
         self.out = CastedLinear(hp.model_dim, hp.model_dim)
         self.q_gain = nn.Parameter(torch.empty(hp.num_heads))
         self.ve_scale = nn.Parameter(torch.empty(())) if layer in hp.ve_layer_ids else None
+        # Not in the first layer, whose value it is: a parameter without a gradient.
+        self.first_share = nn.Parameter(torch.empty(())) if hp.value_residual and layer else None
+        self.gate = HeadGate(hp.model_dim, hp.num_heads) if hp.gated_attention else None
         self.exclude_self = layer >= hp.num_layers - hp.xsa_last_n
         self.head_dim, self.rotary, self.attend = hp.head_dim, rotary, attend
 
-    def forward(self, x: Tensor, value_embedding: Tensor | None) -> Tensor:
-        """(B, T, D) -> (B, T, D); value_embedding is (B, T, Hkv*K)."""
+    def forward(self, x: Tensor, value_embedding: Tensor | None, first_value: Tensor | None) -> tuple[Tensor, Tensor]:
+        """x (B, T, D) -> (output (B, T, D), this layer's own value (B, T, Hkv*K)); the arguments are of that shape.
+
+        first_value is the first layer's own value: value residual (Zhou et al., 2024) adds a share of it to v.
+        """
         heads = (*x.shape[:2], -1, self.head_dim)
-        v = self.v(x)
+        v = own_value = self.v(x)
+        if self.first_share is not None:
+            v = v + first_value * self.first_share.to(x.dtype)
         if self.ve_scale is not None:
             v = v + value_embedding * self.ve_scale.to(x.dtype)
         q, k, v = self.q(x).view(heads), self.k(x).view(heads), v.view(heads)
@@ -1113,7 +1137,22 @@ class Attention(nn.Module):
         y = self.attend(q, k, v)
         if self.exclude_self:
             y = exclude_own_value(y, v)
-        return self.out(y.reshape(x.shape))
+        if self.gate is not None:
+            y = y * self.gate(x)[..., None]
+        return self.out(y.reshape(x.shape)), own_value
+
+
+class HeadGate(nn.Module):
+    """2 sigmoid(w_h · x + b_h) per head: 1 at the start (after the gated attention of Qiu et al., 2025)."""
+
+    def __init__(self, dim: int, heads: int):
+        super().__init__()
+        self.proj = CastedLinear(dim, heads)
+        self.bias = nn.Parameter(torch.empty(heads))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, D) -> (B, T, H)"""
+        return 2 * torch.sigmoid(self.proj(x) + self.bias.to(x.dtype))
 
 
 def exclude_own_value(y: Tensor, v: Tensor) -> Tensor:
@@ -1124,16 +1163,22 @@ def exclude_own_value(y: Tensor, v: Tensor) -> Tensor:
 
 
 class MLP(nn.Module):
-    """W_down · leaky_relu(W_up x)²: the square keeps the sign-blind strength of both sides."""
+    """W_down · f(x). f is leaky_relu(W_up x)², whose square keeps the sign-blind strength of both sides, or gated:
+    silu(W_gate x) ⊙ W_up x (SwiGLU, Shazeer 2020), or the same with relu(z)² in place of silu (star_relu)."""
 
     def __init__(self, hp: Hyperparameters):
         super().__init__()
         self.up = CastedLinear(hp.model_dim, hp.mlp_dim)
+        self.gate = CastedLinear(hp.model_dim, hp.mlp_dim) if hp.mlp_kind != "leaky_relu2" else None
         self.down = CastedLinear(hp.mlp_dim, hp.model_dim)
-        self.slope = hp.leaky_relu_slope
+        self.kind, self.slope = hp.mlp_kind, hp.leaky_relu_slope
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.leaky_relu(self.up(x), self.slope).square())
+        hidden = self.up(x)
+        if self.gate is None:
+            return self.down(F.leaky_relu(hidden, self.slope).square())
+        gate = self.gate(x)
+        return self.down((F.silu(gate) if self.kind == "swiglu" else gate.relu().square()) * hidden)
 
 
 class Block(nn.Module):
@@ -1147,11 +1192,27 @@ class Block(nn.Module):
         self.mlp_scale = nn.Parameter(torch.empty(hp.model_dim))
         self.norm_scale = 1 / math.sqrt(layer + 1) if hp.ln_scale else 1.0
 
-    def forward(self, x: Tensor, x0: Tensor, value_embedding: Tensor | None) -> Tensor:
+    def forward(
+        self, x: Tensor, x0: Tensor, value_embedding: Tensor | None, first_value: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """(output (B, T, D), this layer's own value (B, T, Hkv*K))"""
         mix = self.resid_mix.to(x.dtype)
         x = mix[0] * x + mix[1] * x0
-        x = x + self.attn_scale.to(x.dtype) * self.attn(rms_norm(x) * self.norm_scale, value_embedding)
-        return x + self.mlp_scale.to(x.dtype) * self.mlp(rms_norm(x) * self.norm_scale)
+        y, own_value = self.attn(rms_norm(x) * self.norm_scale, value_embedding, first_value)
+        x = x + self.attn_scale.to(x.dtype) * y
+        return x + self.mlp_scale.to(x.dtype) * self.mlp(rms_norm(x) * self.norm_scale), own_value
+
+
+def layer_passes(hp: Hyperparameters, loops: int) -> tuple[tuple[int, int | None], ...]:
+    """(layer, number of the extra loop that begins with it, else None) of every pass through a block, in order.
+
+    Depth recurrence (Universal Transformers, Dehghani et al., 2018): layers LOOP_START…LOOP_END run once and then
+    `loops` times more with the same weights.
+    """
+    once = [(layer, None) for layer in range(hp.num_layers)]
+    again = [(layer, loop if layer == hp.loop_start else None)
+             for loop in range(loops) for layer in range(hp.loop_start, hp.loop_end + 1)]  # fmt: skip
+    return (*once[: hp.loop_end + 1], *again, *once[hp.loop_end + 1 :])
 
 
 class GPT(nn.Module):
@@ -1171,8 +1232,12 @@ class GPT(nn.Module):
             self.value_embedding = ValueEmbedding(hp.vocab_size, hp.ve_dim, hp.num_kv_heads * hp.head_dim)
         rotary = Rotary(hp.rope_dims or hp.head_dim, hp.rope_base, context, hp.train_seq_len)
         self.blocks = nn.ModuleList(Block(hp, layer, rotary, attend) for layer in range(hp.num_layers))
-        self.encoder_layers = hp.num_layers // 2 if hp.unet_skips else 0
-        self.skip_weights = nn.Parameter(torch.empty(self.encoder_layers, dim)) if self.encoder_layers else None
+        self.plain, self.looped = layer_passes(hp, 0), layer_passes(hp, hp.num_loops)
+        self.looping = hp.num_loops > 0  # training may switch it on later
+        self.loop_vectors = nn.Parameter(torch.empty(hp.num_loops, dim)) if hp.num_loops else None
+        self.unet_skips = hp.unet_skips
+        skips = len(self.looped) // 2 if hp.unet_skips else 0
+        self.skip_weights = nn.Parameter(torch.empty(skips, dim)) if skips else None
         self.lm_head = None if hp.tie_embeddings else CastedLinear(dim, hp.vocab_size)
         self.softcap, self.dtype = hp.logit_softcap, dtype
 
@@ -1186,13 +1251,18 @@ class GPT(nn.Module):
         x = rms_norm(x)
         if self.smear is not None:
             x = self.smear(x, starts)
-        x0, skips = x, []
+        x0, skips, first_value = x, [], None
         ve = self.value_embedding(tokens, self.dtype) if self.value_embedding is not None else None
-        for layer, block in enumerate(self.blocks):
-            if layer >= self.encoder_layers and skips:
-                x = x + self.skip_weights[layer - self.encoder_layers].to(x.dtype) * skips.pop()
-            x = block(x, x0, ve)
-            if layer < self.encoder_layers:
+        passes = self.looped if self.looping else self.plain
+        encoder = len(passes) // 2 if self.unet_skips else 0
+        for place, (layer, loop) in enumerate(passes):
+            if place >= encoder and skips:  # each weight belongs to the output that it scales
+                x = x + self.skip_weights[len(skips) - 1].to(x.dtype) * skips.pop()
+            if loop is not None:
+                x = x + self.loop_vectors[loop].to(x.dtype)
+            x, own_value = self.blocks[layer](x, x0, ve, first_value)
+            first_value = own_value if first_value is None else first_value
+            if place < encoder:
                 skips.append(x)
         return rms_norm(x)
 
@@ -1217,12 +1287,13 @@ class GPT(nn.Module):
 # Every parameter belongs to exactly one class. The class decides optimizer row and storage, never the size.
 TENSOR_CLASSES = {
     "attention": r"blocks\.\d+\.attn\.(q|k|v|out)\.weight",
-    "mlp": r"blocks\.\d+\.mlp\.(up|down)\.weight",
+    "mlp": r"blocks\.\d+\.mlp\.(up|gate|down)\.weight",
     "embedding": r"(tok_emb|bigram\.table|value_embedding\.table)\.weight",
     "head": r"lm_head\.weight",
+    "gate": r"blocks\.\d+\.attn\.gate\.proj\.weight",
     "projection": r"(bigram|value_embedding)\.proj\.weight",
-    "control": r"blocks\.\d+\.(attn\.(q_gain|ve_scale)|resid_mix|attn_scale|mlp_scale)"
-    r"|skip_weights|smear\.gate|(bigram|value_embedding)\.scale",
+    "control": r"blocks\.\d+\.(attn\.(q_gain|ve_scale|first_share|gate\.bias)|resid_mix|attn_scale|mlp_scale)"
+    r"|skip_weights|loop_vectors|smear\.gate|(bigram|value_embedding)\.scale",
 }
 
 
@@ -1256,10 +1327,12 @@ def init_weights(model: GPT, hp: Hyperparameters) -> None:
         "value scale": lambda w: nn.init.constant_(w, 0.1),
     }
     rules = {
-        "orthogonal": r"blocks\.\d+\.(attn\.(q|k|v)|mlp\.up)\.weight|(bigram|value_embedding)\.proj\.weight",
+        "orthogonal": r"blocks\.\d+\.(attn\.(q|k|v)|mlp\.(up|gate))\.weight|loop_vectors"
+        r"|(bigram|value_embedding)\.proj\.weight",
         "token table": r"tok_emb\.weight",
         "value table": r"value_embedding\.table\.weight",
-        "zero": r"blocks\.\d+\.(attn\.out|mlp\.down)\.weight|lm_head\.weight|bigram\.table\.weight|smear\.gate",
+        "zero": r"blocks\.\d+\.(attn\.out|mlp\.down|attn\.gate\.proj)\.weight|lm_head\.weight|bigram\.table\.weight"
+        r"|smear\.gate|blocks\.\d+\.attn\.(gate\.bias|first_share)",
         "one": r"blocks\.\d+\.(attn_scale|mlp_scale|attn\.ve_scale)|skip_weights",
         "gain": r"blocks\.\d+\.attn\.q_gain",
         "mix": r"blocks\.\d+\.resid_mix",
@@ -1364,7 +1437,8 @@ class Bank:
     n is padded to a multiple of the world size; padding rows have zero gradients and never move.
     """
 
-    def __init__(self, parameters: list[nn.Parameter], ranks: Ranks, dtype: torch.dtype):
+    def __init__(self, parameters: list[nn.Parameter], rates: list[float], ranks: Ranks, dtype: torch.dtype):
+        """rates are multiples of the learning rate, one for each matrix."""
         self.parameters, self.ranks = parameters, ranks
         rows, cols = parameters[0].shape
         device, n = parameters[0].device, -(-len(parameters) // ranks.size) * ranks.size
@@ -1377,6 +1451,10 @@ class Bank:
         self.gradient_shard = self.gradient if ranks.size == 1 else torch.zeros_like(self.gradient[mine])
         self.momentum = torch.zeros(self.gradient_shard.shape, device=device)
         self.step_size = math.sqrt(max(1.0, rows / cols))
+        self.rates = None
+        if set(rates) != {1.0}:
+            self.rates = torch.ones(n, 1, 1, device=device)
+            self.rates[: len(rates), 0, 0] = torch.tensor(rates)
         self.name = f"{rows}x{cols}"
         for i, parameter in enumerate(parameters):
             self.weight[i].copy_(parameter.data)
@@ -1407,7 +1485,11 @@ class Bank:
         self.momentum.copy_(padded[self.mine])
 
     def apply(self, lr: float, weight_decay: float) -> None:
-        self.weight.mul_(1 - lr * weight_decay).add_(self.update, alpha=-lr * self.step_size)
+        if self.rates is None:
+            self.weight.mul_(1 - lr * weight_decay).add_(self.update, alpha=-lr * self.step_size)
+        else:
+            rates = lr * self.rates
+            self.weight.mul_(1 - rates * weight_decay).sub_(self.update * (rates * self.step_size))
 
 
 class Optimizers:
@@ -1424,24 +1506,26 @@ class Optimizers:
         self.rows = {  # tensor classes: (optimizer, learning rate, weight decay)
             ("attention", "mlp"): ("muon", hp.matrix_lr, hp.muon_wd),
             ("embedding",): ("adamw", hp.tied_embed_lr if hp.tie_embeddings else hp.embed_lr, hp.adam_wd),
-            ("control", "projection"): ("adamw", hp.scalar_lr, hp.adam_wd),
+            ("control", "projection", "gate"): ("adamw", hp.scalar_lr, hp.adam_wd),
             ("head",): ("adamw", hp.head_lr, hp.adam_wd),
         }
-        by_shape: dict[tuple[int, ...], list[nn.Parameter]] = {}
+        by_shape: dict[tuple[int, ...], list[tuple[nn.Parameter, float]]] = {}
         groups = []
         claimed = 0
         for classes, (kind, lr, weight_decay) in self.rows.items():
-            members = [p for name, p in model.named_parameters() if tensor_class(name) in classes]
+            members = {name: p for name, p in model.named_parameters() if tensor_class(name) in classes}
             claimed += len(members)
             if kind == "muon":
-                for parameter in members:
-                    by_shape.setdefault(tuple(parameter.shape), []).append(parameter)
+                for name, parameter in members.items():
+                    decoder = int(name.split(".")[1]) >= hp.num_layers // 2
+                    rate = hp.decoder_lr_mult if decoder else 1.0
+                    by_shape.setdefault(tuple(parameter.shape), []).append((parameter, rate))
             elif members:
-                groups.append(dict(params=members, lr=lr, base_lr=lr, weight_decay=weight_decay))
+                groups.append(dict(params=[*members.values()], lr=lr, base_lr=lr, weight_decay=weight_decay))
         count = len(list(model.parameters()))
         if claimed != count:
             raise RuntimeError(f"{claimed} parameters in optimizer rows, {count} in the model")
-        self.banks = [Bank(parameters, ranks, dtype) for parameters in by_shape.values()]
+        self.banks = [Bank(*map(list, zip(*members, strict=True)), ranks, dtype) for members in by_shape.values()]
         self.banks.sort(key=lambda bank: sum(p.numel() for p in bank.parameters), reverse=True)
         self.adam = torch.optim.AdamW(groups, betas=(hp.beta1, hp.beta2), eps=hp.adam_eps, fused=True)
         self.small = [p for group in groups for p in group["params"]]
@@ -1451,7 +1535,8 @@ class Optimizers:
         """One update of all weights from the ranks' accumulated gradients, which are dropped; returns the norm of the
         averaged gradient before clipping, (), on the device."""
         handles = [bank.reduce_gradient() for bank in self.banks]
-        flat = torch.cat([p.grad.flatten() for p in self.small])
+        small = [p for p in self.small if p.grad is not None]  # a loop that is not on yet has vectors without one
+        flat = torch.cat([p.grad.flatten() for p in small])
         handles.append(self.ranks.start_sum(flat))
         for handle in handles:
             handle.wait()
@@ -1459,7 +1544,7 @@ class Optimizers:
         limit = self.hp.grad_clip_norm
         clip = (limit / (norm + 1e-6)).clamp(max=1.0) if limit else torch.ones_like(norm)
         flat.mul_(clip)
-        for parameter, gradient in zip(self.small, flat.split([p.numel() for p in self.small]), strict=True):
+        for parameter, gradient in zip(small, flat.split([p.numel() for p in small]), strict=True):
             parameter.grad = gradient.view_as(parameter)
         for group in self.adam.param_groups:
             group["lr"] = group["base_lr"] * lr_scale
@@ -1582,6 +1667,7 @@ STORAGE = {
     "mlp": "int6",
     "embedding": "int8",
     "head": "int8",
+    "gate": "int8",
     "projection": "fp16",
     "control": "fp32",
 }
@@ -1671,6 +1757,16 @@ class QAT:
         """Search the row scales of the present weights, outside the graph, into the buffers that it reads."""
         for layer in self.layers:
             layer.row_scale.copy_(search_row_scales(layer.weight, INT6_MAX))
+
+    @torch.no_grad()
+    def penalize(self, weight: float) -> None:
+        """Add the gradient of weight * Σ mean(w² δ²/12) over the matrices, δ their present quantization steps.
+
+        CROWN-Q: δ²/12 is the variance of uniform rounding noise, w² a stand-in for the loss's curvature.
+        """
+        for layer in self.layers:
+            w = layer.weight
+            w.grad.addcmul_(w, layer.row_scale.square(), value=weight / (6 * w.numel()))
 
     def switch(self, on: bool) -> None:
         if on:
@@ -1893,7 +1989,7 @@ def read_artifact_file(path: str, kind: str) -> tuple[bytes, dict, dict[str, Sto
 CHECKPOINT_MAGIC = b"PGCKPT\x01\n"
 
 CHECKPOINT_META = dict(run_id=str, settings=dict, code_sha256=str, data=list, dtype=str, step=int, loss=float)
-CHECKPOINT_META |= dict(elapsed_ms=float, durations=list, swa_samples=int, qat=bool, resumed_at=list)
+CHECKPOINT_META |= dict(elapsed_ms=float, durations=list, swa_samples=int, qat=bool, looping=bool, resumed_at=list)
 
 # Settings that neither move a weight by more than rounding nor a score: they may change when a run goes on.
 MAY_CHANGE = ("run_id", "out_dir", "data_path", "tokenizer_path", "resume", "checkpoint_every", "audit", "audit_tokens")
@@ -2263,6 +2359,7 @@ class Trainer:
         self.model = run.build(hp.train_seq_len)
         init_weights(self.model, hp)
         self.model.to(ranks.device)
+        self.model.looping = hp.num_loops > 0 and hp.enable_looping_at == 0
         # After .to(): parameters become views of banks here, and a later move would silently part them.
         self.optimizers = Optimizers(self.model, hp, ranks, run.dtype, run.compile)
         self.averages, self.qat = Averages(self.model, hp), QAT(self.model)
@@ -2277,7 +2374,7 @@ class Trainer:
     def warm_up(self) -> None:
         """Run every graph of the timed loop on synthetic tokens, then undo all of it: weights and optimizer state.
 
-        Variants: with and without fake quantization (where late QAT will switch), and scoring without gradients.
+        Variants: with and without fake quantization and loops (where they will switch), and scoring without gradients.
         """
         run, hp, start = self.run, self.run.hp, time.perf_counter()
         initial = [p.detach().clone() for p in self.model.parameters()]
@@ -2287,9 +2384,10 @@ class Trainer:
             shape = (2, rows, hp.train_seq_len)
             return torch.randint(hp.vocab_size, shape, generator=generator).to(run.ranks.device)
 
-        variants = [False] * (not hp.qat_enabled) + [True] * (hp.qat_enabled or hp.late_qat)
+        fake_quants = [False] * (not hp.qat_enabled) + [True] * (hp.qat_enabled or hp.late_qat)
+        loops = sorted({self.model.looping, hp.num_loops > 0}, reverse=True)  # ends as training starts
         for i in range(hp.warmup_steps):
-            for fake_quant in variants:
+            for fake_quant, self.model.looping in itertools.product(fake_quants, loops):
                 with self.qat.switched(fake_quant):
                     inputs, targets = synthetic(self.micro_rows)
                     accumulate_gradients(self.forward, inputs, targets, self.micro_rows, hp.train_batch_tokens)
@@ -2316,15 +2414,25 @@ class Trainer:
         if not self.qat.on and (hp.qat_enabled or (hp.late_qat and scale < hp.late_qat_threshold)):
             self.qat.switch(True)
             self.run.log(f"{'qat' if hp.qat_enabled else 'late_qat'}:enabled step:{step} scale:{scale:.4f}")
-        elif self.qat.on and step % QAT_REFRESH_STEPS == 0:
+        elif (self.qat.on or hp.crown_q) and step % QAT_REFRESH_STEPS == 0:
             self.qat.refresh()
+        if hp.num_loops and not self.model.looping and self.progress() >= hp.enable_looping_at:
+            self.model.looping = True
+            self.run.log(f"looping:enabled step:{step} passes:{len(self.model.looped)}")
         loss = accumulate_gradients(self.forward, inputs, targets, self.micro_rows, hp.train_batch_tokens)
+        if hp.crown_q and scale < 1:
+            self.qat.penalize(hp.crown_q / self.run.ranks.size)
         norm = self.optimizers.step(scale, muon_momentum(step, hp))
         if self.averages.update(step, scale):
             self.run.log(f"swa:start step:{step}")
         clock.post(loss, norm)
         self.step += 1
         return loss
+
+    def progress(self) -> float:
+        """Share of the run that is over: of its steps or of its clock, whichever ends first."""
+        hp, clock_ms = self.run.hp, 1000 * self.run.hp.max_wallclock_seconds
+        return max(self.step / hp.iterations, self.clock.elapsed_ms / clock_ms if clock_ms else 0.0)
 
     def train(self) -> None:
         """The timed loop: until ITERATIONS, the wall-clock cap or a signal. Validation and checkpoints stop the clock.
@@ -2425,6 +2533,7 @@ class Trainer:
             durations=list(clock.durations),
             swa_samples=self.averages.swa_samples,
             qat=self.qat.on,
+            looping=self.model.looping,
             resumed_at=self.resumed_at,
         )
         try:
@@ -2445,6 +2554,7 @@ class Trainer:
         self.resumed_at = [*meta["resumed_at"], self.step]
         self.clock.restore(self.step, meta["loss"], meta["elapsed_ms"], meta["durations"])
         self.qat.set(meta["qat"])
+        self.model.looping = meta["looping"]
         self.averages.swa_samples = meta["swa_samples"]
         if self.averages.swa_samples:
             self.averages.swa = [torch.empty_like(w) for w in self.averages.live]

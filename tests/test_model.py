@@ -52,11 +52,13 @@ def ref_rotate(x, position: int, hp, context: int):
     return y
 
 
-def ref_attention(x, ve, layer: int, hp, w, context: int):
+def ref_attention(x, ve, first, layer: int, hp, w, context: int):
+    """(output, own value)"""
     length, width = len(x), hp.model_dim // hp.num_heads
     group = hp.num_heads // hp.num_kv_heads
     name = f"blocks.{layer}.attn"
-    q, k, v = (x @ w[f"{name}.{part}.weight"].T for part in "qkv")
+    q, k, own = (x @ w[f"{name}.{part}.weight"].T for part in "qkv")
+    v = own + first * w[f"{name}.first_share"] if f"{name}.first_share" in w else own
     if f"{name}.ve_scale" in w:
         v = v + ve * w[f"{name}.ve_scale"]
     y = torch.zeros(length, hp.num_heads, width, dtype=torch.float64)
@@ -70,13 +72,21 @@ def ref_attention(x, ve, layer: int, hp, w, context: int):
             if layer >= hp.num_layers - hp.xsa_last_n:
                 unit = v[t, shared] / v[t, shared].norm()
                 out = out - (out @ unit) * unit
+            if hp.gated_attention:
+                gate = x[t] @ w[f"{name}.gate.proj.weight"][h] + w[f"{name}.gate.bias"][h]
+                out = out * 2 / (1 + torch.exp(-gate))
             y[t, h] = out
-    return y.flatten(1) @ w[f"{name}.out.weight"].T
+    return y.flatten(1) @ w[f"{name}.out.weight"].T, own
 
 
 def ref_mlp(x, layer: int, hp, w):
     z = x @ w[f"blocks.{layer}.mlp.up.weight"].T
-    return torch.where(z > 0, z, hp.leaky_relu_slope * z) ** 2 @ w[f"blocks.{layer}.mlp.down.weight"].T
+    if hp.mlp_kind == "leaky_relu2":
+        hidden = torch.where(z > 0, z, hp.leaky_relu_slope * z) ** 2
+    else:
+        gate = x @ w[f"blocks.{layer}.mlp.gate.weight"].T
+        hidden = z * (gate / (1 + torch.exp(-gate)) if hp.mlp_kind == "swiglu" else gate.clamp(min=0) ** 2)
+    return hidden @ w[f"blocks.{layer}.mlp.down.weight"].T
 
 
 def ref_logits(tokens, hp, weights, context: int):
@@ -94,17 +104,29 @@ def ref_logits(tokens, hp, weights, context: int):
     if hp.ve_enabled:
         table = w["value_embedding.table.weight"][tokens]
         ve = w["value_embedding.scale"] * (table @ w["value_embedding.proj.weight"].T)
-    x0, stack, half = x, [], hp.num_layers // 2 if hp.unet_skips else 0
-    for layer in range(hp.num_layers):
+    passes = [(layer, None) for layer in range(hp.num_layers)]
+    if hp.num_loops:
+        middle = list(range(hp.loop_start, hp.loop_end + 1))
+        passes = [(layer, None) for layer in range(hp.loop_end + 1)]
+        for loop in range(hp.num_loops):
+            passes += [(middle[0], loop)] + [(layer, None) for layer in middle[1:]]
+        passes += [(layer, None) for layer in range(hp.loop_end + 1, hp.num_layers)]
+    x0, stack, half, first = x, [], len(passes) // 2 if hp.unet_skips else 0, None
+    for place, (layer, loop) in enumerate(passes):
         name = f"blocks.{layer}"
-        if layer >= half and stack:
-            x = x + w["skip_weights"][layer - half] * stack.pop()
+        if place >= half and stack:
+            pushed_at, pushed = stack.pop()
+            x = x + w["skip_weights"][pushed_at] * pushed
+        if loop is not None:
+            x = x + w["loop_vectors"][loop]
         scale = 1 / math.sqrt(layer + 1) if hp.ln_scale else 1.0
         u = w[f"{name}.resid_mix"][0] * x + w[f"{name}.resid_mix"][1] * x0
-        u = u + w[f"{name}.attn_scale"] * ref_attention(ref_rms(u) * scale, ve, layer, hp, w, context)
+        y, own = ref_attention(ref_rms(u) * scale, ve, first, layer, hp, w, context)
+        first = own if first is None else first
+        u = u + w[f"{name}.attn_scale"] * y
         x = u + w[f"{name}.mlp_scale"] * ref_mlp(ref_rms(u) * scale, layer, hp, w)
-        if layer < half:
-            stack.append(x)
+        if place < half:
+            stack.append((place, x))
     z = ref_rms(x) @ (w["tok_emb.weight"] if hp.tie_embeddings else w["lm_head.weight"]).T
     return hp.logit_softcap * torch.tanh(z / hp.logit_softcap)
 
@@ -123,8 +145,15 @@ NOTHING = dict(
         (dict(num_layers=4, num_kv_heads=4, tie_embeddings=False, leaky_relu_slope=0.1), 16),
         (dict(rope_dims=0, train_seq_len=8, rope_base=50.0, mlp_mult=1.3), 16),
         (dict(num_layers=1, ve_layers="0", leaky_relu_slope=0.0), 16),
+        (dict(value_residual=True, gated_attention=True), 16),
+        (dict(mlp_kind="swiglu", mlp_mult=3.0), 16),
+        (dict(mlp_kind="star_relu", xsa_last_n=0), 16),
+        (dict(num_loops=2, loop_start=1, loop_end=1), 16),
+        (dict(num_loops=1, loop_start=0, loop_end=2, value_residual=True), 16),
+        (dict(num_layers=5, num_loops=3, loop_start=1, loop_end=3, unet_skips=False), 16),
     ],
-    ids=["all", "nothing", "five-layers", "untied", "ntk", "one-layer"],
+    ids="all nothing five-layers untied ntk one-layer values-and-gates swiglu star-relu loop-of-one loop-of-all "
+    "loop-without-skips".split(),
 )
 def test_model_equals_plain_reference(changes, context):
     hp = tiny_hp(**changes)
@@ -313,12 +342,76 @@ def test_each_size_reaches_the_model(field):
     assert sizes[0] < sizes[1]
 
 
+PUBLISHED = dict(value_residual=True, gated_attention=True, num_loops=2, loop_start=1, loop_end=1)
+PUBLISHED_OFF = [
+    (dict(value_residual=False), "first_share"),
+    (dict(gated_attention=False), "attn.gate."),
+    (dict(num_loops=0), "loop_vectors"),
+]
+
+
+@pytest.mark.parametrize("off, absent", PUBLISHED_OFF, ids=[next(iter(off)) for off, _ in PUBLISHED_OFF])
+def test_a_published_technique_is_absent_when_off_and_acts_when_on(off, absent):
+    on, without = build_model(tiny_hp(**PUBLISHED)), build_model(tiny_hp(**(PUBLISHED | off)))
+    gone = {n for n in weights_of(on)} - {n for n in weights_of(without)}
+    assert gone and all(absent in name for name in gone)
+    shared = {n: w[: len(weights_of(without)[n])] if w.dim() else w for n, w in weights_of(on).items() if n not in gone}
+    without.load_state_dict(shared)
+    assert (losses(on, random_tokens(17)) - losses(without, random_tokens(17))).abs().max() > 1e-4
+
+
+def test_a_fresh_model_is_not_moved_by_gates_shares_or_loops():
+    """What starts as the identity does: after one step of training nothing but the loop vectors could differ."""
+    plain = build_model(seed=None)
+    for changes in (dict(value_residual=True), dict(gated_attention=True)):
+        other = build_model(tiny_hp(**changes), seed=None)
+        other.load_state_dict(randomized := weights_of(randomize(build_model(seed=None))), strict=False)
+        plain.load_state_dict(randomized)
+        tokens = random_tokens(17)
+        torch.testing.assert_close(losses(other, tokens), losses(plain, tokens), atol=1e-5, rtol=0)
+
+
+def test_a_model_with_loops_switched_off_is_the_plain_one():
+    looped, plain = build_model(tiny_hp(**PUBLISHED)), build_model(tiny_hp(value_residual=True, gated_attention=True))
+    plain.load_state_dict(
+        {n: w[:1] if n == "skip_weights" else w for n, w in weights_of(looped).items() if n != "loop_vectors"}
+    )
+    on = losses(looped, random_tokens(17))
+    looped.looping = False
+    assert torch.equal(losses(looped, random_tokens(17)), losses(plain, random_tokens(17)))
+    assert not torch.equal(losses(looped, random_tokens(17)), on)
+
+
+def test_loops_keep_the_meaning_of_a_skip_that_both_graphs_have():
+    """The weight belongs to what is pushed: switching loops on does not hand a learned weight to another layer."""
+    hp = tiny_hp(num_layers=7, num_loops=2, loop_start=2, loop_end=3)
+    assert [layer for layer, _ in pg.layer_passes(hp, 2)] == [0, 1, 2, 3, 2, 3, 2, 3, 4, 5, 6]
+    assert [loop for _, loop in pg.layer_passes(hp, 2)] == [None] * 4 + [0, None, 1, None] + [None] * 3
+    model = build_model(hp)
+    assert model.skip_weights.shape == (5, 24)
+    model.looping = False
+    before = losses(model, random_tokens(17))
+    with torch.no_grad():
+        model.skip_weights[3:].zero_()  # those of outputs that only the loops push
+    assert torch.equal(losses(model, random_tokens(17)), before)
+
+
+@pytest.mark.parametrize("kind", ["swiglu", "star_relu"])
+def test_a_gated_mlp_has_as_many_weights(kind):
+    def weights(**changes) -> int:
+        return sum(
+            p.numel() for n, p in build_model(tiny_hp(mlp_mult=3.0, **changes)).named_parameters() if "mlp." in n
+        )
+
+    assert weights(mlp_kind=kind) == weights()
+
+
 # Initial values
 
-EVERYTHING = [dict(), dict(tie_embeddings=False), NOTHING, dict(num_layers=12)]
+EVERYTHING = [dict(), dict(tie_embeddings=False), NOTHING, dict(num_layers=12), dict(PUBLISHED, mlp_kind="swiglu")]
 
 
-@pytest.mark.parametrize("changes", EVERYTHING, ids=["all", "untied", "nothing", "twelve-layers"])
+@pytest.mark.parametrize("changes", EVERYTHING, ids=["all", "untied", "nothing", "twelve-layers", "published"])
 def test_every_parameter_has_one_initial_value_one_class_and_one_optimizer_row(changes):
     hp = tiny_hp(**changes)
     model = pg.GPT(hp, 16, pg.sdpa, torch.float32)
@@ -370,7 +463,7 @@ def test_blocks_start_as_the_identity():
     x, x0 = torch.randn(2, 1, 8, 24, generator=torch.Generator().manual_seed(0)).unbind()
     ve = model.value_embedding(torch.arange(8)[None], torch.float32)
     for block in model.blocks:
-        assert torch.equal(block(x, x0, ve), x)
+        assert torch.equal(block(x, x0, ve, None)[0], x)
 
 
 def test_initial_values_are_those_of_the_formulas():
@@ -391,8 +484,9 @@ def test_initial_values_are_those_of_the_formulas():
     assert w["bigram.scale"] == pytest.approx(0.05) and w["value_embedding.scale"] == pytest.approx(0.1)
 
 
-def test_every_parameter_learns_by_the_second_step():
-    hp = tiny_hp(grad_clip_norm=0.0)
+@pytest.mark.parametrize("changes", [dict(), dict(PUBLISHED, mlp_kind="swiglu")], ids=["core", "published"])
+def test_every_parameter_learns_by_the_second_step(changes):
+    hp = tiny_hp(grad_clip_norm=0.0, **changes)
     model = build_model(hp, seed=None)
     optimizers = pg.Optimizers(model, hp, single_rank(hp), torch.float32, False)
     text = batch(*(random_tokens(17, seed=s) for s in range(4)))

@@ -111,6 +111,9 @@ ILLEGAL = [
     (dict(ROPE_DIMS=66), "ROPE_DIMS=66 must be 0 or an even number from 4 to the head width 64"),
     (dict(BIGRAM_VOCAB_SIZE=1), "BIGRAM_VOCAB_SIZE=1 leaves no row"),
     (dict(XSA_LAST_N=12), "XSA_LAST_N=12 exceeds NUM_LAYERS=11"),
+    (dict(NUM_LOOPS=1, LOOP_START=5, LOOP_END=4), "LOOP_START=5 and LOOP_END=4 must be layers in order"),
+    (dict(NUM_LOOPS=1, LOOP_END=11), "LOOP_START=3 and LOOP_END=11 must be layers in order, the last at most 10"),
+    (dict(NUM_LOOPS=9, MODEL_DIM=8, NUM_HEADS=1, NUM_KV_HEADS=1, ROPE_DIMS=0), "NUM_LOOPS=9 exceeds MODEL_DIM=8"),
     (dict(VE_LAYERS="9;10"), "VE_LAYERS='9;10' must be layer numbers"),
     (dict(VE_LAYERS=""), "VE_LAYERS='' must be layer numbers"),
     (dict(VE_LAYERS="9,-1"), "VE_LAYERS='9,-1' must be layer numbers"),
@@ -173,6 +176,8 @@ LEGAL = [
     dict(TTT_FREEZE_BLOCKS=11, XSA_LAST_N=11),
     dict(EVAL_STRIDE=2048),
     dict(RUN_ID="a.b-c_2"),
+    dict(NUM_LAYERS=3, VE_LAYERS="1", XSA_LAST_N=1),  # the loop of no loops may lie anywhere
+    dict(NUM_LOOPS=16, LOOP_START=0, LOOP_END=10),
 ]
 
 
@@ -511,6 +516,7 @@ def differs(a: Mapping[str, torch.Tensor], b: Mapping[str, torch.Tensor]) -> boo
 
 # Setting -> (changed value, what else both runs share). The raw trained weights must differ.
 UNTIED = dict(tie_embeddings=False)
+LOOPED = dict(num_loops=2, loop_start=1, loop_end=1)
 TRAINED = dict(
     seed=(7, {}),
     dtype=("bf16", {}),
@@ -520,7 +526,14 @@ TRAINED = dict(
     num_heads=(2, {}),
     num_kv_heads=(4, {}),
     mlp_mult=(1.0, {}),
+    mlp_kind=("swiglu", {}),
     leaky_relu_slope=(0.0, {}),
+    value_residual=(True, {}),
+    gated_attention=(True, {}),
+    num_loops=(2, dict(loop_start=1, loop_end=1)),
+    loop_start=(0, LOOPED),
+    loop_end=(2, LOOPED),
+    enable_looping_at=(0.0, LOOPED),
     tie_embeddings=(False, {}),
     rope_base=(100.0, {}),
     rope_dims=(0, {}),
@@ -544,6 +557,7 @@ TRAINED = dict(
     tied_embed_lr=(0.1, {}),
     tied_embed_init_std=(0.05, {}),
     matrix_lr=(0.1, {}),
+    decoder_lr_mult=(2.0, {}),
     scalar_lr=(0.1, {}),
     muon_momentum=(0.5, dict(muon_momentum_warmup_steps=2)),
     muon_momentum_warmup_start=(0.5, {}),
@@ -558,6 +572,7 @@ TRAINED = dict(
     qat_enabled=(True, dict(late_qat=False)),
     late_qat=(False, {}),
     late_qat_threshold=(0.9, {}),
+    crown_q=(1e4, {}),
 )
 
 
@@ -565,7 +580,7 @@ TRAINED = dict(
 def test_a_setting_changes_the_trained_weights(name):
     value, shared = TRAINED[name]
     assert value != getattr(tiny_hp(**shared), name)
-    with_it, without = train(**shared, **{name: value}), trained(tuple(shared.items()))
+    with_it, without = train(**shared | {name: value}), trained(tuple(shared.items()))
     assert differs(weights_of(with_it.model), weights_of(without.model))
 
 
