@@ -174,6 +174,15 @@ class Hyperparameters:
     qat_enabled: bool = opt("quantization", False, "fake quantization from the first step")
     late_qat: bool = opt("quantization", True, "fake quantization once the learning-rate scale is below the threshold")
     late_qat_threshold: float = opt("quantization", 0.57, "learning-rate scale that switches late QAT on", lo=0, hi=1)
+    attn_bits: int = opt("quantization", 6, "of the matrices q, k and v", lo=5, hi=8)
+    attn_out_bits: int = opt("quantization", 6, "of the attention's output matrix", lo=5, hi=8)
+    mlp_bits: int = opt("quantization", 6, "of the MLP's matrices", lo=5, hi=8)
+    embed_bits: int = opt("quantization", 8, "of the tables and an untied head; 16: fp16", lo=5, hi=16)
+    gptq_enabled: bool = opt("quantization", False, "full GPTQ of the block matrices, calibrated on training text")
+    gptq_calibration_tokens: int = opt("quantization", 262_144, "training tokens that it sees", lo=2)
+    gptq_reserve_seconds: float = opt("quantization", 0.0, "of the training clock, for calibration; 0: measured", lo=0)
+    gptq_percdamp: float = opt("quantization", 0.01, "damping, in mean diagonals of the Hessian", lo=1e-6, hi=10)
+    gptq_block_size: int = opt("quantization", 128, "columns between updates of all later ones", lo=1)
     crown_q: float = opt("quantization", 0.0, "weight of CROWN-Q's penalty in the warmdown; 0: none", lo=0)
     compressor: str = opt("quantization", "lzma", "of the artifact", choices=("lzma", "zstd"))
     artifact_cap_bytes: int = opt("quantization", 16_000_000, "code plus artifact; above it the exit code is 3", lo=1)
@@ -227,6 +236,17 @@ class Hyperparameters:
         yield (
             s.swa_enabled and s.swa_source == "ema" and not s.ema_enabled,
             "SWA_SOURCE=ema needs EMA_ENABLED=1; use SWA_SOURCE=raw or SWA_ENABLED=0",
+        )
+        yield 8 < s.embed_bits < 16, f"EMBED_BITS={s.embed_bits} must be from 5 to 8, or 16"
+        yield (
+            s.gptq_enabled and s.gptq_reserve_seconds >= s.max_wallclock_seconds > 0,
+            f"GPTQ_RESERVE_SECONDS={s.gptq_reserve_seconds:g} leaves nothing of "
+            f"MAX_WALLCLOCK_SECONDS={s.max_wallclock_seconds:g} to train in",
+        )
+        yield (
+            s.gptq_enabled and s.gptq_calibration_tokens < s.train_seq_len,
+            f"GPTQ_CALIBRATION_TOKENS={s.gptq_calibration_tokens} is less than one sequence, "
+            f"TRAIN_SEQ_LEN={s.train_seq_len}",
         )
         yield s.eval_stride > s.eval_seq_len, f"EVAL_STRIDE={s.eval_stride} exceeds EVAL_SEQ_LEN={s.eval_seq_len}"
         yield s.ttt_enabled and s.eval_stride == 0, "TTT_ENABLED=1 needs sliding windows: EVAL_STRIDE of 1 or more"
@@ -328,6 +348,7 @@ PUBLIC_NAMES = {
     "QAT_THRESHOLD": "LATE_QAT_THRESHOLD",
     "SMEAR_GATE": "SMEAR_GATE_ENABLED",
     "MUON_WEIGHT_DECAY": "MUON_WD",
+    "USE_GPTQ": "GPTQ_ENABLED",
 }
 
 # Names of published commands that this script does not offer: (accepted off values, what to do instead).
@@ -338,7 +359,6 @@ NOT_HERE = {
     "LAWA_K": (("0", "10"), "use SWA_ENABLED=1"),
     "LAWA_FREQ": (("0", "100"), "use SWA_EVERY"),
     "DTG_ENABLED": (("0", "false"), "there is no dynamic token gate"),
-    "USE_GPTQ": (("0", "false"), "matrices are quantized by a per-row clip search"),
     "TRIGRAM": (("0", "false"), "trigram tables were measured as a loss by their authors"),
     "MUON_BETA2": (("0.95",), "Muon keeps no second moment (public scripts declare it and never read it)"),
 }
@@ -1024,12 +1044,12 @@ class CastedLinear(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(out_dim, in_dim))
         self.register_buffer("row_scale", None, persistent=False)  # (out, 1) fp32, set when QAT is prepared
-        self.fake_quant = False
+        self.fake_quant, self.q_max = False, 0
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.weight
         if self.fake_quant:
-            grid = quantize_rows(weight.detach(), self.row_scale, INT6_MAX) * self.row_scale
+            grid = quantize_rows(weight.detach(), self.row_scale, self.q_max) * self.row_scale
             weight = grid + (weight - weight.detach())  # value: the grid's, exactly; gradient: straight through
         return F.linear(x, weight.to(x.dtype))
 
@@ -1286,7 +1306,8 @@ class GPT(nn.Module):
 
 # Every parameter belongs to exactly one class. The class decides optimizer row and storage, never the size.
 TENSOR_CLASSES = {
-    "attention": r"blocks\.\d+\.attn\.(q|k|v|out)\.weight",
+    "attention": r"blocks\.\d+\.attn\.(q|k|v)\.weight",
+    "attention_out": r"blocks\.\d+\.attn\.out\.weight",
     "mlp": r"blocks\.\d+\.mlp\.(up|gate|down)\.weight",
     "embedding": r"(tok_emb|bigram\.table|value_embedding\.table)\.weight",
     "head": r"lm_head\.weight",
@@ -1295,6 +1316,9 @@ TENSOR_CLASSES = {
     "control": r"blocks\.\d+\.(attn\.(q_gain|ve_scale|first_share|gate\.bias)|resid_mix|attn_scale|mlp_scale)"
     r"|skip_weights|loop_vectors|smear\.gate|(bigram|value_embedding)\.scale",
 }
+
+
+MATRICES = ("attention", "attention_out", "mlp")  # of the blocks: what Muon moves, QAT prepares and GPTQ quantizes
 
 
 def one_match(name: str, patterns: Mapping[str, str], what: str) -> str:
@@ -1504,7 +1528,7 @@ class Optimizers:
     def __init__(self, model: GPT, hp: Hyperparameters, ranks: Ranks, dtype: torch.dtype, compile: bool):
         self.hp, self.ranks = hp, ranks
         self.rows = {  # tensor classes: (optimizer, learning rate, weight decay)
-            ("attention", "mlp"): ("muon", hp.matrix_lr, hp.muon_wd),
+            MATRICES: ("muon", hp.matrix_lr, hp.muon_wd),
             ("embedding",): ("adamw", hp.tied_embed_lr if hp.tie_embeddings else hp.embed_lr, hp.adam_wd),
             ("control", "projection", "gate"): ("adamw", hp.scalar_lr, hp.adam_wd),
             ("head",): ("adamw", hp.head_lr, hp.adam_wd),
@@ -1657,24 +1681,39 @@ class Averages:
 # Quantization
 # ----------------------------------------------------------------------------------------------------------------------
 
-INT6_MAX, INT8_MAX = 31, 127
 CLIP_QUANTILES = (0.999, 0.9995, 0.9999, 0.99999)
 QAT_REFRESH_STEPS = 16  # the scale search in every forward would cost about a third of a step
 
-# How each tensor class is stored. The order is also the order of the artifact's streams: like beside like.
+# What each tensor class may be stored as, the default first. The order is also that of the artifact's streams: like
+# beside like.
+GRIDS = ("int6", "int5", "int7", "int8")
 STORAGE = {
-    "attention": "int6",
-    "mlp": "int6",
-    "embedding": "int8",
-    "head": "int8",
-    "gate": "int8",
-    "projection": "fp16",
-    "control": "fp32",
+    "attention": GRIDS,
+    "attention_out": GRIDS,
+    "mlp": GRIDS,
+    "embedding": ("int8", "int5", "int6", "int7", "fp16"),
+    "head": ("int8", "int5", "int6", "int7", "fp16"),
+    "gate": ("int8",),
+    "projection": ("fp16",),
+    "control": ("fp32",),
 }
 
 
+def storage_kinds(hp: Hyperparameters) -> dict[str, str]:
+    """How each tensor class is stored under these settings."""
+    bits = dict(attention=hp.attn_bits, attention_out=hp.attn_out_bits, mlp=hp.mlp_bits)
+    bits |= dict(embedding=hp.embed_bits, head=hp.embed_bits)
+    chosen = {name: "fp16" if n == 16 else f"int{n}" for name, n in bits.items()}
+    return {name: chosen.get(name, kinds[0]) for name, kinds in STORAGE.items()}
+
+
+def levels(kind: str) -> int:
+    """The largest code of a grid; 0 for fp16 and fp32."""
+    return (1 << int(kind[3:]) - 1) - 1 if kind.startswith("int") else 0
+
+
 class Stored(NamedTuple):
-    """A tensor as the artifact holds it: int6/int8 codes with one fp16 scale per row, or plain fp16/fp32."""
+    """A tensor as the artifact holds it: codes of a grid (int5 … int8) with one fp16 scale per row, or fp16/fp32."""
 
     kind: str
     data: Tensor  # int8 codes (rows, cols), or fp16/fp32 of any shape
@@ -1695,68 +1734,191 @@ def fp16_scale(clip: Tensor, q_max: int) -> Tensor:
     return (clip / q_max).half().float()
 
 
-def search_row_scales(w: Tensor, q_max: int) -> Tensor:
-    """GPTQ-lite: the clip among four quantiles of |w| and the maximum with the least squared error, row by row.
-
-    w is (rows, cols) fp32, the result (rows, 1) fp32 with fp16 values.
-    """
-    cols = w.size(1)
+def clip_candidates(w: Tensor, kind: str) -> list[Tensor]:
+    """Scales (rows, 1) worth trying for w (rows, cols) fp32, the maximum first; 255 levels need no clipping."""
+    q_max, cols = levels(kind), w.size(1)
     # The largest entries hold all quantiles from 0.999 up: descending order, index j is rank cols-1-j.
     top = w.abs().topk(min(cols, math.ceil((1 - CLIP_QUANTILES[0]) * (cols - 1)) + 1), dim=1).values
     clips = [top[:, :1]]
-    for quantile in CLIP_QUANTILES:
+    for quantile in CLIP_QUANTILES if kind != "int8" else ():
         position = (1 - quantile) * (cols - 1)  # from the top, linear between entries
         low = int(position)
         clips.append(torch.lerp(top[:, low : low + 1], top[:, min(low + 1, top.size(1) - 1)][:, None], position - low))
-    best, best_error = None, None
-    for clip in clips:
-        scale = fp16_scale(clip, q_max)
-        error = (quantize_rows(w, scale, q_max) * scale - w).square().sum(1, keepdim=True)
-        better = error < best_error if best is not None else None
-        best = scale if best is None else torch.where(better, scale, best)
-        best_error = error if better is None else torch.where(better, error, best_error)
-    return best
+    return [fp16_scale(clip, q_max) for clip in clips]
 
 
-def store(name: str, w: Tensor) -> Stored:
-    """One weight in the form that its class decides. Raises LimitError where that form cannot hold it."""
-    kind, w = STORAGE[tensor_class(name)], w.detach().float().cpu()
-    if kind in ("int6", "int8"):
-        q_max = INT6_MAX if kind == "int6" else INT8_MAX
-        scale = search_row_scales(w, q_max) if kind == "int6" else fp16_scale(w.abs().amax(1, keepdim=True), q_max)
-        stored = Stored(kind, quantize_rows(w, scale, q_max).to(torch.int8), scale.half())
+def best_of(candidates: Sequence[tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """(scale, codes) with the least error, row by row; the first of equals. A candidate is (scale, codes, error), the
+    scale and the error (rows, 1), the codes (rows, cols)."""
+    scale, codes, error = candidates[0]
+    for other_scale, other_codes, other_error in candidates[1:]:
+        better = other_error < error
+        scale, codes = torch.where(better, other_scale, scale), torch.where(better, other_codes, codes)
+        error = torch.where(better, other_error, error)
+    return scale, codes
+
+
+def round_to_nearest(w: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+    """GPTQ-lite: (scale, codes) of the clip among four quantiles of |w| and the maximum with the least squared error.
+
+    w is (rows, cols) fp32; the scale (rows, 1) fp32 with fp16 values, the codes (rows, cols) whole floats.
+    """
+    candidates = []
+    for scale in clip_candidates(w, kind):
+        codes = quantize_rows(w, scale, levels(kind))
+        candidates.append((scale, codes, (codes * scale - w).square().sum(1, keepdim=True)))
+    return best_of(candidates)
+
+
+def output_error(w: Tensor, approximation: Tensor, hessian: Tensor) -> Tensor:
+    """(rows, 1): squared error of the layer's outputs over the calibration text, Σ ((w - approximation) x)²."""
+    difference = w - approximation
+    return (difference @ hessian * difference).sum(1, keepdim=True)
+
+
+class GPTQ:
+    """Rounds a matrix column by column and lets the later columns make up for each error (Frantar et al., 2022).
+
+    hessian is (cols, cols) fp32, Σ x xᵀ of the layer's inputs. Columns go in descending order of its diagonal.
+    """
+
+    def __init__(self, hessian: Tensor, hp: Hyperparameters):
+        self.hessian, self.block = hessian, hp.gptq_block_size
+        damped, diagonal = hessian.double(), hessian.double().diagonal()
+        damped = damped + torch.diag(hp.gptq_percdamp * diagonal.mean() + (diagonal == 0).double())
+        self.order = diagonal.argsort(descending=True, stable=True)
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped[self.order][:, self.order]))
+        self.factor = torch.linalg.cholesky(inverse, upper=True).float()
+
+    def quantize(self, w: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+        """(scale, codes) like round_to_nearest, of the clip with the least error of the layer's outputs."""
+        scales = clip_candidates(w, kind)
+        codes = self.codes(w.repeat(len(scales), 1), torch.cat(scales), levels(kind)).split(len(w))
+        errors = [output_error(w, c * scale, self.hessian) for c, scale in zip(codes, scales, strict=True)]
+        return best_of(list(zip(scales, codes, errors, strict=True)))
+
+    def codes(self, w: Tensor, scale: Tensor, q_max: int) -> Tensor:
+        """Codes (rows, cols) of w on the grid of scale (rows, 1)."""
+        w, cols = w[:, self.order], w.size(1)
+        codes = torch.empty_like(w)
+        for start in range(0, cols, self.block):
+            end = min(start + self.block, cols)
+            errors = torch.empty_like(w[:, start:end])
+            for j in range(start, end):
+                column = w[:, j : j + 1]
+                codes[:, j : j + 1] = quantize_rows(column, scale, q_max)
+                error = (column - codes[:, j : j + 1] * scale) / self.factor[j, j]
+                w[:, j:end] -= error * self.factor[j, j:end]
+                errors[:, j - start : j - start + 1] = error
+            w[:, end:] -= errors @ self.factor[start:end, end:]
+        return codes[:, self.order.argsort()]
+
+
+@torch.no_grad()
+def calibrate(run: "Run", weights: Mapping[str, Tensor], texts: np.ndarray) -> dict[str, Tensor]:
+    """Σ x xᵀ (in, in) fp32 of the inputs x of every block matrix, by its name, over texts (n, TRAIN_SEQ_LEN).
+
+    On a copy of the model in fp32 weights: casting the live ones for calibration cost a published run 0.3 bpb. The
+    sums are over all ranks.
+    """
+    device = run.ranks.device
+    model = run.build(run.hp.train_seq_len).to(device)
+    model.load_state_dict(weights)
+    layers = {f"{name}.weight": m for name, m in model.named_modules() if isinstance(m, CastedLinear)}
+    layers = {name: layer for name, layer in layers.items() if tensor_class(name) in MATRICES}
+    hessians = {n: torch.zeros(m.weight.size(1), m.weight.size(1), device=device) for n, m in layers.items()}
+
+    def accumulate(name: str) -> Callable:
+        def hook(_, inputs: tuple[Tensor]) -> None:
+            x = inputs[0].flatten(0, 1).float()
+            hessians[name].addmm_(x.T, x)
+
+        return hook
+
+    for name, layer in layers.items():
+        layer.register_forward_pre_hook(accumulate(name))
+    mine, rows = run.ranks.part(texts), calibration_rows(run)
+    for i in range(0, len(mine), rows):
+        model.trunk(torch.from_numpy(mine[i : i + rows].astype(np.int64)).to(device))
+    for name, hessian in hessians.items():
+        if not run.ranks.sum_(hessian).diagonal().sum() > 0:
+            raise LimitError(f"{name} saw no input in calibration; nothing was exported")
+    return hessians
+
+
+def calibration_rows(run: "Run") -> int:
+    """Sequences of one calibration forward of a rank."""
+    return max(1, SCORE_TOKENS[run.ranks.device.type] // run.hp.train_seq_len)
+
+
+def calibration_texts(run: "Run") -> np.ndarray:
+    """(n, TRAIN_SEQ_LEN) uint16: GPTQ_CALIBRATION_TOKENS of the training text, evenly spaced. Raises UserError."""
+    length = run.hp.train_seq_len
+    count, last = run.hp.gptq_calibration_tokens // length, max(0, len(run.stream) - length)
+    starts = [last * i // max(1, count - 1) for i in range(count)]
+    return np.stack([run.stream.read(start, length) for start in starts])
+
+
+def store(name: str, w: Tensor, kind: str, gptq: GPTQ | None = None) -> Stored:
+    """One weight as `kind`, on CPU. Raises LimitError where that form cannot hold it."""
+    w = w.detach().float()
+    if levels(kind):
+        scale, codes = gptq.quantize(w, kind) if gptq is not None else round_to_nearest(w, kind)
+        stored = Stored(kind, codes.to(torch.int8).cpu(), scale.half().cpu())
     else:
-        stored = Stored(kind, w.half() if kind == "fp16" else w, None)
+        stored = Stored(kind, w.half().cpu() if kind == "fp16" else w.cpu(), None)
     if not (w.isfinite().all() and stored.dequantize().isfinite().all()):
         raise LimitError(f"{name} holds weights that are not finite or too large for {kind}; nothing was exported")
     return stored
 
 
-def quantize(weights: Mapping[str, Tensor]) -> dict[str, Stored]:
-    """All weights as the artifact holds them, in the artifact's order (class by class)."""
-    order = list(STORAGE)
-    names = sorted(weights, key=lambda name: order.index(tensor_class(name)))  # stable: model order within a class
-    return {name: store(name, weights[name]) for name in names}
+def quantize(
+    weights: Mapping[str, Tensor], hp: Hyperparameters, hessians: Mapping[str, Tensor] | None = None
+) -> dict[str, Stored]:
+    """All weights as the artifact holds them, in the artifact's order (class by class); block matrices by GPTQ where
+    there are Hessians."""
+    kinds, order, tensors = storage_kinds(hp), list(STORAGE), {}
+    for name in sorted(weights, key=lambda name: order.index(tensor_class(name))):  # stable: model order in a class
+        w, gptq = weights[name], None
+        if hessians is not None and tensor_class(name) in MATRICES:
+            gptq = GPTQ(hessians[name], hp)
+            w = w.to(gptq.hessian.device)
+        tensors[name] = store(name, w, kinds[tensor_class(name)], gptq)
+    return tensors
+
+
+def log_gptq(log: Log, weights: Mapping[str, Tensor], tensors: Mapping[str, Stored], hessians: Mapping) -> None:
+    """Each matrix's output error in shares of that of rounding to nearest; the matrices in the file alone."""
+    shares = []
+    for name, hessian in hessians.items():
+        w, kind = weights[name].to(hessian.device), tensors[name].kind
+        scale, codes = round_to_nearest(w, kind)
+        plain = output_error(w, codes * scale, hessian).sum().item()
+        error = output_error(w, tensors[name].dequantize().to(w.device), hessian).sum().item()
+        shares.append(error / plain if plain else 1.0)
+        log(f"gptq:{name} {kind} output_error:{error:.6g} of_rounding:{shares[-1]:.4f}", console=False)
+    worst, middle = max(shares), statistics.median(shares)
+    log(f"gptq:matrices:{len(shares)} output_error_of_rounding median:{middle:.4f} worst:{worst:.4f}")
 
 
 class QAT:
-    """Fake quantization of every int6 matrix on the exporter's own grid, switched per module instance."""
+    """Fake quantization of every block matrix on the exporter's own grid, switched per module instance."""
 
-    def __init__(self, model: GPT):
-        self.layers = [
-            module
-            for name, module in model.named_modules()
-            if isinstance(module, CastedLinear) and STORAGE[tensor_class(f"{name}.weight")] == "int6"
-        ]
-        self.on = False
-        for layer in self.layers:
+    def __init__(self, model: GPT, hp: Hyperparameters):
+        self.on, self.layers, self.kinds = False, [], []
+        for name, module in model.named_modules():
+            if isinstance(module, CastedLinear) and (tensor := tensor_class(f"{name}.weight")) in MATRICES:
+                self.layers.append(module)
+                self.kinds.append(storage_kinds(hp)[tensor])
+        for layer, kind in zip(self.layers, self.kinds, strict=True):
+            layer.q_max = levels(kind)
             layer.row_scale = torch.ones(layer.weight.size(0), 1, device=layer.weight.device)
 
     @torch.no_grad()
     def refresh(self) -> None:
         """Search the row scales of the present weights, outside the graph, into the buffers that it reads."""
-        for layer in self.layers:
-            layer.row_scale.copy_(search_row_scales(layer.weight, INT6_MAX))
+        for layer, kind in zip(self.layers, self.kinds, strict=True):
+            layer.row_scale.copy_(round_to_nearest(layer.weight, kind)[0])
 
     @torch.no_grad()
     def penalize(self, weight: float) -> None:
@@ -1805,13 +1967,13 @@ class QAT:
 #   56  …  body: the compressed payload
 # Payload: u32 length of a compact JSON header, the header, then without padding
 #   the data of every tensor in the order of the header's table, row-major: codes one int8 each, fp16, fp32
-#   the fp16 row scales of the int6 and int8 tensors in the same order, all high bytes first, then all low bytes
+#   the fp16 row scales of the codes in the same order, all high bytes first, then all low bytes
 # Header: {"kind": "artifact"|"weights", "architecture": {…}, "evaluation": {…}, "tokenizer_sha256": hex,
-#   "tensors": [[name, shape, "int6"|"int8"|"fp16"|"fp32"], …]}. Nothing in it depends on time, paths or names of runs.
+#   "tensors": [[name, shape, "int5"|…|"int8"|"fp16"|"fp32"], …]}. Nothing in it depends on time, paths or run names.
 MAGIC, FORMAT_VERSION, PREFIX_BYTES = b"PGOLF", 1, 56
 MAX_PAYLOAD_BYTES, MAX_HEADER_BYTES = 1 << 30, 1 << 20
 COMPRESSORS = ("stored", "lzma", "zstd")
-KINDS = {"int6": (torch.int8, 1), "int8": (torch.int8, 1), "fp16": (torch.float16, 2), "fp32": (torch.float32, 4)}
+KINDS = dict.fromkeys(GRIDS, (torch.int8, 1)) | {"fp16": (torch.float16, 2), "fp32": (torch.float32, 4)}
 
 
 class ArtifactError(UserError):
@@ -1933,7 +2095,7 @@ def parse_header(text: bytes) -> dict:
     if len(table) != len(expected) or shapes != expected or not whole:
         raise ArtifactError("artifact is damaged: its tensors are not those of its architecture")
     for name, _, kind in table:
-        if kind != (STORAGE[tensor_class(name)] if header["kind"] == "artifact" else "fp32"):
+        if kind not in (STORAGE[tensor_class(name)] if header["kind"] == "artifact" else ("fp32",)):
             raise ArtifactError(f"artifact is damaged: {name} is stored as {kind!r}")
     return header
 
@@ -1941,7 +2103,7 @@ def parse_header(text: bytes) -> dict:
 def read_tensors(table: list, data: memoryview) -> dict[str, Stored]:
     """Tensors of a checked table from the payload after the header. Lengths are compared before anything is made."""
     sizes = [math.prod(shape) * KINDS[kind][1] for _, shape, kind in table]
-    rows = [shape[0] if kind in ("int6", "int8") else 0 for _, shape, kind in table]
+    rows = [shape[0] if levels(kind) else 0 for _, shape, kind in table]
     if sum(sizes) + 2 * sum(rows) != len(data):
         raise ArtifactError("artifact is damaged: its streams are shorter or longer than its table")
     planes = np.frombuffer(data[sum(sizes) :], dtype=np.uint8).reshape(2, -1)
@@ -1950,7 +2112,7 @@ def read_tensors(table: list, data: memoryview) -> dict[str, Stored]:
     for (name, shape, kind), size, scale in zip(table, sizes, scales, strict=True):
         values = torch.frombuffer(bytearray(data[offset : offset + size]), dtype=KINDS[kind][0]).view(shape)
         offset += size
-        limit = {"int6": INT6_MAX, "int8": INT8_MAX}.get(kind)
+        limit = levels(kind)
         if limit and (int(values.max()) > limit or int(values.min()) < -limit):
             raise ArtifactError(f"artifact is damaged: codes of {name} lie outside {kind}")
         if not (scale if limit else values).isfinite().all() or (limit and (scale < 0).any()):
@@ -2089,7 +2251,7 @@ def find_resumed(hp: Hyperparameters, source: bytes) -> Checkpoint | None:
 
 # Tokens of one scoring forward of a rank: enough to fill the device; on CPU, small enough for its caches.
 SCORE_TOKENS = {"cuda": 131_072, "cpu": 16_384}
-TRAINING_PHASES = ("train", "average")  # what the training clock has to hold
+TRAINING_PHASES = ("train", "average", "calibrate")  # what the training clock has to hold
 EVAL_MARGIN = 0.02  # of EVAL_MAX_SECONDS: test-time training stops this much earlier
 
 
@@ -2362,7 +2524,7 @@ class Trainer:
         self.model.looping = hp.num_loops > 0 and hp.enable_looping_at == 0
         # After .to(): parameters become views of banks here, and a later move would silently part them.
         self.optimizers = Optimizers(self.model, hp, ranks, run.dtype, run.compile)
-        self.averages, self.qat = Averages(self.model, hp), QAT(self.model)
+        self.averages, self.qat = Averages(self.model, hp), QAT(self.model, hp)
         self.forward = run.compiled(self.model)
         self.micro_rows = hp.micro_batch(ranks.size) // hp.train_seq_len
         self.clock, self.step = Clock(ranks, run.signals), 0
@@ -2405,7 +2567,22 @@ class Trainer:
             # Twice the time: it is measured once, and the last step must not end beyond the cap.
             self.clock.reserve_ms = 2000 * run.ranks.largest(time.perf_counter() - averaging)
             run.log(f"train_reserve:{self.clock.reserve_ms:.0f}ms for averaging")
+            if hp.gptq_enabled:
+                seconds = hp.gptq_reserve_seconds or 2 * self.measure_calibration()
+                self.clock.reserve_ms += 1000 * seconds
+                run.log(f"train_reserve:{1000 * seconds:.0f}ms for calibration")
         run.phases.seconds["warmup"] = time.perf_counter() - start
+
+    def measure_calibration(self) -> float:
+        """Seconds that calibration will take, from one forward of each rank on synthetic tokens, agreed."""
+        run, length = self.run, self.run.hp.train_seq_len
+        count, at_once = run.hp.gptq_calibration_tokens // length, calibration_rows(run) * run.ranks.size
+        texts = np.random.default_rng(0).integers(run.hp.vocab_size, size=(min(count, at_once), length))
+        weights = self.exported_weights()[1]
+        start = time.perf_counter()
+        calibrate(run, weights, texts)
+        synchronize(run.ranks.device)
+        return run.ranks.largest(time.perf_counter() - start) * -(-count // at_once)
 
     def train_step(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """One update from this rank's (sequences, T) part of the batch; returns its part of the mean loss, ()."""
@@ -2642,9 +2819,10 @@ class Evaluation:
             self.adapter = Adapter(self.model, self.forward, hp, ranks) if hp.ttt_enabled else None
             self.reset()
         self.batch = score_batch_windows(hp, ranks, hp.eval_seq_len)
-        self.passes = {"final_int6_roundtrip": ("fixed", hp.eval_seq_len)}
+        grid = main_grid(tensors)
+        self.passes = {f"final_{grid}_roundtrip": ("fixed", hp.eval_seq_len)}
         if hp.eval_stride:
-            self.passes["final_int6_sliding_window"] = ("fixed", hp.eval_stride)
+            self.passes[f"final_{grid}_sliding_window"] = ("fixed", hp.eval_stride)
         if hp.ttt_enabled:
             self.passes["legal_ttt"] = ("adapted", hp.eval_stride)
 
@@ -2784,6 +2962,11 @@ UNIT_SUM = 1e-4  # how far a distribution's sum may lie from 1
 class Finding(NamedTuple):
     passed: bool
     figure: str
+
+
+def main_grid(tensors: Mapping[str, Stored]) -> str:
+    """The grid that most weights are on, for labels: that of the MLP's matrices."""
+    return tensors["blocks.0.mlp.down.weight"].kind
 
 
 class Watched(Evaluation):
@@ -2970,7 +3153,7 @@ class Audit:
             same = int(plan_windows(self.n, self.context, stride)[-1, 1])  # a slice ends with a window of its own
             if method == "adapted":
                 same = min(same, int(self.evaluation.chunks(self.whole, stride)[0][-1, 2]))
-                label = "final_int6_sliding_window"
+                label = f"final_{main_grid(self.tensors)}_sliding_window"
             if not distance(headline[:same], self.base[label][0][:same]) <= SAME_NATS[self.run.ranks.device.type]:
                 problems.append(f"{label} does not give again the scores that the artifact had")
         figure = f"tokens:{self.whole.targets} bytes:{int(self.whole.bytes.sum())}"
@@ -3079,6 +3262,10 @@ class Job(NamedTuple):
     def trains(self) -> bool:
         return self.blob is None and self.tensors is None
 
+    @property
+    def reads_training_text(self) -> bool:
+        return self.trains or (self.hp.export_only and self.hp.gptq_enabled)
+
 
 def read_job(environ: Mapping[str, str]) -> Job:
     """Settings from the environment; with EVAL_ONLY or EXPORT_ONLY over those of the file. Raises UserError.
@@ -3178,11 +3365,19 @@ def write_result(run: Run, path: Path, data: bytes) -> None:
 
 
 def export(run: Run, weights: Mapping[str, Tensor]) -> bytes:
-    """Quantize, compress, write; the artifact's bytes as read back from the main rank's disk, on every rank."""
-    blob, path = None, run.folder / "artifact.pgolf"
+    """Quantize, compress, write; the artifact's bytes as read back from the main rank's disk, on every rank.
+
+    GPTQ's calibration reads training text, so its seconds belong to the training clock.
+    """
+    blob, path, hessians = None, run.folder / "artifact.pgolf", None
+    if run.hp.gptq_enabled:
+        with run.phases("calibrate"):
+            hessians = calibrate(run, weights, run.ranks.agree(lambda: calibration_texts(run)))
     if run.ranks.is_main:
         with run.phases("quantize"):
-            tensors = quantize(weights)
+            tensors = quantize(weights, run.hp, hessians)
+        if hessians is not None:
+            log_gptq(run.log, weights, tensors, hessians)
         with run.phases("compress"):
             header = artifact_header("artifact", run.hp, run.dtype, run.val.tokenizer_sha256)
             write_result(run, path, pack_artifact(header, tensors, run.hp.compressor))
@@ -3207,7 +3402,9 @@ def prepare(job: Job, ranks: Ranks, signals: Signals) -> Run:
     attention, attend = ranks.agree(lambda: choose_attention(hp, ranks.device, dtype))
     val = ranks.agree(lambda: load_validation(hp))
     ranks.agree(lambda: check_data(job, val))
-    stream = ranks.agree(lambda: TokenStream(find_shards(hp, "train"), hp.vocab_size)) if job.trains else None
+    stream = None
+    if job.reads_training_text:
+        stream = ranks.agree(lambda: TokenStream(find_shards(hp, "train"), hp.vocab_size))
     source = Path(__file__).read_bytes()
     checkpoint = ranks.agree(lambda: find_resumed(hp, source) if ranks.is_main else None)
     shared = ranks.broadcast_object(checkpoint and checkpoint._replace(tensors={}))
@@ -3290,7 +3487,7 @@ def carry_out(run: Run, job: Job) -> int:
             save_weights(run, weights)
         blob = export(run, weights)  # before any diagnostic: a run that dies later has its artifact
     _, tensors = unpack_artifact(blob)
-    label = f"int6+{COMPRESSORS[blob[6]]}"
+    label = f"{main_grid(tensors)}+{COMPRESSORS[blob[6]]}"
     log(f"Serialized model {label}: {len(blob)} bytes")
     log(f"Code size: {len(run.source)} bytes")
     log(f"Total submission size {label}: {len(blob) + len(run.source)} bytes")

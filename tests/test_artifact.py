@@ -40,7 +40,7 @@ def header_of(hp: pg.Hyperparameters, kind: str = "artifact") -> dict:
 
 def make_blob(compressor: str = "stored", hp: pg.Hyperparameters | None = None) -> bytes:
     hp = hp or tiny_hp(**SMALL)
-    return pg.pack_artifact(header_of(hp), pg.quantize(weights_of(build_model(hp))), compressor)
+    return pg.pack_artifact(header_of(hp), pg.quantize(weights_of(build_model(hp)), hp), compressor)
 
 
 def seal(compressor: int, body: bytes, payload_bytes: int) -> bytes:
@@ -97,7 +97,7 @@ def assert_well_formed(header: dict, tensors: dict[str, pg.Stored]) -> None:
     assert [[name, list(t.data.shape), t.kind] for name, t in tensors.items()] == header["tensors"]
     assert {name: t.data.shape for name, t in tensors.items()} == {n: p.shape for n, p in model.named_parameters()}
     for name, t in tensors.items():
-        assert t.kind == (pg.STORAGE[pg.tensor_class(name)] if header["kind"] == "artifact" else "fp32")
+        assert t.kind == (pg.STORAGE[pg.tensor_class(name)][0] if header["kind"] == "artifact" else "fp32")
         assert t.data.dtype == pg.KINDS[t.kind][0] and t.dequantize().isfinite().all()
         if t.scale is not None:
             assert t.scale.shape == (t.data.size(0), 1) and t.scale.dtype == torch.float16
@@ -135,7 +135,7 @@ def little_memory(limit: int):
 @pytest.mark.parametrize("changes", [dict(), SMALL, dict(tie_embeddings=False, ve_enabled=False, bigram_vocab_size=0)])
 def test_round_trip_is_exact(compressor, changes):
     hp = tiny_hp(**changes)
-    tensors = pg.quantize(weights_of(build_model(hp)))
+    tensors = pg.quantize(weights_of(build_model(hp)), hp)
     blob = pg.pack_artifact(header_of(hp), tensors, compressor)
     header, back = pg.unpack_artifact(blob)
     assert same(tensors, back)
@@ -154,7 +154,7 @@ def test_float_weights_round_trip_exactly():
 
 def test_extreme_values_round_trip_exactly():
     hp = tiny_hp(**SMALL)
-    tensors = pg.quantize(weights_of(build_model(hp)))
+    tensors = pg.quantize(weights_of(build_model(hp)), hp)
     for t in tensors.values():
         t.data.flatten()[0] = {"int6": -31, "int8": -127, "fp16": 6e-8, "fp32": 1e-45}[t.kind]
         t.data.flatten()[-1] = {"int6": 31, "int8": 127, "fp16": -65504.0, "fp32": -3e38}[t.kind]

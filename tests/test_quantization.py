@@ -4,13 +4,18 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import build_model, random_tokens, tiny_hp, weights_of
+from helpers import build_model, make_run, random_tokens, tiny_hp, weights_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import train_gpt as pg
 
 INT6, INT8 = "blocks.0.attn.q.weight", "tok_emb.weight"
+
+
+def store(name: str, w: torch.Tensor) -> pg.Stored:
+    """As the default settings store a tensor of this name."""
+    return pg.store(name, w, pg.storage_kinds(tiny_hp())[pg.tensor_class(name)])
 
 
 def normal(rows: int, cols: int, seed: int = 0) -> torch.Tensor:
@@ -36,7 +41,7 @@ def squared_error(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("make", [normal, heavy_tailed])
 def test_each_row_takes_the_best_of_four_quantiles_and_the_maximum(make, cols):
     w = make(12, cols)
-    stored = pg.store(INT6, w)
+    stored = store(INT6, w)
     candidates = [w.abs().amax(1, keepdim=True)]
     candidates += [torch.quantile(w.abs(), q, dim=1, keepdim=True) for q in (0.999, 0.9995, 0.9999, 0.99999)]
     errors = torch.stack([squared_error(on_grid(w, clip, 31), w) for clip in candidates])
@@ -49,14 +54,14 @@ def test_clipping_wins_where_it_should():
     """Rows with outliers among thousands choose a quantile: the search is not idle."""
     w = heavy_tailed(16, 4000)
     maximum = (w.abs().amax(1, keepdim=True) / 31).half()
-    assert (pg.store(INT6, w).scale < maximum).any()
+    assert (store(INT6, w).scale < maximum).any()
     even = normal(16, 100).sign()
-    assert torch.equal(pg.store(INT6, even).scale, torch.full((16, 1), 1 / 31).half())
+    assert torch.equal(store(INT6, even).scale, torch.full((16, 1), 1 / 31).half())
 
 
 @pytest.mark.parametrize("name, q_max", [(INT6, 31), (INT8, 127)])
 def test_codes_are_whole_and_in_range_and_scales_are_one_fp16_per_row(name, q_max):
-    stored = pg.store(name, heavy_tailed(20, 300))
+    stored = store(name, heavy_tailed(20, 300))
     assert stored.data.dtype == torch.int8 and stored.scale.dtype == torch.float16 and stored.scale.shape == (20, 1)
     assert int(stored.data.abs().max()) == q_max
     assert torch.equal(stored.dequantize(), stored.data.float() * stored.scale.float())
@@ -71,7 +76,7 @@ def test_codes_are_whole_and_in_range_and_scales_are_one_fp16_per_row(name, q_ma
 )  # fmt: skip
 def test_the_error_is_at_most_half_a_step_inside_the_clip(name, q_max, rows):
     w = torch.tensor(rows)
-    stored = pg.store(name, w)
+    stored = store(name, w)
     scale = stored.scale.float()
     inside = w.abs() <= scale * q_max
     error = (stored.dequantize() - w).abs()
@@ -85,7 +90,7 @@ def test_the_error_is_at_most_half_a_step_inside_the_clip(name, q_max, rows):
 def test_zero_rows_stay_zero_beside_ordinary_rows(name):
     w = normal(4, 32)
     w[1] = 0
-    back = pg.store(name, w).dequantize()
+    back = store(name, w).dequantize()
     assert not back[1].any() and back.isfinite().all() and back[0].any()
 
 
@@ -94,8 +99,8 @@ def test_zero_rows_stay_zero_beside_ordinary_rows(name):
 def test_relative_precision_does_not_depend_on_a_rows_size(name, levels, size):
     """A floor under the scale would leave small rows with a few levels or none."""
     w = normal(8, 64)
-    unit = (pg.store(name, w).dequantize() - w).norm() / w.norm()
-    scaled = (pg.store(name, size * w).dequantize() - size * w).norm() / (size * w).norm()
+    unit = (store(name, w).dequantize() - w).norm() / w.norm()
+    scaled = (store(name, size * w).dequantize() - size * w).norm() / (size * w).norm()
     assert unit < 1.5 / levels and scaled < 1.3 * unit
 
 
@@ -104,7 +109,7 @@ def test_a_step_of_a_millionth_keeps_its_levels(name, levels):
     """A floor under the scale (1/31 was published) would store such rows as zeros."""
     w = normal(8, 64)
     w *= 1e-6 * levels / w.abs().amax(1, keepdim=True)
-    stored = pg.store(name, w)
+    stored = store(name, w)
     # fp16 says 1e-6 to within 3 %: as much of the largest weight may be clipped.
     assert (stored.dequantize() - w).abs().max() < 0.5e-6 + 0.03e-6 * levels
     assert stored.data.unique().numel() > levels / 2
@@ -114,7 +119,7 @@ def test_a_step_of_a_millionth_keeps_its_levels(name, levels):
 @pytest.mark.parametrize("size", [1e-5, 1e-6, 1e-7, 1e-8, 1e-40])
 def test_the_tiniest_rows_are_never_worse_than_zeros(name, size):
     w = size * normal(8, 64)
-    back = pg.store(name, w).dequantize()
+    back = store(name, w).dequantize()
     assert back.isfinite().all() and (squared_error(back, w) <= squared_error(0 * w, w)).all()
 
 
@@ -124,7 +129,7 @@ def test_huge_finite_weights_are_stored_finite_or_refused(name, size):
     w = normal(4, 2000)
     w[2, 7] = size
     try:
-        back = pg.store(name, w).dequantize()
+        back = store(name, w).dequantize()
     except pg.LimitError:
         return
     assert back.isfinite().all(), "an export that cannot be read back"
@@ -137,7 +142,7 @@ def test_non_finite_weights_are_a_broken_limit(name, bad):
     w = normal(4, 8)
     w[1, 2] = bad
     with pytest.raises(pg.LimitError, match=name):
-        pg.store(name, w)
+        store(name, w)
 
 
 def expected_kind(name: str) -> str:
@@ -152,7 +157,7 @@ def expected_kind(name: str) -> str:
 def test_the_class_decides_the_kind_whatever_the_size(dim):
     model = build_model(tiny_hp(model_dim=dim, num_heads=2, num_kv_heads=1, tie_embeddings=False))
     weights = weights_of(model)
-    stored = pg.quantize(weights)
+    stored = pg.quantize(weights, tiny_hp())
     assert {name: t.kind for name, t in stored.items()} == {name: expected_kind(name) for name in weights}
     for name, t in stored.items():
         assert t.data.dtype == pg.KINDS[t.kind][0] and t.data.shape == weights[name].shape
@@ -175,7 +180,7 @@ def text():
 def exported(model) -> dict[str, torch.Tensor]:
     """The model's weights with every int6 matrix replaced by what the artifact would hold."""
     weights = weights_of(model)
-    stored = pg.quantize(weights)
+    stored = pg.quantize(weights, tiny_hp())
     return {name: t.dequantize() if t.kind == "int6" else weights[name] for name, t in stored.items()}
 
 
@@ -189,7 +194,7 @@ def fresh_dynamo():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_switching_on_after_a_compiled_call_gives_exactly_the_exported_forward(fresh_dynamo, dtype):
     model = build_model(dtype=dtype)
-    qat = pg.QAT(model)
+    qat = pg.QAT(model, tiny_hp())
     forward = torch.compile(model, backend="eager", dynamic=False, fullgraph=True)
     before = forward(*text()).detach()
     qat.switch(True)
@@ -216,7 +221,7 @@ def test_switching_on_after_a_compiled_call_gives_exactly_the_exported_forward(f
 
 def test_switched_is_undone_at_the_end_of_its_block():
     model = build_model()
-    qat = pg.QAT(model)
+    qat = pg.QAT(model, tiny_hp())
     plain = model(*text()).detach()
     qat.switch(True)
     on = model(*text()).detach()
@@ -230,7 +235,7 @@ def test_switched_is_undone_at_the_end_of_its_block():
 
 def test_exactly_the_int6_matrices_are_covered():
     model = build_model(tiny_hp(tie_embeddings=False))
-    covered = {id(layer.weight) for layer in pg.QAT(model).layers}
+    covered = {id(layer.weight) for layer in pg.QAT(model, tiny_hp()).layers}
     int6 = {id(p) for name, p in model.named_parameters() if expected_kind(name) == "int6"}
     assert covered == int6 and len(int6) == 6 * 3
 
@@ -238,7 +243,7 @@ def test_exactly_the_int6_matrices_are_covered():
 @pytest.mark.parametrize("index", range(18))
 def test_each_int6_matrix_acts_through_its_grid(index):
     model = build_model()
-    qat = pg.QAT(model)
+    qat = pg.QAT(model, tiny_hp())
     before = model(*text()).detach()
     qat.switch(True)
     for i, layer in enumerate(qat.layers):
@@ -251,8 +256,8 @@ def test_the_gradient_passes_straight_through():
     x, up = normal(3, 6), normal(3, 5, seed=1)
     with torch.no_grad():
         layer.weight.copy_(heavy_tailed(5, 6))
-    layer.row_scale = pg.search_row_scales(layer.weight.detach(), 31) / 3  # clips much: no gradient may be lost there
-    layer.fake_quant = True
+    layer.row_scale = pg.round_to_nearest(layer.weight.detach(), "int6")[0] / 3  # clips much: nothing may be lost there
+    layer.fake_quant, layer.q_max = True, 31
     y = layer(x)
     y.backward(up)
     assert torch.equal(y.detach(), F.linear(x, pg.quantize_rows(layer.weight, layer.row_scale, 31) * layer.row_scale))
@@ -261,5 +266,169 @@ def test_the_gradient_passes_straight_through():
 
 def test_scales_are_no_part_of_the_weights():
     model = build_model()
-    pg.QAT(model).switch(True)
+    pg.QAT(model, tiny_hp()).switch(True)
     assert set(model.state_dict()) == {name for name, _ in model.named_parameters()}
+
+
+# Bits
+
+
+@pytest.mark.parametrize("bits, kind", [(5, "int5"), (6, "int6"), (7, "int7"), (8, "int8")])
+def test_bits_reach_their_class_alone_and_finer_grids_err_less(bits, kind):
+    weights = weights_of(build_model(tiny_hp(tie_embeddings=False, gated_attention=True)))
+    for setting, classes in dict(attn_bits=["attention"], attn_out_bits=["attention_out"], mlp_bits=["mlp"],
+                                 embed_bits=["embedding", "head"]).items():  # fmt: skip
+        default = pg.quantize(weights, tiny_hp())
+        stored = pg.quantize(weights, tiny_hp(**{setting: bits}))
+        for name, t in stored.items():
+            mine = pg.tensor_class(name) in classes
+            assert t.kind == (kind if mine else default[name].kind)
+            if mine:
+                assert pg.levels(kind) == 2 ** (bits - 1) - 1 >= int(t.data.abs().max()) > 2 ** (bits - 2) - 1
+                relative = (t.dequantize() - weights[name]).norm() / weights[name].norm()
+                assert 0.3 / 2**bits < relative < 3 / 2**bits
+
+
+def test_embeddings_of_sixteen_bits_are_fp16():
+    weights = weights_of(build_model())
+    stored = pg.quantize(weights, tiny_hp(embed_bits=16))
+    tables = {name for name, t in stored.items() if pg.tensor_class(name) == "embedding"}
+    assert tables and all(stored[name].kind == "fp16" for name in tables)
+    assert all(torch.equal(stored[name].dequantize(), weights[name].half().float()) for name in tables)
+
+
+@pytest.mark.parametrize("bits", [5, 7, 8])
+def test_fake_quantization_is_on_the_exported_grid_whatever_its_bits(bits):
+    hp = tiny_hp(mlp_bits=bits, attn_out_bits=8)
+    model = build_model(hp)
+    pg.QAT(model, hp).switch(True)
+    reference = build_model(hp)
+    stored = pg.quantize(weights_of(model), hp)
+    matrices = {name: t.dequantize() for name, t in stored.items() if pg.tensor_class(name) in pg.MATRICES}
+    reference.load_state_dict(weights_of(model) | matrices)
+    assert torch.equal(model(*text()), reference(*text()))
+
+
+# Full GPTQ
+
+
+def correlated_inputs(n: int, cols: int) -> torch.Tensor:
+    """(n, cols) whose columns share a few directions, as activations do."""
+    shared = normal(n, 4, seed=1) @ normal(4, cols, seed=2)
+    return (shared + 0.3 * normal(n, cols, seed=3)) * torch.linspace(0.2, 3, cols)
+
+
+def plain_gptq(w: np.ndarray, scale: np.ndarray, hessian: np.ndarray, damping: float) -> np.ndarray:
+    """The method by its definition: round a column, then solve for the later ones by the inverse of what is left."""
+    h = hessian + damping * np.diag(hessian).mean() * np.eye(len(hessian))
+    order = np.argsort(-np.diag(hessian), kind="stable")
+    w, codes = w.copy(), np.zeros_like(w)
+    for i, j in enumerate(order):
+        rest = order[i:]
+        inverse = np.linalg.inv(h[np.ix_(rest, rest)])
+        codes[:, j] = np.clip(np.round(w[:, j] / scale[:, 0]), -31, 31)
+        error = (w[:, j] - codes[:, j] * scale[:, 0]) / inverse[0, 0]
+        w[:, rest[1:]] -= np.outer(error, inverse[0, 1:])
+    return codes
+
+
+@pytest.mark.parametrize("block", [1, 5, 24, 128])
+def test_codes_are_those_of_the_method_whatever_the_block(block):
+    w, x = normal(6, 24), correlated_inputs(200, 24)
+    hessian = x.T @ x
+    scale = pg.fp16_scale(w.abs().amax(1, keepdim=True), 31)
+    ours = pg.GPTQ(hessian, tiny_hp(gptq_block_size=block)).codes(w, scale, 31)
+    reference = plain_gptq(w.double().numpy(), scale.double().numpy(), hessian.double().numpy(), 0.01)
+    assert (ours.numpy() == reference).mean() > 0.98  # a tie may fall either way in fp32
+    assert not torch.equal(ours, pg.quantize_rows(w, scale, 31))
+
+
+def test_gptq_loses_less_of_the_outputs_than_rounding_and_more_of_the_weights():
+    w, x = normal(16, 96), correlated_inputs(1000, 96)
+    hessian = x.T @ x
+    rounded, better = pg.store(INT6, w, "int6"), pg.store(INT6, w, "int6", pg.GPTQ(hessian, tiny_hp()))
+    lost = [((t.dequantize() - w) @ x.T).square().sum().item() for t in (rounded, better)]
+    assert lost[1] < 0.3 * lost[0]
+    assert squared_error(better.dequantize(), w).sum() > squared_error(rounded.dequantize(), w).sum()
+    measured = pg.output_error(w, better.dequantize(), hessian).sum().item()
+    assert measured == pytest.approx(lost[1], rel=1e-3)
+
+
+def test_gptq_chooses_among_the_clips_by_the_outputs():
+    """An outlier whose input is always nearly zero is worth clipping; one that matters is not."""
+    w, x = normal(2, 2000), normal(4000, 2000, seed=1)
+    w[:, 0] = 40.0
+    steps = []
+    for size in (1e-3, 10.0):
+        x[:, 0] = size * normal(4000, 1, seed=2)[:, 0]
+        steps.append(pg.store(INT6, w, "int6", pg.GPTQ(x.T @ x, tiny_hp())).scale)
+    assert (steps[0] < 0.5 * steps[1]).all()
+
+
+def test_inputs_that_never_fire_and_few_samples_are_no_obstacle():
+    w, x = normal(4, 16), normal(3, 16, seed=1)
+    x[:, 5] = 0
+    stored = pg.store(INT6, w, "int6", pg.GPTQ(x.T @ x, tiny_hp()))
+    assert stored.dequantize().isfinite().all()
+    assert (stored.dequantize()[:, 5] - w[:, 5]).abs().max() <= 0.51 * stored.scale.float().max()
+
+
+@pytest.mark.parametrize("setting, value", [("gptq_percdamp", 5.0), ("gptq_block_size", 1)])
+def test_settings_of_gptq_reach_it(setting, value):
+    hessian = correlated_inputs(100, 24).T @ correlated_inputs(100, 24)
+    a, b = (pg.GPTQ(hessian, hp) for hp in (tiny_hp(), tiny_hp(**{setting: value})))
+    assert a.block != b.block if setting.endswith("size") else not torch.equal(a.factor, b.factor)
+
+
+class Memory:
+    """Training text without shards."""
+
+    def __init__(self, tokens: np.ndarray):
+        self.tokens = tokens
+
+    def read(self, start: int, count: int) -> np.ndarray:
+        return self.tokens[start : start + count]
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+def test_hessians_are_the_second_moments_of_each_layers_inputs():
+    hp = tiny_hp(gptq_calibration_tokens=96, gated_attention=True, num_loops=1, loop_start=1, loop_end=1)
+    run, model = make_run(hp, Memory(random_tokens(500))), build_model(hp)
+    texts = pg.calibration_texts(run)
+    assert texts.shape == (6, 16) and (texts[0] == run.stream.tokens[:16]).all()
+    assert (texts[-1] == run.stream.tokens[-16:]).all()
+    seen: dict[str, list] = {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, pg.CastedLinear):
+            layer.register_forward_pre_hook(
+                lambda _, x, name=name: seen.setdefault(f"{name}.weight", []).append(x[0].detach().flatten(0, 1))
+            )
+    with torch.no_grad():
+        model.logits(torch.from_numpy(texts.astype(np.int64)))
+    hessians = pg.calibrate(run, weights_of(model), texts)
+    matrices = {name for name, _ in model.named_parameters() if pg.tensor_class(name) in pg.MATRICES}
+    assert set(hessians) == matrices
+    for name, hessian in hessians.items():
+        x = torch.cat(seen[name])
+        assert len(x) == 96 * (2 if name.startswith("blocks.1.") else 1)  # a looped layer counts each pass
+        torch.testing.assert_close(hessian, x.T @ x, rtol=1e-4, atol=1e-3)
+
+
+def test_a_matrix_without_input_is_a_broken_limit():
+    hp = tiny_hp(gptq_calibration_tokens=32)
+    weights = weights_of(build_model(hp))
+    weights["blocks.1.mlp.up.weight"].zero_()
+    run = make_run(hp, Memory(random_tokens(100)))
+    with pytest.raises(pg.LimitError, match=r"blocks.1.mlp.down.weight saw no input in calibration"):
+        pg.calibrate(run, weights, pg.calibration_texts(run))
+
+
+def test_every_block_matrix_and_nothing_else_is_quantized_by_gptq():
+    hp = tiny_hp(gptq_calibration_tokens=160)
+    weights, run = weights_of(build_model(hp)), make_run(hp, Memory(random_tokens(500)))
+    with_it = pg.quantize(weights, hp, pg.calibrate(run, weights, pg.calibration_texts(run)))
+    without = pg.quantize(weights, hp)
+    changed = {name for name, t in with_it.items() if not torch.equal(t.dequantize(), without[name].dequantize())}
+    assert changed == {name for name in weights if pg.tensor_class(name) in pg.MATRICES}

@@ -483,7 +483,7 @@ def outcome(trainer: pg.Trainer) -> tuple[bytes, list[str]]:
     trainer.train()
     source, weights = trainer.exported_weights()
     lines = [re.sub(r" train_time:.*", "", line) for line in trainer.run.log if re.match(r"step:|late_qat:|swa:", line)]
-    return pg.pack_artifact({"source": source}, pg.quantize(weights), "stored"), lines
+    return pg.pack_artifact({"source": source}, pg.quantize(weights, tiny_hp()), "stored"), lines
 
 
 class Reference(NamedTuple):

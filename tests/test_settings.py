@@ -272,9 +272,14 @@ def test_other_programs_prefixes_are_never_taken_for_ours(prefix):
 
 
 @pytest.mark.parametrize(
-    "public, ours, text", [("QAT_THRESHOLD", "late_qat_threshold", "0.25"), ("SMEAR_GATE", "smear_gate_enabled", "0"),
-                           ("MUON_WEIGHT_DECAY", "muon_wd", "0.5")]
-)  # fmt: skip
+    "public, ours, text",
+    [
+        ("QAT_THRESHOLD", "late_qat_threshold", "0.25"),
+        ("SMEAR_GATE", "smear_gate_enabled", "0"),
+        ("MUON_WEIGHT_DECAY", "muon_wd", "0.5"),
+        ("USE_GPTQ", "gptq_enabled", "1"),
+    ],
+)
 def test_public_names_set_our_settings(public, ours, text):
     assert getattr(from_env(**{public: text}), ours) == pg.parse_value(FIELDS[ours], text) != FIELDS[ours].default
     with pytest.raises(pg.UserError, match="contradicts another spelling of"):
@@ -603,7 +608,7 @@ def test_an_averaging_setting_changes_what_is_exported_and_not_the_training(name
 
 @pytest.fixture(scope="module")
 def stored() -> dict[str, pg.Stored]:
-    return pg.quantize(train().exported_weights()[1])
+    return pg.quantize(train().exported_weights()[1], tiny_hp())
 
 
 def evaluate(stored: dict[str, pg.Stored], **changes) -> dict[str, pg.Score]:

@@ -21,7 +21,7 @@ MAX_JSON = 1 << 20
 MAX_RESULTS = 300  # scores, and sizes, of a log
 MAX_UNDECIDED = 50
 BYTES_PER_WEIGHT = 1.5  # a submission with more than that holds floats: the raw model
-TRAINING_PHASES = ("train", "average")  # what the training clock of train_gpt.py holds
+TRAINING_PHASES = ("train", "average", "calibrate")  # what the training clock of train_gpt.py holds
 
 
 class LogError(Exception):
