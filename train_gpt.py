@@ -19,6 +19,7 @@ Shapes are written with B batch, T tokens, D model width, H heads, K head width,
 """
 
 import contextlib
+import copy
 import dataclasses
 import hashlib
 import itertools
@@ -192,13 +193,29 @@ class Hyperparameters:
     val_batch_size: int = opt("evaluation", 524288, "tokens per scoring batch over all ranks (a memory limit)", lo=1)
     eval_max_seconds: float = opt("evaluation", 600.0, "evaluation clock; TTT stops adapting in time; 0: none", lo=0)
     ttt_enabled: bool = opt("evaluation", True, "score-first test-time training after the sliding pass")
-    ttt_lr: float = opt("evaluation", 0.002, "SGD learning rate, cosine over the chunks", lo=0)
+    ttt_params: str = opt(
+        "evaluation", "all", "what adapts: weights, control tensors, LoRA", choices=("all", "scales", "lora")
+    )
+    ttt_optimizer: str = opt("evaluation", "sgd", "of test-time training", choices=("sgd", "adamw"))
+    ttt_lr: float = opt("evaluation", 0.002, "learning rate, cosine over the chunks (LoRA: constant)", lo=0)
+    ttt_warmup_chunks: int = opt("evaluation", 0, "chunks over which the learning rate first rises", lo=0)
+    ttt_max_chunks: int = opt("evaluation", 0, "chunks to learn from, then only score; 0: all but the last", lo=0)
+    ttt_sam_rho: float = opt("evaluation", 0.0, "SAM: gradients are taken this far uphill; 0: none", lo=0)
     ttt_epochs: int = opt("evaluation", 3, "passes over each scored chunk", lo=1)
     ttt_chunk_tokens: int = opt("evaluation", 32768, "scored targets per chunk, at least", lo=1)
     ttt_freeze_blocks: int = opt("evaluation", 0, "first blocks that stay fixed", lo=0)
-    ttt_momentum: float = opt("evaluation", 0.9, "SGD momentum, carried through the pass", lo=0, hi=0.9999)
-    ttt_batch_seqs: int = opt("evaluation", 32, "sequences per SGD step over all ranks", lo=1)
-    ttt_grad_clip: float = opt("evaluation", 1.0, "gradient norm of an SGD step; 0: no clipping", lo=0)
+    ttt_momentum: float = opt("evaluation", 0.9, "SGD's momentum or AdamW's beta1, carried", lo=0, hi=0.9999)
+    ttt_batch_seqs: int = opt("evaluation", 32, "sequences per step over all ranks", lo=1)
+    ttt_grad_clip: float = opt("evaluation", 1.0, "gradient norm of a step (LoRA: per document); 0: none", lo=0)
+    ttt_lora_rank: int = opt("evaluation", 8, "of the adapters on q, v and the head", lo=1, hi=1024)
+    ttt_lora_alpha: float = opt("evaluation", 8.0, "adapters are scaled by alpha/rank", lo=0)
+    ttt_lora_chunk: int = opt("evaluation", 256, "targets of a document per step", lo=1)
+    ttt_lora_reset: bool = opt("evaluation", True, "new adapters for each document; 0: carried, one by one")
+    ttt_temperature: bool = opt("evaluation", False, "the softmax temperature that fitted the scored chunks best")
+    hedge_enabled: bool = opt("evaluation", False, "mix the model with n-grams of scored text (no ruling covers it)")
+    hedge_eta: float = opt("evaluation", 0.3, "learning rate of the mixture's weights", lo=0, hi=100)
+    hedge_alpha: float = opt("evaluation", 4.0, "n-grams: counts that the shorter context is worth", lo=1e-6)
+    hedge_temperature: float = opt("evaluation", 1.5, "of the model's second vote", lo=0.1, hi=10)
 
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):
@@ -253,6 +270,23 @@ class Hyperparameters:
         yield (
             s.ttt_freeze_blocks > s.num_layers,
             f"TTT_FREEZE_BLOCKS={s.ttt_freeze_blocks} exceeds NUM_LAYERS={s.num_layers}",
+        )
+        yield (
+            not s.ttt_enabled and (s.ttt_params != "all" or s.ttt_temperature or s.hedge_enabled),
+            "TTT_PARAMS, TTT_TEMPERATURE and HEDGE_ENABLED belong to test-time training: TTT_ENABLED=1",
+        )
+        yield (
+            s.ttt_params == "lora" and bool(s.ttt_sam_rho or s.ttt_warmup_chunks or s.ttt_max_chunks),
+            "TTT_PARAMS=lora takes one plain step per piece of a document; leave out TTT_SAM_RHO, TTT_WARMUP_CHUNKS "
+            "and TTT_MAX_CHUNKS",
+        )
+        yield (
+            s.ttt_params == "lora" and (s.ttt_temperature or s.hedge_enabled),
+            "TTT_PARAMS=lora scores documents side by side; TTT_TEMPERATURE and HEDGE_ENABLED need the stream's order",
+        )
+        yield (
+            s.ttt_params == "lora" and s.eval_seq_len % s.ttt_lora_chunk != 0,
+            f"TTT_LORA_CHUNK={s.ttt_lora_chunk} must divide EVAL_SEQ_LEN={s.eval_seq_len}",
         )
         yield s.eval_only and s.export_only, "EVAL_ONLY=1 and EXPORT_ONLY=1 exclude each other"
         yield s.eval_only and not s.artifact_path, "EVAL_ONLY=1 needs ARTIFACT_PATH"
@@ -1045,13 +1079,39 @@ class CastedLinear(nn.Module):
         self.weight = nn.Parameter(torch.empty(out_dim, in_dim))
         self.register_buffer("row_scale", None, persistent=False)  # (out, 1) fp32, set when QAT is prepared
         self.fake_quant, self.q_max = False, 0
+        self.lora: LoRA | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.weight
         if self.fake_quant:
             grid = quantize_rows(weight.detach(), self.row_scale, self.q_max) * self.row_scale
             weight = grid + (weight - weight.detach())  # value: the grid's, exactly; gradient: straight through
-        return F.linear(x, weight.to(x.dtype))
+        y = F.linear(x, weight.to(x.dtype))
+        return y if self.lora is None else y + self.lora(x)
+
+
+class LoRA:
+    """(x Aᵀ) Bᵀ · alpha/rank (Hu et al., 2021), an A (rank, in) and a B (out, rank) for each sequence of a batch.
+
+    B starts at zero, A the same for every sequence: a score depends on its document, not on its place in a batch. No
+    module: the model it is hung into keeps its parameters' names.
+    """
+
+    def __init__(self, sequences: int, in_dim: int, out_dim: int, hp: Hyperparameters, device: torch.device):
+        generator = torch.Generator().manual_seed(0)
+        self.initial = torch.randn(hp.ttt_lora_rank, in_dim, generator=generator).div(math.sqrt(in_dim)).to(device)
+        self.a = self.initial.repeat(sequences, 1, 1).requires_grad_()
+        self.b = torch.zeros(sequences, out_dim, hp.ttt_lora_rank, device=device, requires_grad=True)
+        self.scale = hp.ttt_lora_alpha / hp.ttt_lora_rank
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """(B, T, in) -> (B, T, out)"""
+        return self.scale * torch.bmm(torch.bmm(x, self.a.to(x.dtype).mT), self.b.to(x.dtype).mT)
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        self.a.copy_(self.initial.expand_as(self.a))
+        self.b.zero_()
 
 
 class BigramHash(nn.Module):
@@ -1259,6 +1319,7 @@ class GPT(nn.Module):
         skips = len(self.looped) // 2 if hp.unet_skips else 0
         self.skip_weights = nn.Parameter(torch.empty(skips, dim)) if skips else None
         self.lm_head = None if hp.tie_embeddings else CastedLinear(dim, hp.vocab_size)
+        self.head_lora: LoRA | None = None
         self.softcap, self.dtype = hp.logit_softcap, dtype
 
     def trunk(self, tokens: Tensor) -> Tensor:
@@ -1289,19 +1350,26 @@ class GPT(nn.Module):
     def head(self, x: Tensor) -> Tensor:
         """(B, T, D) -> softcapped logits (B, T, V) fp32."""
         z = self.lm_head(x) if self.lm_head is not None else F.linear(x, self.tok_emb.weight.to(x.dtype))
+        if self.head_lora is not None:
+            z = z + self.head_lora(x)
         return self.softcap * torch.tanh(z.float() / self.softcap)
 
     def logits(self, tokens: Tensor) -> Tensor:
         """(B, T) int -> (B, T, V) fp32"""
         return self.head(self.trunk(tokens))
 
-    def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, targets: Tensor, temperatures: tuple[float, ...] = ()) -> Tensor:
         """Nats (B, S) fp32, unreduced, of the last S targets. tokens is (B, T) int, targets (B, S) int64, S <= T.
 
-        Sliding windows score only their last positions: the head runs on those alone.
+        Sliding windows score only their last positions: the head runs on those alone. With temperatures, the nats are
+        those of softmax(logits / t) for each t: (B, S, temperatures).
         """
         x = self.trunk(tokens)[:, tokens.size(1) - targets.size(1) :]
-        return F.cross_entropy(self.head(x).flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
+        logits, wanted = self.head(x).flatten(0, 1), targets.flatten()
+        if not temperatures:
+            return F.cross_entropy(logits, wanted, reduction="none").view_as(targets)
+        nats = [F.cross_entropy(logits / t, wanted, reduction="none") for t in temperatures]
+        return torch.stack(nats, dim=-1).view(*targets.shape, len(temperatures))
 
 
 # Every parameter belongs to exactly one class. The class decides optimizer row and storage, never the size.
@@ -2299,9 +2367,17 @@ def score_batch_windows(hp: Hyperparameters, ranks: Ranks, context: int) -> int:
 
 @torch.no_grad()
 def score(
-    model: nn.Module, tokens: np.ndarray, windows: np.ndarray, stride: int, batch: int, ranks: Ranks, bar=None
+    model: Callable,
+    tokens: np.ndarray,
+    windows: np.ndarray,
+    stride: int,
+    batch: int,
+    ranks: Ranks,
+    bar=None,
+    temperatures: tuple[float, ...] = (),
 ) -> np.ndarray:
-    """Nats (m,) float32 of every target of the windows (W, 3), in their order, the same on every rank.
+    """Nats (m,) float32 of every target of the windows (W, 3), in their order, the same on every rank; with
+    temperatures (m, temperatures).
 
     tokens reaches beyond the end of every window; the windows are as long as each other, and the first alone may score
     more than `stride` targets. Every forward has `batch` windows (the last is padded by repeating), so that a score
@@ -2309,7 +2385,8 @@ def score(
     `stride` runs the head on those alone.
     """
     widths = windows[:, 2] - windows[:, 1]
-    nats = torch.zeros(int(widths.sum()), device=ranks.device)
+    columns = (temperatures,) if temperatures else ()
+    nats = torch.zeros(int(widths.sum()), *map(len, columns), device=ranks.device)
     mine = ranks.part(np.column_stack([windows, np.cumsum(widths)]))
     whole = mine[:, 2] - mine[:, 1] > stride  # only the stream's first window
     for group, width in ((mine[whole], None), (mine[~whole], stride)):
@@ -2320,7 +2397,7 @@ def score(
             text = torch.from_numpy(tokens[index].astype(np.int64)).to(ranks.device)
             # Contiguous, as in training and warm-up: other strides would be another compiled graph.
             inputs, targets = text[:, :-1].contiguous(), text[:, 1:][:, -(width or text.size(1)) :].contiguous()
-            scored = model(inputs, targets)[: len(part)]
+            scored = model(inputs, targets, *columns)[: len(part)]
             widths = torch.from_numpy(part[:, 2] - part[:, 1]).to(ranks.device)
             kept = torch.arange(scored.size(1), 0, -1, device=ranks.device) <= widths[:, None]
             nats[part[0, 3] - part[0, 2] + part[0, 1] : part[-1, 3]] = scored[kept]
@@ -2353,7 +2430,7 @@ def plan_chunks(windows: np.ndarray, chunk_tokens: int) -> list[np.ndarray]:
 
 def check_chunks(hp: Hyperparameters, targets: int) -> None:
     """TTT with one chunk would adapt on nothing: a UserError that names a chunk size that works, before any work."""
-    if not hp.ttt_enabled:
+    if not hp.ttt_enabled or hp.ttt_params == "lora":
         return
     windows = plan_windows(targets, hp.eval_seq_len, hp.eval_stride)
     if len(windows) < 2:
@@ -2367,8 +2444,27 @@ def check_chunks(hp: Hyperparameters, targets: int) -> None:
         )
 
 
+def ttt_updates(hp: Hyperparameters, chunks: int) -> int:
+    """Chunks that are learned from: never the last."""
+    return min(chunks - 1, hp.ttt_max_chunks or chunks)
+
+
+def ttt_lr(hp: Hyperparameters, k: int, chunks: int) -> float:
+    """Learning rate on chunk k: a half cosine over the chunks that are learned from, after a linear rise."""
+    rise = min(1.0, (k + 1) / hp.ttt_warmup_chunks) if hp.ttt_warmup_chunks else 1.0
+    return hp.ttt_lr * rise * 0.5 * (1 + math.cos(math.pi * k / ttt_updates(hp, chunks)))
+
+
+def ttt_optimizer(parameters: list[Tensor], hp: Hyperparameters) -> torch.optim.Optimizer:
+    """On fp32 weights, without weight decay: what is adapted should stay near what was trained."""
+    if hp.ttt_optimizer == "sgd":
+        return torch.optim.SGD(parameters, lr=hp.ttt_lr, momentum=hp.ttt_momentum, foreach=True)
+    return torch.optim.AdamW(parameters, lr=hp.ttt_lr, betas=(hp.ttt_momentum, 0.999), weight_decay=0.0, fused=True)
+
+
 class Adapter:
-    """SGD over scored text: all weights but those of the first TTT_FREEZE_BLOCKS blocks, tables too.
+    """SGD or AdamW over scored text: all weights, tables too, or the control tensors alone; but nothing of the first
+    TTT_FREEZE_BLOCKS blocks.
 
     A step is TTT_BATCH_SEQS sequences over all ranks and its gradient Σ token gradients / Σ tokens whatever the split,
     so every rank keeps the same weights.
@@ -2378,12 +2474,22 @@ class Adapter:
         self.model, self.forward, self.hp, self.ranks = model, forward, hp, ranks
         frozen = re.compile("|".join(rf"blocks\.{i}\..*" for i in range(hp.ttt_freeze_blocks)) or r"(?!)")
         for name, parameter in model.named_parameters():
-            parameter.requires_grad_(not frozen.fullmatch(name))
+            adapts = hp.ttt_params == "all" or tensor_class(name) == "control"
+            parameter.requires_grad_(adapts and not frozen.fullmatch(name))
         self.parameters = [p for p in model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.SGD(self.parameters, lr=hp.ttt_lr, momentum=hp.ttt_momentum, foreach=True)
+        self.optimizer = ttt_optimizer(self.parameters, hp)
         self.length = min(hp.train_seq_len, hp.eval_seq_len)
         step_rows = min(hp.ttt_batch_seqs, -(-hp.ttt_chunk_tokens // self.length))  # sequences of a step, all ranks
         self.rows = max(1, min(SCORE_TOKENS[ranks.device.type] // self.length, -(-step_rows // ranks.size)))
+
+    def reset(self) -> None:
+        """Forget what was learned beside the weights."""
+        self.optimizer.state.clear()
+
+    def warm_up(self, synthetic: Callable) -> None:
+        """Forward and backward of a step's shape, to compile them."""
+        self.forward(*synthetic(self.rows, self.length)).sum().backward()
+        self.optimizer.zero_grad(set_to_none=True)
 
     def adapt(self, tokens: np.ndarray, lr: float) -> None:
         """TTT_EPOCHS passes over the targets tokens[1:], which have all been scored; tokens is (m+1,) uint16."""
@@ -2395,7 +2501,32 @@ class Adapter:
                 self.step(tokens, starts[i : i + self.hp.ttt_batch_seqs])
 
     def step(self, tokens: np.ndarray, starts: np.ndarray) -> None:
-        """One SGD step on the sequences that start at `starts`, each at most `length` targets long.
+        """One step on the sequences that start at `starts`, each at most `length` targets long.
+
+        SAM (Foret et al., 2020) takes the gradient at w + rho·g/|g|, where the loss is worse.
+        """
+        flat = self.gradient(tokens, starts)
+        if self.hp.ttt_sam_rho:
+            weights = [p.detach().clone() for p in self.parameters]
+            uphill = flat * (self.hp.ttt_sam_rho / (flat.norm() + 1e-12))
+            with torch.no_grad():
+                torch._foreach_add_(self.parameters, self.by_parameter(uphill))
+                flat = self.gradient(tokens, starts)
+                torch._foreach_copy_(self.parameters, weights)
+        if self.hp.ttt_grad_clip:
+            flat.mul_((self.hp.ttt_grad_clip / (flat.norm() + 1e-6)).clamp(max=1.0))
+        for parameter, gradient in zip(self.parameters, self.by_parameter(flat), strict=True):
+            parameter.grad = gradient
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def by_parameter(self, flat: Tensor) -> list[Tensor]:
+        parts = flat.split([p.numel() for p in self.parameters])
+        return [part.view_as(p) for part, p in zip(parts, self.parameters, strict=True)]
+
+    @torch.enable_grad()
+    def gradient(self, tokens: np.ndarray, starts: np.ndarray) -> Tensor:
+        """Gradient of the mean loss over the sequences, of all adapted parameters in one row, the same on every rank.
 
         Every forward has `rows` full sequences: what is missing is filled up with the last token and weighs nothing.
         """
@@ -2412,13 +2543,219 @@ class Adapter:
             ((nats * weight).sum() / counted).backward()
         gradients = (torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters)  # None: no share
         flat = torch.cat([gradient.flatten() for gradient in gradients])
-        self.ranks.sum_(flat)
+        self.optimizer.zero_grad(set_to_none=True)
+        return self.ranks.sum_(flat)
+
+
+class Piece(NamedTuple):
+    """The same piece of several documents: windows (n, 3) like a plan's, none longer than `length` tokens."""
+
+    windows: np.ndarray
+    length: int
+    last: np.ndarray  # (n,) bool: the document ends here
+
+
+def plan_documents(tokens: np.ndarray) -> np.ndarray:
+    """(D, 2) int64 of (start, end): a document reads tokens start…end-1, from its BOS on, and scores the target after
+    each. tokens is (n+1,) and starts with BOS."""
+    starts = np.flatnonzero(tokens[:-1] == BOS_ID)
+    return np.column_stack([starts, np.append(starts[1:], len(tokens) - 1)])
+
+
+def plan_pieces(documents: np.ndarray, context: int, chunk: int) -> Iterator[Piece]:
+    """Pieces of `chunk` targets of documents (D, 2), side by side: the first of all, the second of those that go on, …
+
+    A piece reads up to `context` tokens of its own document. All windows of a piece begin equally far into their
+    documents, so that one shape serves them.
+    """
+    for piece in itertools.count():
+        end = (piece + 1) * chunk
+        going_on = documents[documents[:, 1] - documents[:, 0] > end - chunk]
+        if len(going_on) == 0:
+            return
+        starts, ends = going_on[:, 0], going_on[:, 1]
+        windows = np.column_stack(
+            [starts + max(0, end - context), starts + end - chunk, np.minimum(ends, starts + end)]
+        )
+        yield Piece(windows, min(end, context), ends <= starts + end)
+
+
+class LoRAAdapter:
+    """Adapters on q, v and the head of a frozen model, one set per document of a batch."""
+
+    def __init__(self, model: GPT, forward: Callable, hp: Hyperparameters, ranks: Ranks):
+        self.forward, self.hp, self.device = forward, hp, ranks.device
+        model.requires_grad_(False)
+        self.rows = score_batch_windows(hp, ranks, hp.eval_seq_len) if hp.ttt_lora_reset else 1  # documents at once
+        places = [(model, "head_lora", hp.vocab_size)]
+        for layer in (layer for block in model.blocks for layer in (block.attn.q, block.attn.v)):
+            places.append((layer, "lora", layer.weight.size(0)))
+        self.adapters = {
+            (module, name): LoRA(self.rows, hp.model_dim, out_dim, hp, ranks.device) for module, name, out_dim in places
+        }
+        self.parameters = [p for lora in self.adapters.values() for p in (lora.a, lora.b)]
+        self.optimizer = ttt_optimizer(self.parameters, hp)
+
+    def reset(self) -> None:
+        for lora in self.adapters.values():
+            lora.reset()
+        self.optimizer.state.clear()
+
+    @contextlib.contextmanager
+    def attached(self):
+        """The model with its adapters inside the block, the plain one after it: other batches are no documents."""
+        try:
+            for (module, name), lora in self.adapters.items():
+                setattr(module, name, lora)
+            yield
+        finally:
+            for module, name in self.adapters:
+                setattr(module, name, None)
+
+    def warm_up(self, synthetic: Callable) -> None:
+        """Forward and backward of every shape, to compile them."""
+        chunk = self.hp.ttt_lora_chunk
+        with self.attached():
+            for length in range(chunk, self.hp.eval_seq_len + 1, chunk):
+                inputs, targets = synthetic(self.rows, length)
+                self.forward(inputs, targets[:, -chunk:].contiguous()).sum().backward()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def inputs(self, tokens: np.ndarray, piece: Piece) -> tuple[Tensor, Tensor, Tensor]:
+        """(inputs (rows, length), targets (rows, chunk), which of them count); what is missing is filled with BOS."""
+        n, chunk = len(piece.windows), self.hp.ttt_lora_chunk
+        index = piece.windows[:, :1] + np.arange(piece.length + 1)
+        text = np.full((self.rows, piece.length + 1), BOS_ID, dtype=np.int64)
+        text[:n] = np.where(index <= piece.windows[:, 2:], tokens[np.minimum(index, piece.windows[:, 2:])], BOS_ID)
+        counted = np.zeros((self.rows, chunk), dtype=bool)
+        counted[:n] = index[:, -chunk - 1 : -1] < piece.windows[:, 2:]
+        text, counted = torch.from_numpy(text).to(self.device), torch.from_numpy(counted).to(self.device)
+        return text[:, :-1].contiguous(), text[:, -chunk:].contiguous(), counted
+
+    def score(self, tokens: np.ndarray, piece: Piece) -> tuple[np.ndarray, Tensor]:
+        """(nats (m,) float32 of the piece's targets, document by document; the mean loss of each row, with its graph:
+        one forward serves both, since the score is taken before the step)."""
+        inputs, targets, counted = self.inputs(tokens, piece)
+        nats = self.forward(inputs, targets)
+        losses = (nats * counted).sum(1) / counted.sum(1).clamp(min=1)
+        return nats.detach()[counted].cpu().numpy(), losses
+
+    def learn(self, losses: Tensor, wanted: np.ndarray) -> None:
+        """One step of the wanted documents (n,) bool, each on its own loss."""
+        (losses[: len(wanted)] * torch.from_numpy(wanted).to(losses)).sum().backward()
         if self.hp.ttt_grad_clip:
-            flat.mul_((self.hp.ttt_grad_clip / (flat.norm() + 1e-6)).clamp(max=1.0))
-        for parameter, gradient in zip(self.parameters, flat.split([p.numel() for p in self.parameters]), strict=True):
-            parameter.grad = gradient.view_as(parameter)
+            norms = torch.stack([p.grad.flatten(1).norm(dim=1) for p in self.parameters]).norm(dim=0)
+            clip = (self.hp.ttt_grad_clip / (norms + 1e-6)).clamp(max=1.0)
+            for parameter in self.parameters:
+                parameter.grad.mul_(clip[:, None, None])
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+
+
+TEMPERATURES = tuple(math.exp(j * math.log(1.25) / 8) for j in range(-8, 9))  # 0.8 … 1.25
+
+
+class Counts:
+    """How often each key was added, exactly: sorted runs, merged when a run is no longer much shorter than the one
+    before it, so that adding and looking up cost logarithms of what is there."""
+
+    def __init__(self):
+        self.runs: list[tuple[np.ndarray, np.ndarray]] = []  # (sorted distinct keys int64, counts int64)
+
+    def add(self, keys: np.ndarray) -> None:
+        self.runs.append(np.unique(keys, return_counts=True))
+        while len(self.runs) > 1 and len(self.runs[-2][0]) < 2 * len(self.runs[-1][0]):
+            keys, counts = (np.concatenate(parts) for parts in zip(*self.runs[-2:], strict=True))
+            distinct, place = np.unique(keys, return_inverse=True)
+            self.runs[-2:] = [(distinct, np.bincount(place, counts).astype(np.int64))]
+
+    def __call__(self, keys: np.ndarray) -> np.ndarray:
+        """int64 counts of keys, of their shape."""
+        total = np.zeros(keys.shape, dtype=np.int64)
+        for known, counts in self.runs:
+            place = np.minimum(np.searchsorted(known, keys), len(known) - 1)
+            total += np.where(known[place] == keys, counts[place], 0)
+        return total
+
+
+class NGrams:
+    """Unigram, bigram and trigram of counted text, each smoothed by the shorter one: p_n(x|c) = (count(c, x) +
+    alpha p_{n-1}(x)) / (count(c) + alpha), p_0 = 1/V. Exact counts: no hashing."""
+
+    def __init__(self, vocab_size: int, alpha: float):
+        self.vocab_size, self.alpha = vocab_size, alpha
+        self.followed, self.contexts = [Counts() for _ in range(3)], [Counts() for _ in range(3)]
+
+    def keys(self, tokens: np.ndarray, first: int) -> tuple[list[np.ndarray], np.ndarray]:
+        """(keys of the 0, 1 and 2 tokens before each target, targets); target i is tokens[i+1], from `first` on."""
+        text = tokens[max(0, first - 1) :].astype(np.int64)
+        if first == 0:
+            text = np.concatenate([[0], text])  # nothing stands before the first token
+        before, last, targets = text[:-2], text[1:-1], text[2:]
+        return [np.zeros_like(last), last, last * self.vocab_size + before], targets
+
+    def probabilities(self, contexts: list[np.ndarray], targets: np.ndarray) -> list[np.ndarray]:
+        """float64 p(target | context) under each of the three."""
+        p, all_three = np.full(targets.shape, 1 / self.vocab_size), []
+        for context, followed, seen in zip(contexts, self.followed, self.contexts, strict=True):
+            pair = followed(context * self.vocab_size + targets)
+            p = (pair + self.alpha * p) / (seen(context) + self.alpha)
+            all_three.append(p)
+        return all_three
+
+    def add(self, tokens: np.ndarray, first: int) -> None:
+        contexts, targets = self.keys(tokens, first)
+        for context, followed, seen in zip(contexts, self.followed, self.contexts, strict=True):
+            followed.add(context * self.vocab_size + targets)
+            seen.add(context)
+
+
+class Readout:
+    """From the network's nats at several temperatures to the scored ones; it learns from scored text alone.
+
+    TTT_TEMPERATURE takes the temperature with the least nats on all chunks before. HEDGE_ENABLED scores a mixture
+    Σ w_i p_i of the network, the network at HEDGE_TEMPERATURE and three n-gram models of the text before the chunk;
+    w_i(t) ∝ exp(eta Σ_{s<t} log p_i(x_s)) (Freund and Schapire, 1997). A mixture of distributions is a distribution.
+    """
+
+    def __init__(self, hp: Hyperparameters):
+        self.hp = hp
+        self.grid = TEMPERATURES if hp.ttt_temperature else (1.0,)
+        self.temperatures = self.grid + ((hp.hedge_temperature,) if hp.hedge_enabled else ())
+        self.reset()
+
+    def reset(self) -> None:
+        self.nats = np.zeros(len(self.grid))
+        self.chosen = self.grid.index(1.0)
+        self.ngrams = NGrams(self.hp.vocab_size, self.hp.hedge_alpha)
+        self.log_weights = np.zeros(5)
+
+    def experts(self, columns: np.ndarray, contexts: list[np.ndarray], targets: np.ndarray) -> np.ndarray:
+        """float64 log p (…, 5) of targets under each expert; columns (…, temperatures) are the network's nats."""
+        network = -columns[..., [self.chosen, -1]].astype(np.float64)
+        ngrams = np.log(np.stack(self.ngrams.probabilities(contexts, targets), axis=-1))
+        return np.concatenate([network, ngrams], axis=-1)
+
+    def __call__(self, columns: np.ndarray, tokens: np.ndarray, first: int) -> np.ndarray:
+        """Nats (m,) float32 of the targets tokens[first+1:], then learn from them. columns is (m, temperatures)."""
+        nats = columns[:, self.chosen]
+        if self.hp.hedge_enabled:
+            contexts, targets = self.ngrams.keys(tokens, first)
+            log_p = self.experts(columns, contexts, targets)
+            evidence = self.log_weights + self.hp.hedge_eta * np.cumsum(log_p, axis=0)
+            log_weights = np.concatenate([self.log_weights[None], evidence[:-1]])
+            nats = (log_sum_exp(log_weights) - log_sum_exp(log_weights + log_p)).astype(np.float32)
+            self.log_weights = evidence[-1] - log_sum_exp(evidence[-1])
+            self.ngrams.add(tokens, first)
+        self.nats += columns[:, : len(self.grid)].sum(0, dtype=np.float64)
+        self.chosen = int(self.nats.argmin())
+        return nats
+
+
+def log_sum_exp(x: np.ndarray) -> np.ndarray:
+    """Over the last axis."""
+    top = x.max(-1, keepdims=True)
+    return (top + np.log(np.exp(x - top).sum(-1, keepdims=True)))[..., 0]
 
 
 def adapt_and_score(tokens: np.ndarray, chunks: list[np.ndarray], score: Callable, adapt: Callable) -> np.ndarray:
@@ -2816,7 +3153,12 @@ class Evaluation:
         with run.phases("load"):
             self.model = run.build(hp.eval_seq_len).to(ranks.device)
             self.forward = run.compiled(self.model)
-            self.adapter = Adapter(self.model, self.forward, hp, ranks) if hp.ttt_enabled else None
+            self.adapter = self.readout = None
+            if hp.ttt_enabled:
+                kind = LoRAAdapter if hp.ttt_params == "lora" else Adapter
+                self.adapter = kind(self.model, self.forward, hp, ranks)
+            if hp.ttt_temperature or hp.hedge_enabled:
+                self.readout = Readout(hp)
             self.reset()
         self.batch = score_batch_windows(hp, ranks, hp.eval_seq_len)
         grid = main_grid(tensors)
@@ -2824,13 +3166,15 @@ class Evaluation:
         if hp.eval_stride:
             self.passes[f"final_{grid}_sliding_window"] = ("fixed", hp.eval_stride)
         if hp.ttt_enabled:
-            self.passes["legal_ttt"] = ("adapted", hp.eval_stride)
+            lora = hp.ttt_params == "lora"
+            self.passes["legal_ttt"] = ("documents", hp.ttt_lora_chunk) if lora else ("adapted", hp.eval_stride)
 
     def reset(self) -> None:
-        """The artifact's weights, and no momentum."""
+        """The artifact's weights, and nothing learned."""
         self.model.load_state_dict({name: stored.dequantize() for name, stored in self.tensors.items()})
-        if self.adapter is not None:
-            self.adapter.optimizer.state.clear()
+        for learner in (self.adapter, self.readout):
+            if learner is not None:
+                learner.reset()
 
     def warm_up(self) -> None:
         """Compile the graphs of scoring and of TTT on synthetic tokens, before any validation token is read."""
@@ -2843,9 +3187,10 @@ class Evaluation:
             inputs, targets = synthetic(self.batch, hp.eval_seq_len)
             for width in {hp.eval_seq_len, hp.eval_stride or hp.eval_seq_len}:
                 self.forward(inputs, targets[:, -width:].contiguous())
+                if self.readout is not None:
+                    self.forward(inputs, targets[:, -width:].contiguous(), self.readout.temperatures)
         if self.adapter is not None:
-            self.forward(*synthetic(self.adapter.rows, self.adapter.length)).sum().backward()
-            self.adapter.optimizer.zero_grad(set_to_none=True)
+            self.adapter.warm_up(synthetic)
 
     def score_all(self) -> dict[str, Score]:
         """Every pass over the validation split, in the order of the log."""
@@ -2857,15 +3202,16 @@ class Evaluation:
         start = self.started
         for label, (method, stride) in self.passes.items():
             before, start = time.perf_counter() - start, time.perf_counter()
-            if method == "adapted":
-                chunks = len(self.chunks(val, stride))
+            if label == "legal_ttt":
+                lora = method == "documents"
+                chunks = len(plan_documents(val.tokens)) if lora else len(self.chunks(val, stride))
                 if hp.eval_max_seconds and self.run.ranks.largest(self.elapsed() + before) > hp.eval_max_seconds:
                     self.cut = dict(chunks=chunks, adapted=0, scored=0)
                     log(f"{label}:skipped it would end beyond EVAL_MAX_SECONDS={hp.eval_max_seconds:g}")
                     break
-                log(f"ttt:start chunks:{chunks} adapted_params:{sum(p.numel() for p in self.adapter.parameters)}")
-            windows = len(plan_windows(val.targets, hp.eval_seq_len, stride))
-            self.label, self.bar = label, progress_bar(windows // run.ranks.size, label, log)
+                adapted = sum(p.numel() for p in self.adapter.parameters) // (self.adapter.rows if lora else 1)
+                log(f"ttt:start {'documents' if lora else 'chunks'}:{chunks} adapted_params:{adapted}")
+            self.label, self.bar = label, progress_bar(-(-val.targets // stride) // run.ranks.size, label, log)
             nats = getattr(self, method)(val, stride)
             scores[label] = total(nats, val.bytes)
             if hp.audit:
@@ -2898,32 +3244,86 @@ class Evaluation:
     def adapted(self, val: Validation, stride: int) -> np.ndarray:
         """Scores of weights that learn from what is already scored."""
         hp, chunks, seconds = self.run.hp, self.chunks(val, stride), self.run.phases.seconds
+        updates = ttt_updates(hp, len(chunks))
         done = np.cumsum([len(chunk) for chunk in chunks])  # windows scored by the end of each chunk
         before = {name: seconds.get(name, 0.0) for name in ("score", "adapt")}
 
         def adapt(text: np.ndarray, k: int) -> None:
+            if k >= updates:
+                return
             score_s, adapt_s = (seconds.get(name, 0.0) - before[name] for name in ("score", "adapt"))
             to_score = score_s * (done[-1] / done[k] - 1)
             # The first update is not measured yet: forward and backward cost three forwards, without their overlap.
             update_s = adapt_s / k if k else score_s * 3 * hp.ttt_epochs * stride / hp.eval_seq_len
             if k == 1:
-                self.predict(to_score + update_s * (len(chunks) - 2))
+                self.predict(to_score + update_s * (updates - 1))
             if self.has_time(to_score + update_s, k, len(chunks)):
                 self.adapt(text, k, len(chunks))
 
+        def score(text: np.ndarray, chunk: np.ndarray) -> np.ndarray:
+            return self.score(text, chunk, stride, self.readout)
+
         try:
-            return adapt_and_score(val.tokens, chunks, lambda text, chunk: self.score(text, chunk, stride), adapt)
+            return adapt_and_score(val.tokens, chunks, score, adapt)
         finally:
             self.reset()
 
-    def score(self, tokens: np.ndarray, windows: np.ndarray, stride: int) -> np.ndarray:
+    def documents(self, val: Validation, chunk: int) -> np.ndarray:
+        """Scores of documents whose adapters learn from the pieces before: each document by itself, batches of them
+        side by side and split over ranks, the longest first; or, with adapters carried on, one after another."""
+        hp, ranks, adapter = self.run.hp, self.run.ranks, self.adapter
+        documents, alone = plan_documents(val.tokens), not hp.ttt_lora_reset
+        if hp.ttt_lora_reset:
+            documents = documents[np.argsort(documents[:, 0] - documents[:, 1], kind="stable")]
+        batches = [documents[i : i + adapter.rows] for i in range(0, len(documents), adapter.rows)]
+        mine = batches if alone else batches[ranks.rank :: ranks.size]
+        rounds = len(batches) if alone else -(-len(batches) // ranks.size)
+        lengths = [int((batch[:, 1] - batch[:, 0]).sum()) for batch in mine]
+        nats, start, learning = np.zeros(val.targets, dtype=np.float32), time.perf_counter(), True
+        with adapter.attached():
+            for k in range(rounds):
+                if k:  # a score alone is about a third of a score with its step
+                    spent = time.perf_counter() - start
+                    left = spent * sum(lengths[k:]) / sum(lengths[:k])
+                    if k == 1:
+                        self.predict(left)
+                    learning = self.has_time(left / 3 + spent / k, k, rounds)
+                if not alone or k == 0:
+                    adapter.reset()
+                for piece in plan_pieces(mine[k], hp.eval_seq_len, chunk) if k < len(mine) else ():
+                    scored, losses = self.score_piece(val.tokens, piece)
+                    place = 0
+                    for _, first, end in piece.windows:
+                        nats[first:end] = scored[place : place + end - first]
+                        place += end - first
+                    goes_on = ~piece.last | (alone and k + 1 < rounds)
+                    if learning and goes_on.any():
+                        self.learn_piece(losses, goes_on)
+            adapter.reset()
+        return nats if alone else ranks.sum_(torch.from_numpy(nats).to(ranks.device)).cpu().numpy()
+
+    def score_piece(self, tokens: np.ndarray, piece: Piece) -> tuple[np.ndarray, Tensor]:
         with self.run.phases("score"):
-            return score(self.forward, tokens, windows, stride, self.batch, self.run.ranks, self.bar)
+            scored = self.adapter.score(tokens, piece)
+        if self.bar is not None:
+            self.bar.update(len(piece.windows))
+        return scored
+
+    def learn_piece(self, losses: Tensor, wanted: np.ndarray) -> None:
+        with self.run.phases("adapt"):
+            self.adapter.learn(losses, wanted)
+
+    def score(self, tokens: np.ndarray, windows: np.ndarray, stride: int, readout: Readout | None = None) -> np.ndarray:
+        """Nats (m,) float32 of the windows' targets, the network's or what a readout makes of them."""
+        temperatures = readout.temperatures if readout is not None else ()
+        with self.run.phases("score"):
+            nats = score(self.forward, tokens, windows, stride, self.batch, self.run.ranks, self.bar, temperatures)
+            return nats if readout is None else readout(nats, tokens, int(windows[0, 1]))
 
     def adapt(self, text: np.ndarray, k: int, chunks: int) -> None:
-        """Learn from the text of chunk k; the learning rate follows a half cosine over the chunks."""
+        """Learn from the text of chunk k."""
         with self.run.phases("adapt"):
-            self.adapter.adapt(text, self.run.hp.ttt_lr * 0.5 * (1 + math.cos(math.pi * k / (chunks - 1))))
+            self.adapter.adapt(text, ttt_lr(self.run.hp, k, chunks))
 
     def elapsed(self) -> float:
         return time.perf_counter() - self.started
@@ -2978,26 +3378,48 @@ class Watched(Evaluation):
             self.batch = min(self.batch, 16)
         self.left_out = left_out
         self.calls: list[tuple[np.ndarray, np.ndarray]] = []  # (windows, nats) of each call of the scorer
-        self.referee, self.off_reference = False, 0.0
+        self.referee, self.off_reference, self.off_one = False, 0.0, 0.0
         self.learned_unscored = False
+        self.updates: list[int] = []  # scorer calls before each update
 
     def run_pass(self, label: str) -> np.ndarray:
         method, stride = self.passes[label]
-        self.calls = []
+        self.calls, self.updates = [], []
         return getattr(self, method)(self.run.val, stride)
 
-    def score(self, tokens: np.ndarray, windows: np.ndarray, stride: int) -> np.ndarray:
-        nats = super().score(tokens, windows, stride)
+    def score(self, tokens: np.ndarray, windows: np.ndarray, stride: int, readout: Readout | None = None) -> np.ndarray:
+        before = copy.deepcopy(readout) if self.referee else None
+        nats = super().score(tokens, windows, stride, readout)
         self.calls.append((windows, nats))
         if self.referee:
-            self.off_reference = larger(self.off_reference, self.compare(tokens, windows, stride, nats))
+            if before is None:
+                self.off_reference = larger(self.off_reference, self.compare(tokens, windows, stride, nats))
+            else:
+                self.compare_mixture(before, tokens, windows, nats)
         return nats
+
+    def score_piece(self, tokens: np.ndarray, piece: Piece) -> tuple[np.ndarray, Tensor]:
+        nats, losses = super().score_piece(tokens, piece)
+        self.calls.append((piece.windows, nats))
+        if self.referee:
+            with torch.no_grad():
+                inputs, targets, counted = self.adapter.inputs(tokens, piece)
+                entries = self.model.head(self.model.trunk(inputs)[:, -targets.size(1) :]).double().log_softmax(-1)
+                entries = entries.gather(-1, targets[..., None])[..., 0][counted].cpu().numpy()
+            self.off_reference = larger(self.off_reference, distance(nats, -entries))
+        return nats, losses
 
     def adapt(self, text: np.ndarray, k: int, chunks: int) -> None:
         end = int(self.calls[-1][0][-1, 2]) + 1 if self.calls else 0  # of the tokens that have been scored
         self.learned_unscored |= not np.array_equal(text, self.run.val.tokens[max(0, end - len(text)) : end])
-        if k != self.left_out:
+        self.updates.append(len(self.calls))
+        if len(self.updates) - 1 != self.left_out:
             super().adapt(text, k, chunks)
+
+    def learn_piece(self, losses: Tensor, wanted: np.ndarray) -> None:
+        self.updates.append(len(self.calls))
+        if len(self.updates) - 1 != self.left_out:
+            super().learn_piece(losses, wanted)
 
     def predict(self, left: float) -> float:
         return 0.0
@@ -3019,6 +3441,24 @@ class Watched(Evaluation):
         entries = entries.gather(-1, text[: len(chosen), 1:][:, -stride:, None])[..., 0].cpu().numpy()
         pairs = ((nats[ends[j] - widths[j] : ends[j]], -entries[i, -widths[j] :]) for i, j in enumerate(chosen))
         return larger(*(distance(scored, reference) for scored, reference in pairs), 0.0)
+
+    @torch.no_grad()
+    def compare_mixture(self, readout: Readout, tokens: np.ndarray, windows: np.ndarray, nats: np.ndarray) -> None:
+        """The first target of a chunk: its distribution by the readout as it was before has to sum to 1 and hold the
+        score. readout is that state."""
+        start, first, end = (int(n) for n in windows[0])
+        rows = np.repeat(tokens[None, start:end], self.batch, axis=0).astype(np.int64)  # the scorer's shape
+        hidden = self.model.trunk(torch.from_numpy(rows).to(self.run.ranks.device))[0, first - start]
+        logits = self.model.head(hidden[None, None].expand(self.batch, -1, -1))[0, 0].double()
+        columns = torch.stack([-(logits / t).log_softmax(-1) for t in readout.temperatures], -1).cpu().numpy()
+        entries = -columns[:, readout.chosen]
+        if readout.hp.hedge_enabled:
+            contexts, _ = readout.ngrams.keys(tokens[: first + 2], first)
+            every = np.arange(readout.hp.vocab_size)
+            log_p = readout.experts(columns, [np.repeat(context, len(every)) for context in contexts], every)
+            entries = log_sum_exp(readout.log_weights + log_p) - log_sum_exp(readout.log_weights)
+        self.off_one = larger(self.off_one, abs(float(np.exp(entries).sum()) - 1))
+        self.off_reference = larger(self.off_reference, abs(float(nats[0] + entries[tokens[first + 1]])))
 
 
 class Audit:
@@ -3047,7 +3487,10 @@ class Audit:
         self.random = np.random.default_rng(hp.seed)  # the same on every rank
         self.watched = Watched(self.run, self.tensors)
         self.watched.referee = True
-        self.base = {label: (self.watched.run_pass(label), self.watched.calls.copy()) for label in self.watched.passes}
+        self.base, self.updates = {}, {}
+        for label in self.watched.passes:
+            self.base[label] = (self.watched.run_pass(label), self.watched.calls.copy())
+            self.updates[label] = self.watched.updates
         self.watched.referee = False
 
     def check(self, scores: Mapping[str, Score], size: tuple[int, int], seconds: Mapping[str, float]) -> dict:
@@ -3111,7 +3554,7 @@ class Audit:
             ends = np.cumsum(windows[:, 2] - windows[:, 1])
             nats = self.watched.scan(tokens, windows, stride)[np.append(0, ends[:-1])].astype(np.float64)
             worst, points = larger(worst, abs(float(np.exp(-nats).sum()) - 1)), points + 1
-        off = self.watched.off_reference
+        off, worst = self.watched.off_reference, larger(worst, self.watched.off_one)
         passed = worst <= UNIT_SUM and off <= REFERENCE_NATS[self.run.ranks.device.type]
         return Finding(passed, f"whole_sums:{points} off_one:{worst:.2g} scores_off_reference:{off:.2g}")
 
@@ -3119,16 +3562,21 @@ class Audit:
         """C3: an update learns from scored text alone; without it the scores so far stay, and later ones change."""
         if "legal_ttt" not in self.base:
             return Finding(True, "nothing adapts")
-        nats, moved, learned, left_out = self.base["legal_ttt"][0], 0.0, True, []
-        ends = [int(chunk[-1, 2]) for chunk in self.watched.chunks(self.run.val, self.stride)]
-        for k in sorted({(len(ends) - 2) // 2, len(ends) - 2}):
-            without = Watched(self.run, self.tensors, left_out=k).run_pass("legal_ttt")
-            moved = larger(moved, distance(without[: ends[k]], nats[: ends[k]]))
-            learned &= distance(without[ends[k] :], nats[ends[k] :]) > 0
+        calls, moved, learned, left_out = self.base["legal_ttt"][1], 0.0, True, []
+        updates = self.updates["legal_ttt"]
+        for k in sorted({(len(updates) - 1) // 2, len(updates) - 1} & set(range(len(updates)))):
+            without = Watched(self.run, self.tensors, left_out=k)
+            without.run_pass("legal_ttt")
+            before, after = (
+                [np.concatenate([nats for _, nats in part]) for part in (calls[place], without.calls[place])]
+                for place in (slice(updates[k]), slice(updates[k], None))
+            )
+            moved = larger(moved, distance(*before))
+            learned &= distance(*after) > 0
             left_out.append(k)
         learned |= self.run.hp.ttt_lr == 0
         unscored = self.watched.learned_unscored
-        figure = f"updates_left_out:{len(left_out)} of:{len(ends) - 1} scores_before_moved:{moved:.2g}"
+        figure = f"updates_left_out:{len(left_out)} of:{len(updates)} scores_before_moved:{moved:.2g}"
         figure += ("" if learned else " nothing_learned") + (" learned_from_unscored_text" if unscored else "")
         return Finding(moved <= self.moved_nats and learned and not unscored, figure)
 
@@ -3139,6 +3587,10 @@ class Audit:
         for label, (nats, calls) in self.base.items():
             spans = np.concatenate([windows[:, 1:] for windows, _ in calls])
             answered = np.concatenate([answer for _, answer in calls])
+            if len(answered) == (spans[:, 1] - spans[:, 0]).sum():  # documents come the longest first
+                order = np.argsort(spans[:, 0], kind="stable")
+                parts = np.split(answered, np.cumsum(spans[:, 1] - spans[:, 0])[:-1])
+                spans, answered = spans[order], np.concatenate([parts[i] for i in order])
             in_order = spans[0, 0] == 0 and spans[-1, 1] == self.n and (spans[1:, 0] == spans[:-1, 1]).all()
             if not in_order or len(nats) != self.n:
                 problems.append(f"{label} scored {len(answered)} and counted {len(nats)} targets of {self.n}")
@@ -3151,9 +3603,14 @@ class Audit:
             if tuple(score) != counted:
                 problems.append(f"{label} is over {score.tokens} tokens, {score.bytes} bytes, {score.nats:.1f} nats")
             same = int(plan_windows(self.n, self.context, stride)[-1, 1])  # a slice ends with a window of its own
+            if method == "documents":
+                same = int(plan_documents(self.tokens)[-1, 0])  # and with a part of a document
             if method == "adapted":
                 same = min(same, int(self.evaluation.chunks(self.whole, stride)[0][-1, 2]))
-                label = f"final_{main_grid(self.tensors)}_sliding_window"
+                if self.watched.readout is None:
+                    label = f"final_{main_grid(self.tensors)}_sliding_window"
+                else:
+                    same = min(same, int(self.watched.chunks(self.run.val, stride)[0][-1, 2]))
             if not distance(headline[:same], self.base[label][0][:same]) <= SAME_NATS[self.run.ranks.device.type]:
                 problems.append(f"{label} does not give again the scores that the artifact had")
         figure = f"tokens:{self.whole.targets} bytes:{int(self.whole.bytes.sum())}"

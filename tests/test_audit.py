@@ -64,6 +64,7 @@ def failed(findings: dict[str, pg.Finding]) -> dict[str, str]:
 # THE CLEAN SCRIPT
 # -----------------------------------------------------------------------------
 
+LORA = dict(ttt_params="lora", ttt_lora_chunk=4, ttt_lora_rank=2, ttt_lr=0.5)
 CLEAN = dict(
     fp32=dict(),
     three_layers=dict(num_layers=3, ve_layers="1,2"),
@@ -76,6 +77,16 @@ CLEAN = dict(
     without_neighbours=dict(bigram_vocab_size=0, smear_gate_enabled=False),
     nothing_to_learn=dict(ttt_lr=0.0),
     more_tokens_than_there_are=dict(audit_tokens=10**6),
+    published_model=dict(value_residual=True, gated_attention=True, num_loops=2, loop_start=0, loop_end=0),
+    gated_mlp=dict(mlp_kind="star_relu"),
+    scales=dict(ttt_params="scales", ttt_optimizer="adamw"),
+    sam_and_an_early_stop=dict(ttt_sam_rho=0.1, ttt_max_chunks=2, ttt_warmup_chunks=1),
+    lora=LORA,
+    lora_bf16=dict(LORA, dtype="bf16"),
+    lora_carried=dict(LORA, ttt_lora_reset=False),
+    temperature=dict(ttt_temperature=True),
+    hedge=dict(hedge_enabled=True),
+    hedge_and_temperature=dict(hedge_enabled=True, ttt_temperature=True, ttt_params="scales"),
 )
 
 

@@ -68,7 +68,7 @@ def test_no_limit_never_cuts_and_asks_no_rank(slow):
     evaluation = evaluation_of(limited(0))
     evaluation.run.ranks.largest = lambda x: pytest.fail("a collective without a limit")
     slow.update = 1e6
-    assert list(evaluation.score_all()) == ["final_int6_roundtrip", "final_int6_sliding_window", "legal_ttt"]
+    assert list(evaluation.score_all()) == ["final_fp32_roundtrip", "final_fp32_sliding_window", "legal_ttt"]
     assert evaluation.cut is None and slow.updates == CHUNKS - 1 and not lines(evaluation, "cut|skipped|warning")
 
 
@@ -129,7 +129,7 @@ def test_ttt_is_skipped_where_its_scores_alone_would_not_fit(seconds, skipped, s
     evaluation = evaluation_of(limited(seconds))
     slow.update = 0.0
     scores = evaluation.score_all()
-    assert list(scores)[-1] == ("final_int6_sliding_window" if skipped else "legal_ttt")
+    assert list(scores)[-1] == ("final_fp32_sliding_window" if skipped else "legal_ttt")
     said = [f"legal_ttt:skipped it would end beyond EVAL_MAX_SECONDS={seconds:g}"]
     assert lines(evaluation, "skipped") == (said if skipped else [])
     if skipped:
@@ -142,7 +142,7 @@ def test_every_pass_predicts_once_when_the_evaluation_will_end(slow):
     evaluation.score_all()
     pattern = r"(\w+):predicted evaluation_seconds:(\d+) limit:1000"
     said = [re.fullmatch(pattern, line).groups() for line in lines(evaluation, "predicted")]
-    assert said[:2] == [("final_int6_roundtrip", "6"), ("final_int6_sliding_window", "26")]
+    assert said[:2] == [("final_fp32_roundtrip", "6"), ("final_fp32_sliding_window", "26")]
     assert [label for label, _ in said[2:]] == ["legal_ttt"]
     assert float(said[2][1]) == pytest.approx(ALL_SECONDS, rel=0.05)  # the first chunk has one window, the others two
 
@@ -209,7 +209,7 @@ def test_ranks_whose_clocks_differ_cut_alike(speeds):
 def test_a_slow_rank_makes_all_skip(slow):
     evaluation = evaluation_of(limited(1000))
     evaluation.run.ranks.largest = lambda x: max(x, 1001.0)
-    assert list(evaluation.score_all())[-1] == "final_int6_sliding_window"
+    assert list(evaluation.score_all())[-1] == "final_fp32_sliding_window"
     assert evaluation.cut == dict(chunks=CHUNKS, adapted=0, scored=0)
 
 

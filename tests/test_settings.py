@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, clean_environ, run_here
-from helpers import TINY, make_run, random_tokens, single_rank, tiny_hp, weights_of
+from helpers import TINY, build_model, make_run, random_tokens, single_rank, tiny_hp, weights_of
 
 import train_gpt as pg
 
@@ -119,6 +119,15 @@ ILLEGAL = [
     (dict(VE_LAYERS="9,-1"), "VE_LAYERS='9,-1' must be layer numbers"),
     (dict(VE_LAYERS="9,11"), "VE_LAYERS=9,11 names a layer beyond the last, 10 (NUM_LAYERS=11)"),
     (dict(EMA_ENABLED=0, SWA_ENABLED=1, SWA_SOURCE="ema"), "SWA_SOURCE=ema needs EMA_ENABLED=1"),
+    (dict(EMBED_BITS=9), "EMBED_BITS=9 must be from 5 to 8, or 16"),
+    (dict(GPTQ_ENABLED=1, GPTQ_RESERVE_SECONDS=600), "GPTQ_RESERVE_SECONDS=600 leaves nothing of MAX_WALLCLOCK_SEC"),
+    (dict(GPTQ_ENABLED=1, GPTQ_CALIBRATION_TOKENS=2047), "GPTQ_CALIBRATION_TOKENS=2047 is less than one sequence"),
+    (dict(TTT_ENABLED=0, TTT_PARAMS="lora"), "belong to test-time training: TTT_ENABLED=1"),
+    (dict(TTT_ENABLED=0, TTT_TEMPERATURE=1), "belong to test-time training: TTT_ENABLED=1"),
+    (dict(TTT_ENABLED=0, HEDGE_ENABLED=1), "belong to test-time training: TTT_ENABLED=1"),
+    (dict(TTT_PARAMS="lora", TTT_SAM_RHO=0.1), "TTT_PARAMS=lora takes one plain step per piece"),
+    (dict(TTT_PARAMS="lora", HEDGE_ENABLED=1), "TTT_PARAMS=lora scores documents side by side"),
+    (dict(TTT_PARAMS="lora", TTT_LORA_CHUNK=300), "TTT_LORA_CHUNK=300 must divide EVAL_SEQ_LEN=2048"),
     (dict(EVAL_STRIDE=2049), "EVAL_STRIDE=2049 exceeds EVAL_SEQ_LEN=2048"),
     (dict(EVAL_STRIDE=0), "TTT_ENABLED=1 needs sliding windows"),
     (dict(TTT_FREEZE_BLOCKS=12), "TTT_FREEZE_BLOCKS=12 exceeds NUM_LAYERS=11"),
@@ -176,6 +185,10 @@ LEGAL = [
     dict(TTT_FREEZE_BLOCKS=11, XSA_LAST_N=11),
     dict(EVAL_STRIDE=2048),
     dict(RUN_ID="a.b-c_2"),
+    dict(GPTQ_ENABLED=1, GPTQ_RESERVE_SECONDS=600, MAX_WALLCLOCK_SECONDS=0),
+    dict(GPTQ_ENABLED=1, EMBED_BITS=16, GPTQ_RESERVE_SECONDS=599),
+    dict(TTT_PARAMS="lora", TTT_LORA_CHUNK=2048),
+    dict(TTT_PARAMS="scales", TTT_TEMPERATURE=1, HEDGE_ENABLED=1),
     dict(NUM_LAYERS=3, VE_LAYERS="1", XSA_LAST_N=1),  # the loop of no loops may lie anywhere
     dict(NUM_LOOPS=16, LOOP_START=0, LOOP_END=10),
 ]
@@ -283,7 +296,7 @@ def test_other_programs_prefixes_are_never_taken_for_ours(prefix):
 def test_public_names_set_our_settings(public, ours, text):
     assert getattr(from_env(**{public: text}), ours) == pg.parse_value(FIELDS[ours], text) != FIELDS[ours].default
     with pytest.raises(pg.UserError, match="contradicts another spelling of"):
-        from_env(**{public: text, ours.upper(): "1"})
+        from_env(**{public: text, ours.upper(): "0" if text == "1" else "1"})
     from_env(**{public: text, ours.upper(): text})
 
 
@@ -598,6 +611,47 @@ EXPORTED = dict(
 )
 
 
+STORED = dict(
+    attn_bits=(8, {}),
+    attn_out_bits=(8, {}),
+    mlp_bits=(5, {}),
+    embed_bits=(16, {}),
+    gptq_enabled=(True, {}),
+    gptq_calibration_tokens=(64, dict(gptq_enabled=True)),
+    gptq_percdamp=(5.0, dict(gptq_enabled=True)),
+    gptq_block_size=(1, dict(gptq_enabled=True)),
+)
+
+
+@pytest.mark.parametrize("name", STORED)
+def test_a_quantization_setting_changes_the_artifact(name):
+    value, shared = STORED[name]
+
+    def exported(**changes) -> dict[str, pg.Stored]:
+        hp = tiny_hp(gptq_calibration_tokens=320, **changes) if "gptq_calibration_tokens" not in changes else None
+        run = make_run(hp or tiny_hp(**changes), Memory())
+        weights = weights_of(build_model(run.hp))
+        hessians = pg.calibrate(run, weights, pg.calibration_texts(run)) if run.hp.gptq_enabled else None
+        return pg.quantize(weights, run.hp, hessians)
+
+    with_it, without = exported(**shared | {name: value}), exported(**shared)
+    if name == "gptq_block_size":  # a matter of speed: the same codes but for ties
+        same = torch.cat([(t.data == without[n].data).flatten() for n, t in with_it.items()]).float().mean()
+        assert same > 0.999
+    else:
+        assert any(not torch.equal(t.dequantize(), without[n].dequantize()) for n, t in with_it.items())
+
+
+def test_the_reserve_of_gptq_is_kept_free_of_training():
+    def reserve(**changes) -> float:
+        trainer = pg.Trainer(make_run(tiny_hp(max_wallclock_seconds=1000.0, **changes), Memory()))
+        trainer.warm_up()
+        return trainer.clock.reserve_ms
+
+    assert reserve(gptq_enabled=True, gptq_reserve_seconds=77.0) >= 77_000
+    assert 0 < reserve() < reserve(gptq_enabled=True, gptq_calibration_tokens=4096) < 77_000
+
+
 @pytest.mark.parametrize("name", EXPORTED)
 def test_an_averaging_setting_changes_what_is_exported_and_not_the_training(name):
     value, shared = EXPORTED[name]
@@ -615,6 +669,7 @@ def evaluate(stored: dict[str, pg.Stored], **changes) -> dict[str, pg.Score]:
     return pg.Evaluation(make_run(tiny_hp(**changes)), stored).score_all()
 
 
+HEDGE, LORA = dict(hedge_enabled=True), dict(ttt_params="lora", ttt_lora_chunk=4)
 SCORED = dict(
     eval_seq_len=(8, "final_int6_roundtrip"),
     eval_stride=(8, "final_int6_sliding_window"),
@@ -625,14 +680,28 @@ SCORED = dict(
     ttt_momentum=(0.0, "legal_ttt"),
     ttt_batch_seqs=(1, "legal_ttt"),
     ttt_grad_clip=(0.01, "legal_ttt"),
+    ttt_params=("scales", "legal_ttt"),
+    ttt_optimizer=("adamw", "legal_ttt"),
+    ttt_warmup_chunks=(2, "legal_ttt"),
+    ttt_max_chunks=(1, "legal_ttt"),
+    ttt_sam_rho=(0.5, "legal_ttt"),
+    ttt_temperature=(True, "legal_ttt"),
+    hedge_enabled=(True, "legal_ttt"),
+    hedge_eta=(0.01, "legal_ttt", HEDGE),
+    hedge_alpha=(50.0, "legal_ttt", HEDGE),
+    hedge_temperature=(3.0, "legal_ttt", HEDGE),
+    ttt_lora_rank=(2, "legal_ttt", LORA),
+    ttt_lora_alpha=(80.0, "legal_ttt", LORA),
+    ttt_lora_chunk=(8, "legal_ttt", LORA),
+    ttt_lora_reset=(False, "legal_ttt", LORA),
 )
 
 
 @pytest.mark.parametrize("name", SCORED)
 def test_an_evaluation_setting_changes_the_score(name, stored):
-    value, label = SCORED[name]
-    with_it = evaluate(stored, **{name: value})
-    without = evaluate(stored)
+    value, label, shared = *SCORED[name], *[{}][len(SCORED[name]) - 2 :]
+    with_it = evaluate(stored, **shared | {name: value})
+    without = evaluate(stored, **shared)
     assert abs(with_it[label].loss - without[label].loss) > 1e-6
     if label == "legal_ttt":
         assert with_it["final_int6_sliding_window"] == without["final_int6_sliding_window"]
@@ -712,6 +781,7 @@ def test_every_setting_has_a_liveness_test():
     chain |= {"compressor", "artifact_cap_bytes", "data_path", "tokenizer_path"}  # in test_chain.py and test_data.py
     chain |= {"checkpoint_every", "resume"}  # in test_resume.py
     chain |= {"audit", "audit_tokens", "eval_max_seconds"}  # in test_audit.py and test_evaluation.py
-    tables = [*TRAINED, *EXPORTED, *SCORED, *here, *chain]
+    here |= {"gptq_reserve_seconds"}
+    tables = [*TRAINED, *EXPORTED, *STORED, *SCORED, *here, *chain]
     assert sorted(tables) == sorted(FIELDS)
     assert TINY.keys() <= FIELDS.keys()

@@ -266,3 +266,341 @@ def test_adapting_on_text_lowers_its_loss():
     before = pg.score(adapter.model, tokens, windows, 4, 4, single_rank()).mean()
     adapter.adapt(tokens, 0.05)
     assert pg.score(adapter.model, tokens, windows, 4, 4, single_rank()).mean() < before - 0.1
+
+
+# -----------------------------------------------------------------------------
+# WHAT ADAPTS, AND HOW
+# -----------------------------------------------------------------------------
+
+
+def test_scales_only_moves_the_control_tensors_and_nothing_else():
+    adapter = adapter_for(tiny_hp(ttt_params="scales"))
+    before = weights_of(adapter.model)
+    adapter.adapt(random_tokens(40), 0.1)
+    moved = {name for name, w in weights_of(adapter.model).items() if not torch.equal(w, before[name])}
+    assert moved == {name for name in before if pg.tensor_class(name) == "control"}
+
+
+def test_adamw_is_torchs_without_decay():
+    hp = tiny_hp(ttt_optimizer="adamw", ttt_grad_clip=0.0, ttt_momentum=0.8)
+    ours, theirs, tokens = adapter_for(hp), build_model(hp), random_tokens(33)
+    reference = torch.optim.AdamW(theirs.parameters(), lr=0.01, betas=(0.8, 0.999), weight_decay=0.0)
+    text = torch.from_numpy(tokens.astype(np.int64))
+    for group in ours.optimizer.param_groups:
+        group["lr"] = 0.01
+    for _ in range(3):
+        ours.step(tokens, np.array([0, 16]))
+        reference.zero_grad()
+        theirs(text[:-1].view(2, 16), text[1:].view(2, 16)).mean().backward()
+        reference.step()
+    theirs = weights_of(theirs)
+    for name, w in weights_of(ours.model).items():
+        torch.testing.assert_close(w, theirs[name], atol=2e-4, rtol=1e-3)
+
+
+def test_sam_steps_along_the_gradient_of_the_worse_place():
+    hp, tokens = tiny_hp(ttt_sam_rho=0.5, ttt_grad_clip=0.0, ttt_momentum=0.0), random_tokens(33)
+    ours, reference = adapter_for(hp), build_model(hp)
+    text = torch.from_numpy(tokens.astype(np.int64))
+
+    def gradients() -> list[torch.Tensor]:
+        reference.zero_grad()
+        reference(text[:-1].view(2, 16), text[1:].view(2, 16)).mean().backward()
+        return [p.grad.clone() for p in reference.parameters()]
+
+    here = weights_of(reference)
+    uphill = gradients()
+    norm = torch.cat([g.flatten() for g in uphill]).norm()
+    with torch.no_grad():
+        for p, g in zip(reference.parameters(), uphill, strict=True):
+            p.add_(0.5 * g / norm)
+    wanted = {
+        name: here[name] - 0.1 * g for (name, _), g in zip(reference.named_parameters(), gradients(), strict=True)
+    }
+    ours.optimizer.param_groups[0]["lr"] = 0.1
+    ours.step(tokens, np.array([0, 16]))
+    plain = adapter_for(tiny_hp(ttt_grad_clip=0.0, ttt_momentum=0.0))
+    plain.optimizer.param_groups[0]["lr"] = 0.1
+    plain.step(tokens, np.array([0, 16]))
+    plain = weights_of(plain.model)
+    assert max((plain[name] - w).abs().max() for name, w in wanted.items()) > 1e-3
+    for name, w in weights_of(ours.model).items():
+        torch.testing.assert_close(w, wanted[name], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "changes, rates",
+    [
+        (dict(), [1, 0.75, 0.25]),
+        (dict(ttt_warmup_chunks=2), [0.5, 0.75, 0.25]),
+        (dict(ttt_max_chunks=2), [1, 0.5]),
+        (dict(ttt_max_chunks=1, ttt_warmup_chunks=4), [0.25]),
+        (dict(ttt_max_chunks=99), [1, 0.75, 0.25]),
+    ],
+)
+def test_warm_up_and_an_early_stop_shape_the_learning_rate(changes, rates):
+    hp, seen = tiny_hp(ttt_lr=1.0, **changes), []
+    adapter = forward_only(hp)
+    adapter.adapt = lambda tokens, lr: seen.append(lr)
+    assert len(spans(hp)) == 4
+    run(adapter, random_tokens(N + 1))
+    assert seen == pytest.approx(rates)
+
+
+# -----------------------------------------------------------------------------
+# LORA, DOCUMENT BY DOCUMENT
+# -----------------------------------------------------------------------------
+
+
+def lora_hp(**changes):
+    return tiny_hp(**{**dict(ttt_params="lora", ttt_lora_chunk=4, ttt_lora_rank=2, ttt_lr=0.5), **changes})
+
+
+def documents_of(lengths: list[int], seed: int = 0) -> np.ndarray:
+    """Documents of so many tokens, BOS included, and a last token that is only a target."""
+    rng = np.random.default_rng(seed)
+    texts = [np.append(pg.BOS_ID, rng.integers(4, 48, length - 1)) for length in lengths]
+    return np.append(np.concatenate(texts), 7).astype(np.uint16)
+
+
+LENGTHS = [30, 3, 17, 1, 50, 4, 8, 22]
+
+
+def lora_scores(hp, tokens: np.ndarray) -> np.ndarray:
+    stored = {name: pg.Stored("fp32", w, None) for name, w in weights_of(build_model(hp, hp.eval_seq_len)).items()}
+    evaluation = pg.Evaluation(make_run(hp, tokens=tokens), stored)
+    return evaluation.documents(evaluation.run.val, hp.ttt_lora_chunk)
+
+
+def one_by_one(hp, tokens: np.ndarray, learn: bool = True) -> np.ndarray:
+    """The method written as a loop over documents and pieces, with the adapters merged into ordinary weights."""
+    nats, starts = np.zeros(len(tokens) - 1), [*np.flatnonzero(tokens[:-1] == pg.BOS_ID), len(tokens) - 1]
+    state = None
+    for d, (start, stop) in enumerate(zip(starts[:-1], starts[1:], strict=True)):
+        if state is None or hp.ttt_lora_reset:
+            model = build_model(hp, hp.eval_seq_len)
+            places = [(model, "head_lora", 48), *((b.attn.q, "lora", 24) for b in model.blocks)]
+            places += [(b.attn.v, "lora", 12) for b in model.blocks]
+            loras = [pg.LoRA(1, 24, out, hp, torch.device("cpu")) for *_, out in places]
+            for (module, name, _), lora in zip(places, loras, strict=True):
+                setattr(module, name, lora)
+            parameters = [p for lora in loras for p in (lora.a, lora.b)]
+            state = torch.optim.SGD(parameters, lr=hp.ttt_lr, momentum=hp.ttt_momentum)
+        for first in range(start, stop, hp.ttt_lora_chunk):
+            end = min(first + hp.ttt_lora_chunk, stop)
+            begin = max(start, first + hp.ttt_lora_chunk - hp.eval_seq_len)
+            text = torch.from_numpy(tokens[begin : end + 1].astype(np.int64))[None]
+            losses = model(text[:, :-1], text[:, 1:])[0, first - begin :]
+            nats[first:end] = losses.detach().numpy()
+            more = end < stop or (not hp.ttt_lora_reset and d + 2 < len(starts))
+            if learn and more:
+                state.zero_grad()
+                losses.mean().backward()
+                norm = torch.cat([p.grad.flatten() for p in parameters]).norm()
+                for p in parameters:
+                    p.grad *= min(1.0, hp.ttt_grad_clip / (norm + 1e-6))
+                state.step()
+    return nats
+
+
+@pytest.mark.parametrize("reset", [True, False])
+@pytest.mark.parametrize("batch", [16, 64, 4096])
+def test_lora_scores_are_those_of_one_document_after_another(reset, batch):
+    # A small step where it is carried on: a large one amplifies the rounding of padded rows from document to document.
+    hp = lora_hp(ttt_lora_reset=reset, val_batch_size=batch, ttt_lr=0.5 if reset else 0.02)
+    tokens = documents_of(LENGTHS)
+    ours = lora_scores(hp, tokens)
+    np.testing.assert_allclose(ours, one_by_one(hp, tokens), atol=2e-4)
+    assert np.abs(ours - one_by_one(hp, tokens, learn=False)).max() > 0.01
+
+
+def test_zero_b_reproduces_the_plain_scores_of_each_document():
+    hp, tokens = lora_hp(ttt_lr=0.0), documents_of(LENGTHS)
+    plain = one_by_one(hp, tokens, learn=False)
+    np.testing.assert_allclose(lora_scores(hp, tokens), plain, atol=1e-5)
+    model = build_model(hp)
+    piece = next(pg.plan_pieces(pg.plan_documents(tokens), hp.eval_seq_len, 4))
+    adapter = pg.LoRAAdapter(model, model, hp, single_rank(hp))
+    inputs, targets, _ = adapter.inputs(tokens, piece._replace(windows=piece.windows[: adapter.rows]))
+    without = model(inputs, targets)
+    with adapter.attached():
+        assert torch.equal(model(inputs, targets), without)
+        adapter.parameters[1].data.fill_(1.0)
+        assert not torch.equal(model(inputs, targets), without)
+    assert torch.equal(model(inputs, targets), without)
+
+
+def test_pieces_score_every_target_once_within_its_own_document():
+    tokens = documents_of(LENGTHS)
+    documents = pg.plan_documents(tokens)
+    assert (documents[:, 1] - documents[:, 0]).tolist() == LENGTHS
+    for context, chunk in ((16, 4), (16, 16), (8, 1)):
+        scored = np.zeros(len(tokens) - 1, dtype=int)
+        for piece in pg.plan_pieces(documents, context, chunk):
+            for (start, first, end), last in zip(piece.windows, piece.last, strict=True):
+                document = documents[(documents[:, 0] <= first) & (first < documents[:, 1])][0]
+                assert document[0] <= start <= first < end <= document[1] and end - start <= piece.length <= context
+                assert start == max(document[0], first + chunk - context) and last == (end == document[1])
+                scored[first:end] += 1
+        assert (scored == 1).all()
+
+
+def test_a_document_learns_nothing_from_another_unless_adapters_are_carried():
+    tokens = documents_of(LENGTHS)
+    changed = tokens.copy()
+    changed[31:33] = [9, 10]  # within the second document
+    changed[34:40] = 11  # and the third
+    start, end = 33, 50
+    for reset in (True, False):
+        a, b = (lora_scores(lora_hp(ttt_lora_reset=reset), text) for text in (tokens, changed))
+        assert np.array_equal(a[:30], b[:30]) and (a[start:end] != b[start:end]).any()
+        assert (np.abs(a[end + 1 :] - b[end + 1 :]).max() == 0) == reset
+
+
+@pytest.mark.parametrize("reset", [True, False])
+def test_a_piece_is_scored_before_it_is_learned_and_the_end_of_a_document_never(reset, monkeypatch):
+    hp, tokens, events = lora_hp(ttt_lora_reset=reset), documents_of(LENGTHS), []
+    score, learn = pg.LoRAAdapter.score, pg.LoRAAdapter.learn
+
+    def spy_score(self, tokens, piece):
+        events.append(piece)
+        return score(self, tokens, piece)
+
+    def spy_learn(self, losses, wanted):
+        piece = events[-1]
+        assert isinstance(piece, pg.Piece) and len(wanted) == len(piece.windows) and wanted.any()
+        assert (wanted == ~piece.last).all() or not reset
+        events.append("learned")
+        learn(self, losses, wanted)
+
+    monkeypatch.setattr(pg.LoRAAdapter, "score", spy_score)
+    monkeypatch.setattr(pg.LoRAAdapter, "learn", spy_learn)
+    lora_scores(hp, tokens)
+    pieces = [e for e in events if isinstance(e, pg.Piece)]
+    learned = events.count("learned")
+    assert learned == (sum(not p.last.all() for p in pieces) if reset else len(pieces) - 1)
+    assert isinstance(events[-1], pg.Piece)
+
+
+def test_the_clip_is_each_documents_own():
+    hp = lora_hp(ttt_grad_clip=1e-3, ttt_momentum=0.0, val_batch_size=64)
+    model = build_model(hp)
+    adapter = pg.LoRAAdapter(model, model, hp, single_rank(hp))
+    tokens = documents_of([9, 9, 9, 9])
+    piece = next(pg.plan_pieces(pg.plan_documents(tokens), 16, 4))
+    with adapter.attached():
+        adapter.reset()
+        before = [p.detach().clone() for p in adapter.parameters]
+        _, losses = adapter.score(tokens, piece)
+        adapter.learn(losses * torch.tensor([1.0, 100.0, 1.0, 0.0]), np.array([True, True, True, True]))
+    moved = torch.stack([(p - b).flatten(1).norm(dim=1) for p, b in zip(adapter.parameters, before, strict=True)])
+    torch.testing.assert_close(moved.norm(dim=0).detach(), torch.tensor([5e-4, 5e-4, 5e-4, 0.0]), rtol=5e-3, atol=1e-9)
+
+
+# -----------------------------------------------------------------------------
+# READOUTS: TEMPERATURE AND MIXTURE
+# -----------------------------------------------------------------------------
+
+
+def columns_of(model, tokens, hp, temperatures) -> np.ndarray:
+    return pg.score(model, tokens, plan(hp), hp.eval_stride, 4, single_rank(), None, temperatures)
+
+
+def test_nats_at_a_temperature_are_those_of_divided_logits():
+    model, tokens = build_model(), random_tokens(17)
+    text = torch.from_numpy(tokens.astype(np.int64))[None]
+    nats = model(text[:, :-1], text[:, 1:], (1.0, 0.5, 2.0))
+    for i, t in enumerate((1.0, 0.5, 2.0)):
+        reference = -(model.logits(text[:, :-1]) / t).log_softmax(-1).gather(-1, text[:, 1:, None])[..., 0]
+        torch.testing.assert_close(nats[..., i], reference)
+    assert torch.equal(nats[..., 0], model(text[:, :-1], text[:, 1:]))
+
+
+def test_the_temperature_is_that_of_the_chunks_before():
+    hp, tokens = tiny_hp(ttt_temperature=True, ttt_lr=0.0), random_tokens(N + 1)
+    model = build_model(hp)
+    with torch.no_grad():
+        model.tok_emb.weight.mul_(4.0)  # much too sure of itself
+    stored = {name: pg.Stored("fp32", w, None) for name, w in weights_of(model).items()}
+    evaluation = pg.Evaluation(make_run(hp, tokens=tokens), stored)
+    ours = evaluation.adapted(evaluation.run.val, hp.eval_stride)
+    columns = columns_of(model, tokens, hp, pg.TEMPERATURES)
+    assert pg.TEMPERATURES[8] == 1.0 and pg.TEMPERATURES[0] == pytest.approx(0.8) and len(pg.TEMPERATURES) == 17
+    chosen = []
+    for first, end in spans(hp):
+        chosen.append(int(columns[:first].sum(0, dtype=np.float64).argmin()) if first else 8)
+        np.testing.assert_allclose(ours[first:end], columns[first:end, chosen[-1]], atol=1e-5)
+    assert chosen[-1] > 8, "a model that is too sure needs a higher temperature"
+
+
+def by_counting(tokens: np.ndarray, scored: int, i: int, x: int, alpha: float, vocab: int) -> list[float]:
+    """p_1, p_2, p_3 of token x as target i, after the targets before `scored` were counted, from their definition."""
+    p, out = 1 / vocab, []
+    for n in range(3):
+
+        def context(j: int, n: int = n) -> tuple[int, ...]:
+            return tuple(int(tokens[j - m]) if j - m >= 0 else 0 for m in range(n))
+
+        seen = [j for j in range(scored) if context(j) == context(i)]
+        hits = sum(int(tokens[j + 1]) == x for j in seen)
+        p = (hits + alpha * p) / (len(seen) + alpha)
+        out.append(p)
+    return out  # fmt: skip
+
+
+def test_ngrams_are_exact_counts_of_scored_text():
+    tokens = random_tokens(400, vocab_size=7, seed=3)
+    ngrams = pg.NGrams(7, 1.5)
+    for first, end in ((0, 1), (1, 90), (90, 91), (91, 300)):
+        ngrams.add(tokens[: end + 1], first)
+    contexts, targets = ngrams.keys(tokens, 300)
+    ours = np.stack(ngrams.probabilities(contexts, targets), -1)
+    wanted = [by_counting(tokens, 300, i, int(tokens[i + 1]), 1.5, 7) for i in range(300, 399)]
+    np.testing.assert_allclose(ours, wanted, rtol=1e-12)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_counts_survive_any_order_of_merges(seed):
+    rng, counts, everything = np.random.default_rng(seed), pg.Counts(), []
+    for size in rng.integers(1, 400, 30):
+        keys = rng.integers(0, 300, size) * (1 << 40)
+        counts.add(keys)
+        everything.append(keys)
+    asked = np.arange(310) * (1 << 40)
+    everything = np.concatenate(everything)
+    assert counts(asked).tolist() == [int((everything == key).sum()) for key in asked]
+    assert len(counts.runs) <= 12 and not pg.Counts()(asked).any()
+
+
+@pytest.mark.parametrize("temperature", [False, True])
+def test_the_mixture_is_hedge_by_its_definition(temperature):
+    hp = tiny_hp(hedge_enabled=True, hedge_eta=0.7, hedge_alpha=2.0, ttt_lr=0.0, ttt_temperature=temperature)
+    tokens, model = random_tokens(N + 1), build_model(hp)
+    stored = {name: pg.Stored("fp32", w, None) for name, w in weights_of(model).items()}
+    evaluation = pg.Evaluation(make_run(hp, tokens=tokens), stored)
+    ours = evaluation.adapted(evaluation.run.val, hp.eval_stride)
+    grid = pg.TEMPERATURES if temperature else (1.0,)
+    columns = columns_of(model, tokens, hp, (*grid, hp.hedge_temperature)).astype(np.float64)
+    weights = np.full(5, 0.2)
+    for first, end in spans(hp):
+        best = int(columns[:first, :-1].sum(0).argmin()) if first else grid.index(1.0)
+        for i in range(first, end):
+            network = np.exp(-columns[i, [best, -1]])
+            p = np.array([*network, *by_counting(tokens, first, i, int(tokens[i + 1]), 2.0, 48)])
+            assert ours[i] == pytest.approx(-math.log(weights @ p), abs=1e-4)
+            weights = weights * p**0.7
+            weights /= weights.sum()
+    assert evaluation.readout.ngrams.followed[0].runs == [], "the next evaluation starts anew"
+
+
+def test_a_mixture_over_the_vocabulary_sums_to_one():
+    hp = tiny_hp(hedge_enabled=True)
+    readout, tokens, model = pg.Readout(hp), random_tokens(N + 1), build_model(hp)
+    readout(columns_of(model, tokens, hp, readout.temperatures)[:60], tokens[:61], 0)
+    every, rng = np.arange(48), np.random.default_rng(0)
+    logits = rng.normal(size=48)
+    columns = np.stack([pg.log_sum_exp(logits / t) - logits / t for t in readout.temperatures], -1)
+    contexts, _ = readout.ngrams.keys(tokens[:62], 60)
+    log_p = readout.experts(columns, [np.repeat(c, 48) for c in contexts], every)
+    mixture = np.exp(pg.log_sum_exp(readout.log_weights + log_p) - pg.log_sum_exp(readout.log_weights))
+    assert mixture.sum() == pytest.approx(1, abs=1e-9) and np.exp(log_p).sum(0) == pytest.approx(np.ones(5))
