@@ -514,6 +514,88 @@ def counts_a_byte_for_every_document(patch):
     recount(patch, lambda counter: counter.base.__setitem__(pg.BOS_ID, 1))
 
 
+# Adapters by document, temperature and mixture
+
+
+@mutant("causal", "score_first", "once", "normalised", **LORA)
+def learns_from_a_piece_before_scoring_it(patch):
+    score = pg.Evaluation.score_piece
+
+    def learned_before(self, tokens, piece):
+        _, losses = self.adapter.score(tokens, piece)
+        self.learn_piece(losses, np.ones(len(piece.windows), dtype=bool))
+        return score(self, tokens, piece)
+
+    patch.setattr(pg.Evaluation, "score_piece", learned_before)
+
+
+@mutant("once", "score_first", "causal", **LORA)
+def scores_a_piece_again_after_learning_from_it(patch):
+    documents = pg.Evaluation.documents
+
+    def twice(self, val, chunk):
+        first = documents(self, val, chunk)
+        return np.minimum(first, documents(self, val, chunk) - 0.01)
+
+    patch.setattr(pg.Evaluation, "documents", twice)
+
+
+@mutant("normalised", "causal", "once", "score_first", **LORA | dict(ttt_enabled=True))
+def a_piece_reads_a_token_too_many(patch):
+    inputs = pg.LoRAAdapter.inputs
+
+    def ahead(self, tokens, piece):
+        text, targets, counted = inputs(self, tokens, piece)
+        return text.roll(-1, dims=1), targets, counted
+
+    patch.setattr(pg.LoRAAdapter, "inputs", ahead)
+
+
+@mutant("causal", "once", "normalised", "score_first", hedge_enabled=True)
+def counts_the_chunk_before_mixing(patch):
+    call = pg.Readout.__call__
+
+    def greedy(self, columns, tokens, first):
+        self.ngrams.add(tokens, first)
+        return call(self, columns, tokens, first)
+
+    patch.setattr(pg.Readout, "__call__", greedy)
+
+
+@mutant("causal", "once", "normalised", "score_first", hedge_enabled=True)
+def weighs_the_experts_by_their_later_scores(patch):
+    call = pg.Readout.__call__
+
+    def prophetic(self, columns, tokens, first):
+        contexts, targets = self.ngrams.keys(tokens, first)
+        self.log_weights = self.log_weights + self.experts(columns, contexts, targets).sum(0)
+        return call(self, columns, tokens, first)
+
+    patch.setattr(pg.Readout, "__call__", prophetic)
+
+
+@mutant("normalised", "causal", "once", "score_first", hedge_enabled=True, ttt_enabled=True)
+def scores_the_best_expert(patch):
+    patch.setattr(pg, "log_sum_exp", lambda x: x.max(-1))
+
+
+@mutant("normalised", "once", "causal", "score_first", hedge_enabled=True, ttt_enabled=True)
+def an_ngram_that_knows_too_much(patch):
+    probabilities = pg.NGrams.probabilities
+    patch.setattr(pg.NGrams, "probabilities", lambda *a: [np.minimum(1, 3 * p) for p in probabilities(*a)])
+
+
+@mutant("normalised", "causal", "once", ttt_temperature=True, ttt_enabled=True)
+def takes_the_temperature_that_fits_the_chunk_itself(patch):
+    call = pg.Readout.__call__
+
+    def fitted(self, columns, tokens, first):
+        self.chosen = int(columns.sum(0).argmin())
+        return call(self, columns, tokens, first)
+
+    patch.setattr(pg.Readout, "__call__", fitted)
+
+
 @pytest.fixture(scope="module")
 def clean(tiny_data) -> dict[str, pg.Score]:
     return evaluation_of(audit_hp(), split(tiny_data)).score_all()
