@@ -13,6 +13,7 @@ import json
 import logging
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -111,6 +112,44 @@ def clean_environ(**settings) -> dict[str, str]:
     kept = {"PATH", "HOME", "LD_LIBRARY_PATH", "TMPDIR", "LANG", "OMP_WAIT_POLICY", "SYSTEMROOT"}
     base = {name: value for name, value in os.environ.items() if name in kept}
     return base | {"OMP_NUM_THREADS": "1"} | {name: str(value) for name, value in settings.items()}
+
+
+def torchrun(size: int, script: Path, cwd: Path, **environ) -> tuple[subprocess.CompletedProcess, float]:
+    """The finished command and its seconds."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={size}", script]
+    start = time.perf_counter()
+    ran = subprocess.run(command, cwd=cwd, env=clean_environ(**environ), capture_output=True, text=True, timeout=60)
+    return ran, time.perf_counter() - start
+
+
+# Several jobs in one process: each gets keys of its own in torchrun's store, as each process group would otherwise find
+# the addresses of the one before.
+DRIVER = """
+import json, os, sys
+import torch.distributed as dist
+sys.path.insert(0, {root!r})
+import train_gpt
+
+rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+init, codes = dist.init_process_group, []
+for number, job in enumerate(json.loads(os.environ["JOBS"])):
+    keys = dist.PrefixStore(str(number), store)
+    dist.init_process_group = lambda backend: init(backend, store=keys, rank=rank, world_size=size)
+    codes.append(train_gpt.main([], {{**os.environ, **job}}))
+if dist.is_initialized():
+    dist.destroy_process_group()  # left alone after an error, it may abort the interpreter's way down
+open("codes" + os.environ["RANK"], "w").write(json.dumps(codes))
+"""
+
+
+def jobs_in_world(size: int, folder: Path, jobs: list[dict[str, str]]) -> tuple[subprocess.CompletedProcess, list]:
+    """Every job (an environment) in the same processes, one after the other: starting torchrun takes longer than all of
+    them. Returns torchrun's end and the exit codes, rank by rank."""
+    (folder / "driver.py").write_text(DRIVER.format(root=str(ROOT)))
+    ran, _ = torchrun(size, folder / "driver.py", folder, JOBS=json.dumps(jobs))
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    return ran, [json.loads((folder / f"codes{rank}").read_text()) for rank in range(size)]
 
 
 @pytest.fixture(scope="session")

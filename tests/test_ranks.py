@@ -1,18 +1,14 @@
 """World sizes: the same weights and scores however many processes share the work, and no rank that hangs."""
 
 import dataclasses
-import json
 import re
 import shutil
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
-from conftest import ROOT, TINY_ENV, Ran, clean_environ, run_here
+from conftest import ROOT, TINY_ENV, Ran, jobs_in_world, run_here, torchrun
 
 import train_gpt as pg
 
@@ -20,32 +16,6 @@ import train_gpt as pg
 # rounding difference into a visible one and are off: fake quantization, and AdamW's division by gradients near zero.
 SETTINGS = dict(NUM_LAYERS=5, MODEL_DIM=16, ITERATIONS=5, WARMDOWN_ITERS=2, VAL_LOSS_EVERY=2, SAVE_WEIGHTS=1)
 SETTINGS |= dict(LATE_QAT=0, ADAM_EPS=1e-4)
-# Several jobs in one process: each gets keys of its own in torchrun's store, as each process group would otherwise find
-# the addresses of the one before.
-DRIVER = """
-import json, os, sys
-import torch.distributed as dist
-sys.path.insert(0, {root!r})
-import train_gpt
-
-rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
-init, codes = dist.init_process_group, []
-for number, job in enumerate(json.loads(os.environ["JOBS"])):
-    keys = dist.PrefixStore(str(number), store)
-    dist.init_process_group = lambda backend: init(backend, store=keys, rank=rank, world_size=size)
-    codes.append(train_gpt.main([], {{**os.environ, **job}}))
-if dist.is_initialized():
-    dist.destroy_process_group()  # left alone after an error, it may abort the interpreter's way down
-open("codes" + os.environ["RANK"], "w").write(json.dumps(codes))
-"""
-
-
-def torchrun(size: int, script: Path, cwd: Path, **environ) -> tuple[subprocess.CompletedProcess, float]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={size}", script]
-    start = time.perf_counter()
-    ran = subprocess.run(command, cwd=cwd, env=clean_environ(**environ), capture_output=True, text=True, timeout=60)
-    return ran, time.perf_counter() - start
 
 
 def tiny_environ(data: Path, **settings) -> dict[str, str]:
@@ -78,7 +48,6 @@ def alone(tiny_data, tmp_path_factory) -> dict[str, Ran]:
 
 def start_world(size: int, data: Path, alone: dict[str, Ran], folder: Path) -> World:
     """Every job in the same processes, one after the other: starting torchrun takes longer than all of them."""
-    (folder / "driver.py").write_text(DRIVER.format(root=str(ROOT)))
     evaluation = dict(EVAL_ONLY="1", ARTIFACT_PATH=str(alone["fp32"].folder / "artifact.pgolf"))
     jobs = [
         tiny_environ(data, DTYPE="fp32", RUN_ID="fp32"),
@@ -87,9 +56,7 @@ def start_world(size: int, data: Path, alone: dict[str, Ran], folder: Path) -> W
         tiny_environ(data, RUN_ID="eval16", DTYPE="bf16") | evaluation,
         tiny_environ(data, RUN_ID="wrong", VOCAB_SIZE=600),
     ]
-    ran, _ = torchrun(size, folder / "driver.py", folder, JOBS=json.dumps(jobs))
-    assert ran.returncode == 0, ran.stderr
-    codes = [json.loads((folder / f"codes{rank}").read_text()) for rank in range(size)]
+    ran, codes = jobs_in_world(size, folder, jobs)
     runs = {n: Ran(codes[0][i], "", "", folder / "runs" / n, folder / "logs" / f"{n}.txt") for i, n in enumerate(JOBS)}
     return World(size, codes, ran.stdout, ran.stderr, runs)
 
