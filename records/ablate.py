@@ -1,6 +1,7 @@
 """Each technique switched on or off on top of one recipe, one line per finished run; ended runs are not repeated.
 
     python records/ablate.py run --data $DATA_PATH --out $OUT [NAME…]     what is missing in the results, or these
+    python records/ablate.py time --data $DATA_PATH --out $OUT            a step of each, alone on the machine
     python records/ablate.py table                                        README's table from the results
 
 Runs go `--jobs` at a time with one thread each. Techniques that train are trained anew; those of quantization and
@@ -8,9 +9,11 @@ evaluation start from the core's saved weights (EXPORT_ONLY).
 """
 
 import argparse
+import itertools
 import json
 import os
 import re
+import statistics
 import subprocess
 import sys
 import threading
@@ -47,7 +50,31 @@ TRAINED = {
     "SWA of EMA snapshots": dict(SWA_ENABLED=1, SWA_SOURCE="ema"),
 }
 THREE_SEEDS = ("core", "no late QAT")
-EXPORTED: dict[str, dict] = {}
+
+LORA = dict(TTT_PARAMS="lora", TTT_OPTIMIZER="adamw")
+# name: settings of quantization and evaluation on the core's weights.
+EXPORTED = {
+    "full GPTQ": dict(GPTQ_ENABLED=1),
+    "full GPTQ, no late QAT": dict(GPTQ_ENABLED=1),
+    "attention output int8": dict(ATTN_OUT_BITS=8),
+    "MLP int5": dict(MLP_BITS=5),
+    "full GPTQ, MLP int5": dict(GPTQ_ENABLED=1, MLP_BITS=5),
+    "tables int7": dict(EMBED_BITS=7),
+    "tables fp16": dict(EMBED_BITS=16),
+    "TTT by AdamW, rate 0.0001": dict(TTT_OPTIMIZER="adamw", TTT_LR=0.0001),
+    "TTT by AdamW, rate 0.0005": dict(TTT_OPTIMIZER="adamw", TTT_LR=0.0005),
+    "TTT with SAM 0.05": dict(TTT_SAM_RHO=0.05),
+    "TTT with a rise over 4 chunks": dict(TTT_WARMUP_CHUNKS=4),
+    "TTT on 8 chunks": dict(TTT_MAX_CHUNKS=8),
+    "TTT of scales, rate 0.02": dict(TTT_PARAMS="scales", TTT_LR=0.02),
+    "LoRA TTT, rate 0.001": dict(LORA, TTT_LR=0.001),
+    "LoRA TTT, rate 0.01": dict(LORA, TTT_LR=0.01),
+    "LoRA TTT, no step": dict(LORA, TTT_LR=0),
+    "LoRA TTT carried, rate 0.001": dict(LORA, TTT_LR=0.001, TTT_LORA_RESET=0),
+    "temperature": dict(TTT_TEMPERATURE=1),
+    "Hedge mixture": dict(HEDGE_ENABLED=1),
+}
+GPTQ_OF = {"full GPTQ": "core", "full GPTQ, no late QAT": "no late QAT"}  # three seeds each; the others: one, of core
 
 
 def wanted() -> dict[str, tuple[int, dict]]:
@@ -56,7 +83,15 @@ def wanted() -> dict[str, tuple[int, dict]]:
     for name, settings in TRAINED.items():
         for seed in SEEDS if name in THREE_SEEDS else SEEDS[:1]:
             runs[run_id(name, seed)] = (seed, settings)
+    for name, settings in EXPORTED.items():
+        for seed in SEEDS if name in GPTQ_OF else SEEDS[:1]:
+            runs[run_id(name, seed)] = (seed, settings | dict(EXPORT_ONLY=1, WEIGHTS_PATH=run_id(base(name), seed)))
     return runs
+
+
+def base(name: str) -> str:
+    """What a technique is compared with."""
+    return "core" if name in TRAINED else GPTQ_OF.get(name, "core")
 
 
 def run_id(name: str, seed: int) -> str:
@@ -80,6 +115,10 @@ def run_one(name: str, seed: int, settings: dict, data: str, out: str, lock: thr
     environ = os.environ | recipe() | {key: str(value) for key, value in settings.items()}
     environ |= dict(SEED=str(seed), RUN_ID=name, DATA_PATH=data, OUT_DIR=out, SAVE_WEIGHTS="1")
     environ |= dict(OMP_NUM_THREADS="1", OMP_WAIT_POLICY="PASSIVE")
+    if "WEIGHTS_PATH" in settings:
+        environ |= dict(
+            WEIGHTS_PATH=str(Path(out) / "runs" / settings["WEIGHTS_PATH"] / "weights.pgolf"), SAVE_WEIGHTS="0"
+        )
     done = subprocess.run([sys.executable, ROOT / "train_gpt.py"], env=environ, capture_output=True, text=True)
     if done.returncode:
         print(f"{name}: exit code {done.returncode}: {done.stderr.strip()[-500:]}", flush=True)
@@ -106,6 +145,86 @@ def run(arguments: argparse.Namespace) -> int:
         return 0 if all(list(ended)) else 1
 
 
+def score(result: dict, kind: str) -> float:
+    """bpb of the pass whose label ends so."""
+    return next(s["val_bpb"] for label, s in result["scores"].items() if label.endswith(kind))
+
+
+def spread(results: dict[str, dict], kind: str) -> float:
+    return statistics.stdev(score(results[run_id("core", seed)], kind) for seed in SEEDS)
+
+
+def verdict(difference: float, noise: float) -> str:
+    return "within noise" if abs(difference) <= 2 * noise else "better" if difference < 0 else "worse"
+
+
+def signed(x: float | None, digits: int = 4) -> str:
+    return "" if x is None else f"{x:+.{digits}f}" if digits else f"{x:+,.0f}"
+
+
+def table(_: argparse.Namespace) -> int:
+    """Differences from the run of the same seed that a technique was put on; one seed, or the mean of three."""
+    results, times = finished(), step_times()
+    noise = {kind: spread(results, kind) for kind in ("sliding_window", "legal_ttt")}
+    core = results[run_id("core", SEEDS[0])]
+    print("| setting | sliding | legal TTT | bytes | step time | verdict |\n|---|---|---|---|---|---|")
+    print(
+        f"| core, seed {SEEDS[0]} | {score(core, 'sliding_window'):.4f} | {score(core, 'legal_ttt'):.4f} "
+        f"| {core['bytes_artifact']:,} | | spread of three seeds: {noise['sliding_window']:.4f} sliding, "
+        f"{noise['legal_ttt']:.4f} TTT |"
+    )
+    for name in [*TRAINED, *EXPORTED]:
+        pairs = [(results.get(run_id(name, s)), results.get(run_id(base(name), s))) for s in SEEDS]
+        pairs = [(new, old) for new, old in pairs if new is not None and old is not None]
+        if name == "core" or not pairs:
+            continue
+        moved = {kind: statistics.fmean(score(n, kind) - score(o, kind) for n, o in pairs) for kind in noise}
+        size = statistics.fmean(n["bytes_artifact"] - o["bytes_artifact"] for n, o in pairs)
+        kind = "legal_ttt" if abs(moved["sliding_window"]) < 1e-9 else "sliding_window"
+        seconds = times.get(name, {}).get("step_ms") if name in TRAINED else None
+        time = f"{100 * (seconds / times['core']['step_ms'] - 1):+.0f} %" if seconds else ""
+        settings = " ".join(f"{k}={v}" for k, v in (TRAINED | EXPORTED)[name].items())
+        said = verdict(moved[kind], noise[kind]) + (f" ({len(pairs)} seeds)" if len(pairs) > 1 else "")
+        print(
+            f"| {name}: `{settings}` | {signed(moved['sliding_window'])} | {signed(moved['legal_ttt'])} "
+            f"| {signed(size, 0)} | {time} | {said} |"
+        )
+    return 0
+
+
+TIMES = RESULTS.with_name("step_times.json")
+
+
+def step_times() -> dict[str, dict]:
+    return json.loads(TIMES.read_text(encoding="utf-8")) if TIMES.exists() else {}
+
+
+def time_steps(arguments: argparse.Namespace) -> int:
+    """Milliseconds of a step of each technique that trains: the median of ten steps, alone on the machine."""
+    times = step_times()
+    for name, settings in TRAINED.items():
+        if name in times:
+            continue
+        environ = os.environ | recipe() | {key: str(value) for key, value in settings.items()}
+        environ |= dict(ITERATIONS="12", TRAIN_LOG_EVERY="1", EVAL_STRIDE="0", TTT_ENABLED="0", ENABLE_LOOPING_AT="0")
+        environ |= dict(LATE_QAT_THRESHOLD="0", DATA_PATH=arguments.data, OUT_DIR=arguments.out)
+        environ |= dict(RUN_ID=f"time-{run_id(name, 0)}", OMP_NUM_THREADS="2", OMP_WAIT_POLICY="PASSIVE")
+        done = subprocess.Popen(
+            [sys.executable, "-u", ROOT / "train_gpt.py"], env=environ, stdout=subprocess.PIPE, text=True
+        )
+        marks = []
+        for line in done.stdout:
+            if found := re.match(r"step:\d+/12 train_loss:.* train_time:(\d+)ms", line):
+                marks.append(int(found[1]))
+                if len(marks) == 12:
+                    done.terminate()  # the rest is no part of the measurement
+        done.wait()
+        times[name] = dict(step_ms=statistics.median(b - a for a, b in itertools.pairwise(marks[1:])))
+        print(name, times[name], flush=True)
+        TIMES.write_text(json.dumps(times, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
@@ -115,6 +234,11 @@ def main() -> int:
     command.add_argument("--out", required=True)
     command.add_argument("--jobs", type=int, default=2)
     command.set_defaults(call=run)
+    command = commands.add_parser("time")
+    command.add_argument("--data", required=True)
+    command.add_argument("--out", required=True)
+    command.set_defaults(call=time_steps)
+    commands.add_parser("table").set_defaults(call=table)
     arguments = parser.parse_args()
     return arguments.call(arguments)
 
