@@ -2670,12 +2670,13 @@ class Counts:
             self.runs[-2:] = [(distinct, np.bincount(place, counts).astype(np.int64))]
 
     def __call__(self, keys: np.ndarray) -> np.ndarray:
-        """int64 counts of keys, of their shape."""
-        total = np.zeros(keys.shape, dtype=np.int64)
+        """int64 counts of keys (n,)."""
+        asked, back = np.unique(keys, return_inverse=True)  # in order: each search begins where the last one ended
+        total = np.zeros(len(asked), dtype=np.int64)
         for known, counts in self.runs:
-            place = np.minimum(np.searchsorted(known, keys), len(known) - 1)
-            total += np.where(known[place] == keys, counts[place], 0)
-        return total
+            place = np.minimum(np.searchsorted(known, asked), len(known) - 1)
+            total += np.where(known[place] == asked, counts[place], 0)
+        return total[back]
 
 
 class NGrams:
