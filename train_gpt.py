@@ -185,7 +185,7 @@ class Hyperparameters:
     gptq_percdamp: float = opt("quantization", 0.01, "damping, in mean diagonals of the Hessian", lo=1e-6, hi=10)
     gptq_block_size: int = opt("quantization", 128, "columns between updates of all later ones", lo=1)
     crown_q: float = opt("quantization", 0.0, "weight of CROWN-Q's penalty in the warmdown; 0: none", lo=0)
-    compressor: str = opt("quantization", "lzma", "of the artifact", choices=("lzma", "zstd"))
+    compressor: str = opt("quantization", "lzma", "of the artifact", choices=("lzma", "zstd", "ans"))
     artifact_cap_bytes: int = opt("quantization", 16_000_000, "code plus artifact; above it the exit code is 3", lo=1)
 
     eval_seq_len: int = opt("evaluation", 2048, "context when scoring; beyond TRAIN_SEQ_LEN: NTK", lo=2, hi=1 << 20)
@@ -2021,26 +2021,200 @@ class QAT:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Entropy coding of codes
+# ----------------------------------------------------------------------------------------------------------------------
+
+# Trained weights are not one distribution: some rows and some input columns are larger than others. A code's context is
+# the sum of its row's and its column's class, both told in the file; each context of a tensor class has its own table.
+# Tables hold costs in eighths of a bit, one byte for each magnitude: codes are as often negative as positive. An ANS
+# coder (Duda, 2013; constriction, Bamler 2022) spends those costs to within a ten-thousandth.
+COST_WEIGHTS = np.array([round(2.0 ** (40 - c / 8)) for c in range(256)], dtype=np.int64)  # none near a half
+TABLE_TOTAL = 1 << 20
+CLASS_STEPS = (0.0, 0.5, 0.25)  # octaves of energy between classes; 0: one class
+
+
+def load_constriction():
+    """The coder of COMPRESSOR=ans. A missing one is an error, never another compressor."""
+    try:
+        import constriction
+    except ImportError:
+        raise UserError("COMPRESSOR=ans needs `pip install constriction`; or use COMPRESSOR=lzma") from None
+    return constriction.stream
+
+
+def entropy_model(costs: np.ndarray):
+    """constriction's model of symbols 0…n-1 of these costs (n,) uint8, in whole numbers: the same on every machine."""
+    weights = COST_WEIGHTS[costs]
+    shares = np.maximum(weights * TABLE_TOTAL // weights.sum(), 1)
+    shares[shares.argmax()] += TABLE_TOTAL - shares.sum()
+    return load_constriction().model.Categorical(shares / TABLE_TOTAL, perfect=False)
+
+
+def costs_of(counts: np.ndarray) -> np.ndarray:
+    """Costs (n,) uint8, in eighths of a bit, of symbols that occur so often."""
+    share = np.maximum(counts, 1e-12) / max(counts.sum(), 1)
+    return np.clip(np.round(-8 * np.log2(share)), 0, 255).astype(np.uint8)
+
+
+def mirrored(costs: np.ndarray) -> np.ndarray:
+    """Costs of the codes -q…q from those of the magnitudes 0…q; a sign is a bit."""
+    half = np.minimum(costs[1:].astype(int) + 8, 255).astype(np.uint8)
+    return np.concatenate([half[::-1], costs[:1], half])
+
+
+def entropy_bits(counts: np.ndarray) -> float:
+    """Bits of that many symbols of each kind at their own frequencies, over the last axis, summed."""
+    totals = np.maximum(counts.sum(-1), 1)
+    return float((totals * np.log2(totals)).sum() - (counts * np.log2(np.maximum(counts, 1))).sum())
+
+
+class CodeClasses(NamedTuple):
+    """Classes of the rows and columns of a tensor class's matrices, and the tables of their contexts."""
+
+    rows: list[np.ndarray]  # uint8 for each matrix
+    columns: list[np.ndarray]
+    tables: np.ndarray  # (contexts, q_max + 1) uint8 costs
+
+    @property
+    def side(self) -> tuple[np.ndarray, np.ndarray]:
+        """All row classes and all column classes, matrix by matrix."""
+        return np.concatenate(self.rows), np.concatenate(self.columns)
+
+    def contexts(self) -> np.ndarray:
+        """uint8 of every code, matrix by matrix."""
+        return np.concatenate([(r[:, None] + c).ravel() for r, c in zip(self.rows, self.columns, strict=True)])
+
+
+def classify(matrices: Sequence[np.ndarray], q_max: int) -> CodeClasses:
+    """The cheapest of a few ways to class rows and columns, side information and tables counted."""
+    magnitudes = np.concatenate([np.abs(m, dtype=np.int16).ravel() for m in matrices]).astype(np.int64)
+    energies = []  # log2 of mean magnitude: of rows, of columns beside the rows, of the whole matrix
+    for matrix in matrices:
+        size = np.abs(matrix.astype(np.float32)) + 0.25
+        row = size.mean(1)
+        energies.append((np.log2(row), np.log2((size / row[:, None]).mean(0)), np.log2(size.mean())))
+    best, least = None, math.inf
+    for row_step, column_step in itertools.product(CLASS_STEPS, CLASS_STEPS):
+        step = row_step or column_step or 1.0
+        rows = [np.round((r if row_step else np.full_like(r, m)) / step) for r, _, m in energies]
+        columns = [np.round(c / column_step) if column_step else np.zeros_like(c) for _, c, _ in energies]
+        low_row, low_column = (min(x.min() for x in side) for side in (rows, columns))
+        rows = [np.minimum(x - low_row, 127).astype(np.uint8) for x in rows]
+        columns = [np.minimum(x - low_column, 127).astype(np.uint8) for x in columns]
+        classes = CodeClasses(rows, columns, np.zeros((0, 0)))
+        counts = np.bincount(classes.contexts() * np.int64(q_max + 1) + magnitudes)
+        counts = np.pad(counts, (0, -len(counts) % (q_max + 1))).reshape(-1, q_max + 1)
+        bits = entropy_bits(counts) + sum(entropy_bits(np.bincount(side)) for side in classes.side)
+        bits += 4.0 * (q_max + 1) * len(counts)  # a table entry, compressed
+        if bits < least:
+            best, least = classes._replace(tables=np.stack([costs_of(row) for row in counts])), bits
+    return best
+
+
+def encode_codes(tensors: Mapping[str, Stored]) -> tuple[bytes, bytes]:
+    """(models, words) of all codes: what a decoder must know first, and the coder's words."""
+    coder, models, jobs = load_constriction().stack.AnsCoder(), [], []
+    for group in code_groups([(name, t.kind) for name, t in tensors.items()]).values():
+        matrices = [tensors[name].data.numpy() for name, _ in group]
+        q_max = levels(group[0][1])
+        classes = classify(matrices, q_max)
+        for side in classes.side:
+            costs = costs_of(np.bincount(side))
+            models.append(bytes([len(costs) - 1]) + costs.tobytes())
+            jobs.append((side.astype(np.int32), costs))
+        models.append(bytes([len(classes.tables) - 1]) + classes.tables.tobytes())
+        contexts = classes.contexts()
+        codes = np.concatenate([m.ravel() for m in matrices]).astype(np.int32) + q_max
+        order = np.argsort(contexts, kind="stable")
+        parts = np.split(codes[order], np.cumsum(np.bincount(contexts, minlength=len(classes.tables)))[:-1])
+        jobs += [(part, mirrored(costs)) for part, costs in zip(parts, classes.tables, strict=True)]
+    for symbols, costs in reversed(jobs):  # a stack: the decoder meets the last first
+        if len(costs) > 1 and len(symbols):
+            coder.encode_reverse(symbols, entropy_model(costs))
+    words = coder.get_compressed().astype("<u4").tobytes()
+    return struct.pack("<I", len(words) // 4) + b"".join(models), words
+
+
+def code_groups(kinds: Sequence[tuple[str, str]]) -> dict[tuple[str, str], list[tuple[str, str]]]:
+    """The (name, kind) of coded tensors by (tensor class, kind), in the file's order."""
+    groups: dict[tuple[str, str], list[tuple[str, str]]] = {}
+    for name, kind in kinds:
+        if levels(kind):
+            groups.setdefault((tensor_class(name), kind), []).append((name, kind))
+    return groups
+
+
+def decode_codes(table: Sequence, models: memoryview, words: bytes) -> tuple[dict[str, np.ndarray], int]:
+    """(int8 codes by name, bytes of `models` that were read) of a checked table. Raises ArtifactError."""
+    damaged = ArtifactError("artifact is damaged: its code tables or words are not whole")
+    if len(models) < 4 or len(words) != 4 * int.from_bytes(models[:4], "little"):
+        raise damaged
+    try:
+        coder = load_constriction().stack.AnsCoder(np.frombuffer(words, dtype="<u4").astype(np.uint32))
+    except ValueError:
+        raise damaged from None
+    read, shapes, codes = 4, {name: shape for name, shape, _ in table}, {}
+
+    def take(width: int) -> np.ndarray:
+        nonlocal read
+        rows = models[read] + 1 if read < len(models) else 1
+        part = models[read + 1 : read + 1 + rows * width]
+        if len(part) < rows * width:
+            raise damaged
+        read += 1 + rows * width
+        return np.frombuffer(part, dtype=np.uint8).reshape(rows, width)
+
+    def decode(costs: np.ndarray, count: int) -> np.ndarray:
+        if len(costs) == 1 or count == 0:
+            return np.zeros(count, dtype=np.int32)
+        return coder.decode(entropy_model(costs), count)
+
+    for group in code_groups([(name, kind) for name, _, kind in table]).values():
+        names, q_max = [name for name, _ in group], levels(group[0][1])
+        sides = []
+        for axis in (0, 1):
+            lengths = [shapes[name][axis] for name in names]
+            side = decode(take(1)[:, 0], sum(lengths)).astype(np.uint8)
+            sides.append(np.split(side, np.cumsum(lengths)[:-1]))
+        classes = CodeClasses(*sides, take(q_max + 1))
+        contexts = classes.contexts()
+        counts = np.bincount(contexts, minlength=len(classes.tables))
+        if len(counts) > len(classes.tables):
+            raise damaged
+        order, values = np.argsort(contexts, kind="stable"), np.empty(len(contexts), dtype=np.int8)
+        decoded = [decode(mirrored(costs), int(n)) for costs, n in zip(classes.tables, counts, strict=True)]
+        values[order] = np.concatenate(decoded) - q_max
+        sizes = [math.prod(shapes[name]) for name in names]
+        for name, part in zip(names, np.split(values, np.cumsum(sizes)[:-1]), strict=True):
+            codes[name] = part.reshape(shapes[name])
+    if not coder.is_empty():
+        raise damaged
+    return codes, read
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Artifact
 # ----------------------------------------------------------------------------------------------------------------------
 
 # ARTIFACT, little-endian.
 #   0   5  magic b"PGOLF"
 #   5   1  format version
-#   6   1  compressor: 0 stored, 1 lzma (raw LZMA2, dictionary from the payload's length), 2 zstd
+#   6   1  compressor: 0 stored, 1 lzma (raw LZMA2, dictionary from the payload's length), 2 zstd, 3 ans
 #   7   1  zero
 #   8   8  u64 length of the body
 #   16  8  u64 length of the payload
 #   24  32 SHA-256 of bytes 0…23 and the body
-#   56  …  body: the compressed payload
+#   56  …  body: the compressed payload; for ans u32 its length, it as lzma has it, and the coder's u32 words
 # Payload: u32 length of a compact JSON header, the header, then without padding
 #   the data of every tensor in the order of the header's table, row-major: codes one int8 each, fp16, fp32
 #   the fp16 row scales of the codes in the same order, all high bytes first, then all low bytes
+#   for ans: no codes above, but here u32 number of words, and for each class and kind of coded tensors three groups,
+#   each u8 number of rows less one and the rows: costs of row and of column classes (1 byte each), context tables
 # Header: {"kind": "artifact"|"weights", "architecture": {…}, "evaluation": {…}, "tokenizer_sha256": hex,
 #   "tensors": [[name, shape, "int5"|…|"int8"|"fp16"|"fp32"], …]}. Nothing in it depends on time, paths or run names.
 MAGIC, FORMAT_VERSION, PREFIX_BYTES = b"PGOLF", 1, 56
 MAX_PAYLOAD_BYTES, MAX_HEADER_BYTES = 1 << 30, 1 << 20
-COMPRESSORS = ("stored", "lzma", "zstd")
+COMPRESSORS = ("stored", "lzma", "zstd", "ans")
 KINDS = dict.fromkeys(GRIDS, (torch.int8, 1)) | {"fp16": (torch.float16, 2), "fp32": (torch.float32, 4)}
 
 
@@ -2049,7 +2223,9 @@ class ArtifactError(UserError):
 
 
 def load_compressor(name: str):
-    """The zstandard module where `name` needs it. A missing compressor is an error, never another compressor."""
+    """The module that `name` needs, if any. A missing compressor is an error, never another compressor."""
+    if name == "ans":
+        return load_constriction()
     if name != "zstd":
         return None
     try:
@@ -2104,10 +2280,15 @@ def pack_artifact(header: dict, tensors: Mapping[str, Stored], compressor: str) 
     """The file's bytes, ready to be written. `header` lacks only the tensor table."""
     table = [[name, list(t.data.shape), t.kind] for name, t in tensors.items()]
     header_bytes = json.dumps({**header, "tensors": table}, separators=(",", ":"), sort_keys=True).encode()
-    data = [t.data.contiguous().numpy().tobytes() for t in tensors.values()]
+    coded, models, words = compressor == "ans", b"", b""
+    if coded:
+        models, words = encode_codes(tensors)
+    data = [t.data.contiguous().numpy().tobytes() for t in tensors.values() if not (coded and levels(t.kind))]
     scales = b"".join(t.scale.numpy().astype("<f2").tobytes() for t in tensors.values() if t.scale is not None)
-    payload = b"".join([struct.pack("<I", len(header_bytes)), header_bytes, *data, scales[1::2], scales[::2]])
-    body = compress(payload, compressor)
+    payload = b"".join([struct.pack("<I", len(header_bytes)), header_bytes, *data, scales[1::2], scales[::2], models])
+    body = compress(payload, "lzma" if coded else compressor)
+    if coded:
+        body = struct.pack("<I", len(body)) + body + words
     prefix = struct.pack("<5sBBBQQ", MAGIC, FORMAT_VERSION, COMPRESSORS.index(compressor), 0, len(body), len(payload))
     return prefix + hashlib.sha256(prefix + body).digest() + body
 
@@ -2127,12 +2308,18 @@ def unpack_artifact(blob: bytes) -> tuple[dict, dict[str, Stored]]:
         raise ArtifactError("artifact is damaged: its checksum does not match")
     if compressor >= len(COMPRESSORS) or zero or not 4 <= payload_bytes <= MAX_PAYLOAD_BYTES:
         raise ArtifactError("artifact names an unknown compressor or an impossible length")
-    payload = decompress(blob[PREFIX_BYTES:], COMPRESSORS[compressor], payload_bytes)
+    name, body, words = COMPRESSORS[compressor], blob[PREFIX_BYTES:], None
+    if name == "ans":
+        end = 4 + int.from_bytes(body[:4], "little")
+        if len(body) < end or (len(body) - end) % 4:
+            raise ArtifactError("artifact is damaged: its code words are not whole")
+        name, body, words = "lzma", body[4:end], body[end:]
+    payload = decompress(body, name, payload_bytes)
     header_bytes = int.from_bytes(payload[:4], "little")
     if header_bytes > min(MAX_HEADER_BYTES, len(payload) - 4):
         raise ArtifactError("artifact is damaged: its header is longer than the file allows")
     header = parse_header(payload[4 : 4 + header_bytes])
-    return header, read_tensors(header["tensors"], memoryview(payload)[4 + header_bytes :])
+    return header, read_tensors(header["tensors"], memoryview(payload)[4 + header_bytes :], words)
 
 
 def parse_header(text: bytes) -> dict:
@@ -2168,17 +2355,25 @@ def parse_header(text: bytes) -> dict:
     return header
 
 
-def read_tensors(table: list, data: memoryview) -> dict[str, Stored]:
-    """Tensors of a checked table from the payload after the header. Lengths are compared before anything is made."""
-    sizes = [math.prod(shape) * KINDS[kind][1] for _, shape, kind in table]
+def read_tensors(table: list, data: memoryview, words: bytes | None) -> dict[str, Stored]:
+    """Tensors of a checked table from the payload after the header, codes from `words` where an entropy coder wrote
+    them. Lengths are compared before anything is made."""
+    sizes = [0 if words is not None and levels(kind) else math.prod(shape) * KINDS[kind][1] for _, shape, kind in table]
     rows = [shape[0] if levels(kind) else 0 for _, shape, kind in table]
-    if sum(sizes) + 2 * sum(rows) != len(data):
+    whole, codes = sum(sizes) + 2 * sum(rows), {}
+    if words is not None and whole <= len(data):
+        codes, read = decode_codes(table, data[whole:], words)
+        whole += read
+    if whole != len(data):
         raise ArtifactError("artifact is damaged: its streams are shorter or longer than its table")
-    planes = np.frombuffer(data[sum(sizes) :], dtype=np.uint8).reshape(2, -1)
+    planes = np.frombuffer(data[sum(sizes) : sum(sizes) + 2 * sum(rows)], dtype=np.uint8).reshape(2, -1)
     scales = torch.from_numpy(planes[::-1].T.copy().view("<f2").astype(np.float16)).split(rows)
     tensors, offset = {}, 0
     for (name, shape, kind), size, scale in zip(table, sizes, scales, strict=True):
-        values = torch.frombuffer(bytearray(data[offset : offset + size]), dtype=KINDS[kind][0]).view(shape)
+        if name in codes:
+            values = torch.from_numpy(codes[name].copy())
+        else:
+            values = torch.frombuffer(bytearray(data[offset : offset + size]), dtype=KINDS[kind][0]).view(shape)
         offset += size
         limit = levels(kind)
         if limit and (int(values.max()) > limit or int(values.min()) < -limit):

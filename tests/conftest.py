@@ -153,6 +153,17 @@ def jobs_in_world(size: int, folder: Path, jobs: list[dict[str, str]]) -> tuple[
 
 
 @pytest.fixture(scope="session")
+def warm_reader() -> None:
+    """torch loads parts of itself at the first model without storage: no measure of how fast an artifact is read."""
+    import torch
+
+    import train_gpt
+
+    with torch.device("meta"):
+        train_gpt.GPT(train_gpt.Hyperparameters(), 2, train_gpt.sdpa, torch.float32)
+
+
+@pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory) -> Path:
     """Folder with a tokenizer of 512 pieces, training shards and a validation shard of a few thousand tokens, made by
     data/prepare.py from the standard library's docstrings."""
