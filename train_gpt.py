@@ -2866,10 +2866,14 @@ def plan_pieces(documents: np.ndarray, context: int, chunk: int) -> Iterator[Pie
 
 
 class LoRAAdapter:
-    """Adapters on q, v and the head of a frozen model, one set per document of a batch."""
+    """Adapters on q, v and the head of a frozen model, one set per document of a batch.
 
-    def __init__(self, model: GPT, forward: Callable, hp: Hyperparameters, ranks: Ranks):
-        self.forward, self.hp, self.device = forward, hp, ranks.device
+    The model runs as it is, not compiled: pieces come in EVAL_SEQ_LEN / TTT_LORA_CHUNK lengths, and a graph for each,
+    with its backward, would take more of the evaluation clock than it gives back.
+    """
+
+    def __init__(self, model: GPT, hp: Hyperparameters, ranks: Ranks):
+        self.model, self.hp, self.device = model, hp, ranks.device
         model.requires_grad_(False)
         self.rows = score_batch_windows(hp, ranks, hp.eval_seq_len) if hp.ttt_lora_reset else 1  # documents at once
         places = [(model, "head_lora", hp.vocab_size)]
@@ -2897,15 +2901,6 @@ class LoRAAdapter:
             for module, name in self.adapters:
                 setattr(module, name, None)
 
-    def warm_up(self, synthetic: Callable) -> None:
-        """Forward and backward of every shape, to compile them."""
-        chunk = self.hp.ttt_lora_chunk
-        with self.attached():
-            for length in range(chunk, self.hp.eval_seq_len + 1, chunk):
-                inputs, targets = synthetic(self.rows, length)
-                self.forward(inputs, targets[:, -chunk:].contiguous()).sum().backward()
-        self.optimizer.zero_grad(set_to_none=True)
-
     def inputs(self, tokens: np.ndarray, piece: Piece) -> tuple[Tensor, Tensor, Tensor]:
         """(inputs (rows, length), targets (rows, chunk), which of them count); what is missing is filled with BOS."""
         n, chunk = len(piece.windows), self.hp.ttt_lora_chunk
@@ -2921,7 +2916,7 @@ class LoRAAdapter:
         """(nats (m,) float32 of the piece's targets, document by document; the mean loss of each row, with its graph:
         one forward serves both, since the score is taken before the step)."""
         inputs, targets, counted = self.inputs(tokens, piece)
-        nats = self.forward(inputs, targets)
+        nats = self.model(inputs, targets)
         losses = (nats * counted).sum(1) / counted.sum(1).clamp(min=1)
         return nats.detach()[counted].cpu().numpy(), losses
 
@@ -3440,9 +3435,10 @@ class Evaluation:
             self.model = run.build(hp.eval_seq_len).to(ranks.device)
             self.forward = run.compiled(self.model)
             self.adapter = self.readout = None
-            if hp.ttt_enabled:
-                kind = LoRAAdapter if hp.ttt_params == "lora" else Adapter
-                self.adapter = kind(self.model, self.forward, hp, ranks)
+            if hp.ttt_enabled and hp.ttt_params == "lora":
+                self.adapter = LoRAAdapter(self.model, hp, ranks)
+            elif hp.ttt_enabled:
+                self.adapter = Adapter(self.model, self.forward, hp, ranks)
             if hp.ttt_temperature or hp.hedge_enabled:
                 self.readout = Readout(hp)
             self.reset()
@@ -3475,7 +3471,7 @@ class Evaluation:
                 self.forward(inputs, targets[:, -width:].contiguous())
                 if self.readout is not None:
                     self.forward(inputs, targets[:, -width:].contiguous(), self.readout.temperatures)
-        if self.adapter is not None:
+        if isinstance(self.adapter, Adapter):
             self.adapter.warm_up(synthetic)
 
     def score_all(self) -> dict[str, Score]:

@@ -3,8 +3,8 @@
     python records/quantization_loss.py runs/ID/weights.pgolf --data $DATA_PATH --bits 6 5 4
 
 A rounding error d moves the loss by g·d + ½ d·H·d + …. The first term has no sign of its own: on a fixed text it may
-hide what is lost, or feign a gain. The loss at w + d and at w - d has it with opposite signs, so their mean is the second
-term, which is what a better quantizer lowers. All in fp32: bf16 activations move a score by as much as int6 does.
+hide what is lost, or feign a gain. The loss at w + d and at w - d has it with opposite signs, so their mean is the
+second term, which is what a better quantizer lowers. All in fp32: bf16 activations move a score as much as int6 does.
 """
 
 import argparse

@@ -420,7 +420,7 @@ def test_zero_b_reproduces_the_plain_scores_of_each_document():
     np.testing.assert_allclose(lora_scores(hp, tokens), plain, atol=1e-5)
     model = build_model(hp)
     piece = next(pg.plan_pieces(pg.plan_documents(tokens), hp.eval_seq_len, 4))
-    adapter = pg.LoRAAdapter(model, model, hp, single_rank(hp))
+    adapter = pg.LoRAAdapter(model, hp, single_rank(hp))
     inputs, targets, _ = adapter.inputs(tokens, piece._replace(windows=piece.windows[: adapter.rows]))
     without = model(inputs, targets)
     with adapter.attached():
@@ -485,7 +485,7 @@ def test_a_piece_is_scored_before_it_is_learned_and_the_end_of_a_document_never(
 def test_the_clip_is_each_documents_own():
     hp = lora_hp(ttt_grad_clip=1e-3, ttt_momentum=0.0, val_batch_size=64)
     model = build_model(hp)
-    adapter = pg.LoRAAdapter(model, model, hp, single_rank(hp))
+    adapter = pg.LoRAAdapter(model, hp, single_rank(hp))
     tokens = documents_of([9, 9, 9, 9])
     piece = next(pg.plan_pieces(pg.plan_documents(tokens), 16, 4))
     with adapter.attached():
