@@ -200,13 +200,13 @@ def step_times() -> dict[str, dict]:
 
 
 def time_steps(arguments: argparse.Namespace) -> int:
-    """Milliseconds of a step of each technique that trains: the median of ten steps, alone on the machine."""
+    """Milliseconds of a step of each technique that trains: the median of six, alone on the machine."""
     times = step_times()
     for name, settings in TRAINED.items():
         if name in times:
             continue
         environ = os.environ | recipe() | {key: str(value) for key, value in settings.items()}
-        environ |= dict(ITERATIONS="12", TRAIN_LOG_EVERY="1", EVAL_STRIDE="0", TTT_ENABLED="0", ENABLE_LOOPING_AT="0")
+        environ |= dict(ITERATIONS="8", TRAIN_LOG_EVERY="1", EVAL_STRIDE="0", TTT_ENABLED="0", ENABLE_LOOPING_AT="0")
         environ |= dict(LATE_QAT_THRESHOLD="0", DATA_PATH=arguments.data, OUT_DIR=arguments.out)
         environ |= dict(RUN_ID=f"time-{run_id(name, 0)}", OMP_NUM_THREADS="2", OMP_WAIT_POLICY="PASSIVE")
         done = subprocess.Popen(
@@ -214,9 +214,9 @@ def time_steps(arguments: argparse.Namespace) -> int:
         )
         marks = []
         for line in done.stdout:
-            if found := re.match(r"step:\d+/12 train_loss:.* train_time:(\d+)ms", line):
+            if found := re.match(r"step:\d+/8 train_loss:.* train_time:(\d+)ms", line):
                 marks.append(int(found[1]))
-                if len(marks) == 12:
+                if len(marks) == 8:
                     done.terminate()  # the rest is no part of the measurement
         done.wait()
         times[name] = dict(step_ms=statistics.median(b - a for a, b in itertools.pairwise(marks[1:])))
