@@ -215,7 +215,16 @@ def test_logs_that_cannot_be_used_end_in_one_line(tmp_path, capsys):
 
 def test_control_c_ends_it_without_a_traceback(tmp_path):
     command = [sys.executable, "-c", COMMAND, str(tmp_path / "none.txt"), "--every", "0.1"]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(
+            signal.SIGINT, signal.default_int_handler
+        ),  # a job in the background ignores it
+    )
     assert "waiting" in process.stdout.readline()
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=20)
