@@ -167,12 +167,11 @@ def table(_: argparse.Namespace) -> int:
     results, times = finished(), step_times()
     noise = {kind: spread(results, kind) for kind in ("sliding_window", "legal_ttt")}
     core = results[run_id("core", SEEDS[0])]
-    print("| setting | sliding | legal TTT | bytes | step time | verdict |\n|---|---|---|---|---|---|")
-    print(
-        f"| core, seed {SEEDS[0]} | {score(core, 'sliding_window'):.4f} | {score(core, 'legal_ttt'):.4f} "
-        f"| {core['bytes_artifact']:,} | | spread of three seeds: {noise['sliding_window']:.4f} sliding, "
-        f"{noise['legal_ttt']:.4f} TTT |"
-    )
+    print(f"| setting | sliding | legal TTT | bytes |{' step time |' * bool(times)} verdict |")
+    print("|---|---|---|---|" + "---|" * bool(times) + "---|")
+    scores = " | ".join(f"{score(core, kind):.4f}" for kind in noise)
+    seeds = "spread of three seeds: " + ", ".join(f"{spread:.4f} {kind}" for kind, spread in noise.items())
+    print(f"| core, seed {SEEDS[0]} | {scores} | {core['bytes_artifact']:,} |{' |' * bool(times)} {seeds} |")
     for name in [*TRAINED, *EXPORTED]:
         pairs = [(results.get(run_id(name, s)), results.get(run_id(base(name), s))) for s in SEEDS]
         pairs = [(new, old) for new, old in pairs if new is not None and old is not None]
@@ -187,7 +186,7 @@ def table(_: argparse.Namespace) -> int:
         said = verdict(moved[kind], noise[kind]) + (f" ({len(pairs)} seeds)" if len(pairs) > 1 else "")
         print(
             f"| {name}: `{settings}` | {signed(moved['sliding_window'])} | {signed(moved['legal_ttt'])} "
-            f"| {signed(size, 0)} | {time} | {said} |"
+            f"| {signed(size, 0)} |{f' {time} |' * bool(times)} {said} |"
         )
     return 0
 
