@@ -177,7 +177,7 @@ def test_mutations_are_errors_or_well_formed():
 
 @pytest.mark.slow
 def test_ten_thousand_mutations_are_errors_or_well_formed():
-    assert fuzz(10_000) > 100
+    assert fuzz(10_000) > 30
 
 
 def body_of(blob: bytes) -> tuple[bytes, bytes]:
