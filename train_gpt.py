@@ -277,9 +277,10 @@ class Hyperparameters:
             "TTT_PARAMS, TTT_TEMPERATURE and HEDGE_ENABLED belong to test-time training: TTT_ENABLED=1",
         )
         yield (
-            s.ttt_params == "lora" and bool(s.ttt_sam_rho or s.ttt_warmup_chunks or s.ttt_max_chunks),
-            "TTT_PARAMS=lora takes one plain step per piece of a document; leave out TTT_SAM_RHO, TTT_WARMUP_CHUNKS "
-            "and TTT_MAX_CHUNKS",
+            s.ttt_params == "lora"
+            and bool(s.ttt_sam_rho or s.ttt_warmup_chunks or s.ttt_max_chunks or s.ttt_freeze_blocks),
+            "TTT_PARAMS=lora takes one plain step per piece of a document; leave out TTT_SAM_RHO, TTT_WARMUP_CHUNKS, "
+            "TTT_MAX_CHUNKS and TTT_FREEZE_BLOCKS",
         )
         yield (
             s.ttt_params == "lora" and (s.ttt_temperature or s.hedge_enabled),
@@ -1816,27 +1817,26 @@ def clip_candidates(w: Tensor, kind: str) -> list[Tensor]:
     return [fp16_scale(clip, q_max) for clip in clips]
 
 
-def best_of(candidates: Sequence[tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """(scale, codes) with the least error, row by row; the first of equals. A candidate is (scale, codes, error), the
-    scale and the error (rows, 1), the codes (rows, cols)."""
-    scale, codes, error = candidates[0]
-    for other_scale, other_codes, other_error in candidates[1:]:
-        better = other_error < error
-        scale, codes = torch.where(better, other_scale, scale), torch.where(better, other_codes, codes)
-        error = torch.where(better, other_error, error)
-    return scale, codes
+def least(candidates: Sequence[Tensor], errors: Sequence[Tensor]) -> Tensor:
+    """Row by row the candidate (rows, ·) with the least error (rows, 1); the first of equals."""
+    best, stacked = torch.stack(list(errors)).argmin(0, keepdim=True), torch.stack(list(candidates))
+    return stacked.take_along_dim(best.expand(1, *stacked.shape[1:]), 0)[0]
+
+
+def search_row_scales(w: Tensor, kind: str) -> Tensor:
+    """GPTQ-lite: the clip among four quantiles of |w| and the maximum with the least squared error, row by row.
+
+    w is (rows, cols) fp32, the result (rows, 1) fp32 with fp16 values.
+    """
+    scales = clip_candidates(w, kind)
+    errors = [(quantize_rows(w, s, levels(kind)) * s - w).square().sum(1, keepdim=True) for s in scales]
+    return least(scales, errors)
 
 
 def round_to_nearest(w: Tensor, kind: str) -> tuple[Tensor, Tensor]:
-    """GPTQ-lite: (scale, codes) of the clip among four quantiles of |w| and the maximum with the least squared error.
-
-    w is (rows, cols) fp32; the scale (rows, 1) fp32 with fp16 values, the codes (rows, cols) whole floats.
-    """
-    candidates = []
-    for scale in clip_candidates(w, kind):
-        codes = quantize_rows(w, scale, levels(kind))
-        candidates.append((scale, codes, (codes * scale - w).square().sum(1, keepdim=True)))
-    return best_of(candidates)
+    """(scale (rows, 1), codes (rows, cols)) of w on the grid that search_row_scales finds; codes are whole floats."""
+    scale = search_row_scales(w, kind)
+    return scale, quantize_rows(w, scale, levels(kind))
 
 
 def output_error(w: Tensor, approximation: Tensor, hessian: Tensor) -> Tensor:
@@ -1864,7 +1864,7 @@ class GPTQ:
         scales = clip_candidates(w, kind)
         codes = self.codes(w.repeat(len(scales), 1), torch.cat(scales), levels(kind)).split(len(w))
         errors = [output_error(w, c * scale, self.hessian) for c, scale in zip(codes, scales, strict=True)]
-        return best_of(list(zip(scales, codes, errors, strict=True)))
+        return least(scales, errors), least(codes, errors)
 
     def codes(self, w: Tensor, scale: Tensor, q_max: int) -> Tensor:
         """Codes (rows, cols) of w on the grid of scale (rows, 1)."""
@@ -1956,6 +1956,11 @@ def quantize(
     return tensors
 
 
+def main_grid(tensors: Mapping[str, Stored]) -> str:
+    """The grid that most weights are on, for labels: that of the MLP's matrices."""
+    return tensors["blocks.0.mlp.down.weight"].kind
+
+
 def log_gptq(log: Log, weights: Mapping[str, Tensor], tensors: Mapping[str, Stored], hessians: Mapping) -> None:
     """Each matrix's output error in shares of that of rounding to nearest; the matrices in the file alone."""
     shares = []
@@ -1987,7 +1992,7 @@ class QAT:
     def refresh(self) -> None:
         """Search the row scales of the present weights, outside the graph, into the buffers that it reads."""
         for layer, kind in zip(self.layers, self.kinds, strict=True):
-            layer.row_scale.copy_(round_to_nearest(layer.weight, kind)[0])
+            layer.row_scale.copy_(search_row_scales(layer.weight, kind))
 
     @torch.no_grad()
     def penalize(self, weight: float) -> None:
@@ -2148,6 +2153,9 @@ def code_groups(kinds: Sequence[tuple[str, str]]) -> dict[tuple[str, str], list[
 def decode_codes(table: Sequence, models: memoryview, words: bytes) -> tuple[dict[str, np.ndarray], int]:
     """(int8 codes by name, bytes of `models` that were read) of a checked table. Raises ArtifactError."""
     damaged = ArtifactError("artifact is damaged: its code tables or words are not whole")
+    asked = sum(math.prod(shape) for _, shape, kind in table if levels(kind))
+    if asked > min(MAX_PAYLOAD_BYTES, MAX_CODES_PER_BYTE * (len(models) + len(words))):
+        raise ArtifactError(f"artifact is damaged: {asked} codes are more than its words can hold")
     if len(models) < 4 or len(words) != 4 * int.from_bytes(models[:4], "little"):
         raise damaged
     try:
@@ -2215,6 +2223,7 @@ def decode_codes(table: Sequence, models: memoryview, words: bytes) -> tuple[dic
 #   "tensors": [[name, shape, "int5"|…|"int8"|"fp16"|"fp32"], …]}. Nothing in it depends on time, paths or run names.
 MAGIC, FORMAT_VERSION, PREFIX_BYTES = b"PGOLF", 1, 56
 MAX_PAYLOAD_BYTES, MAX_HEADER_BYTES = 1 << 30, 1 << 20
+MAX_CODES_PER_BYTE = 1024  # of an entropy-coded file: a few bytes must not ask for gigabytes
 COMPRESSORS = ("stored", "lzma", "zstd", "ans")
 KINDS = dict.fromkeys(GRIDS, (torch.int8, 1)) | {"fp16": (torch.float16, 2), "fp32": (torch.float32, 4)}
 
@@ -3225,9 +3234,10 @@ class Trainer:
         return loss
 
     def progress(self) -> float:
-        """Share of the run that is over: of its steps or of its clock, whichever ends first."""
-        hp, clock_ms = self.run.hp, 1000 * self.run.hp.max_wallclock_seconds
-        return max(self.step / hp.iterations, self.clock.elapsed_ms / clock_ms if clock_ms else 0.0)
+        """Share of the training loop that is over: of its steps or of its time, whichever ends first."""
+        hp, clock = self.run.hp, self.clock
+        time_ms = 1000 * hp.max_wallclock_seconds - clock.reserve_ms
+        return max(self.step / hp.iterations, clock.elapsed_ms / max(time_ms, 1.0) if hp.max_wallclock_seconds else 0.0)
 
     def train(self) -> None:
         """The timed loop: until ITERATIONS, the wall-clock cap or a signal. Validation and checkpoints stop the clock.
@@ -3261,6 +3271,8 @@ class Trainer:
                 bar.close()
         if self.step < hp.iterations:
             log(f"stopping_early: wallclock_cap train_time:{clock.elapsed_ms:.0f}ms step:{self.step}/{hp.iterations}")
+        if hp.num_loops and not self.model.looping:
+            log("warning: training ended before its loops were switched on, and the exported model runs them")
         allocated, reserved = peak_memory_mib(self.run.ranks.device)
         log(f"peak memory allocated: {allocated} MiB reserved: {reserved} MiB")
         self.run.phases.seconds["train"] = clock.elapsed_ms / 1000
@@ -3554,12 +3566,12 @@ class Evaluation:
         """Scores of documents whose adapters learn from the pieces before: each document by itself, batches of them
         side by side and split over ranks, the longest first; or, with adapters carried on, one after another."""
         hp, ranks, adapter = self.run.hp, self.run.ranks, self.adapter
-        documents, alone = plan_documents(val.tokens), not hp.ttt_lora_reset
-        if hp.ttt_lora_reset:
+        documents, carried = plan_documents(val.tokens), not hp.ttt_lora_reset
+        if not carried:
             documents = documents[np.argsort(documents[:, 0] - documents[:, 1], kind="stable")]
         batches = [documents[i : i + adapter.rows] for i in range(0, len(documents), adapter.rows)]
-        mine = batches if alone else batches[ranks.rank :: ranks.size]
-        rounds = len(batches) if alone else -(-len(batches) // ranks.size)
+        mine = batches if carried else batches[ranks.rank :: ranks.size]
+        rounds = len(batches) if carried else -(-len(batches) // ranks.size)
         lengths = [int((batch[:, 1] - batch[:, 0]).sum()) for batch in mine]
         nats, start, learning = np.zeros(val.targets, dtype=np.float32), time.perf_counter(), True
         with adapter.attached():
@@ -3570,7 +3582,7 @@ class Evaluation:
                     if k == 1:
                         self.predict(left)
                     learning = self.has_time(left / 3 + spent / k, k, rounds)
-                if not alone or k == 0:
+                if not carried or k == 0:
                     adapter.reset()
                 for piece in plan_pieces(mine[k], hp.eval_seq_len, chunk) if k < len(mine) else ():
                     scored, losses = self.score_piece(val.tokens, piece)
@@ -3578,11 +3590,11 @@ class Evaluation:
                     for _, first, end in piece.windows:
                         nats[first:end] = scored[place : place + end - first]
                         place += end - first
-                    goes_on = ~piece.last | (alone and k + 1 < rounds)
+                    goes_on = ~piece.last | (carried and k + 1 < rounds)
                     if learning and goes_on.any():
                         self.learn_piece(losses, goes_on)
             adapter.reset()
-        return nats if alone else ranks.sum_(torch.from_numpy(nats).to(ranks.device)).cpu().numpy()
+        return nats if carried else ranks.sum_(torch.from_numpy(nats).to(ranks.device)).cpu().numpy()
 
     def score_piece(self, tokens: np.ndarray, piece: Piece) -> tuple[np.ndarray, Tensor]:
         with self.run.phases("score"):
@@ -3644,11 +3656,6 @@ UNIT_SUM = 1e-4  # how far a distribution's sum may lie from 1
 class Finding(NamedTuple):
     passed: bool
     figure: str
-
-
-def main_grid(tensors: Mapping[str, Stored]) -> str:
-    """The grid that most weights are on, for labels: that of the MLP's matrices."""
-    return tensors["blocks.0.mlp.down.weight"].kind
 
 
 class Watched(Evaluation):

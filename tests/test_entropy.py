@@ -211,6 +211,14 @@ def test_tables_that_are_short_or_lack_a_context_are_no_whole_artifact():
         assert read(rebuilt(head + other, words)) is None
 
 
+def test_a_few_bytes_cannot_ask_for_many_codes():
+    table = [[TOKENS, [65536, 16384], "int8"]]
+    with pytest.raises(pg.ArtifactError, match="1073741824 codes are more than its words can hold"):
+        pg.decode_codes(table, memoryview(bytes(500)), bytes(500))
+    zeros = {UP: stored(np.zeros((64, 700)))}  # what costs nothing may still be large
+    assert not coded(zeros)[2][UP].any()
+
+
 def test_a_missing_coder_is_an_error_and_never_another_compressor(monkeypatch):
     import sys
 

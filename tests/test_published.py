@@ -176,6 +176,14 @@ def test_loops_switch_on_once_at_their_share_of_the_steps(tiny_data, tmp_path):
         assert said == ([str(step)] if step else [])
 
 
+def test_the_reserve_is_no_time_to_switch_loops_on_in():
+    """With half the clock kept for calibration, the loop ends at half of it."""
+    looped = dict(num_loops=2, loop_start=1, loop_end=1, enable_looping_at=0.9, max_wallclock_seconds=10.0)
+    trainer = pg.Trainer(make_run(tiny_hp(**looped, iterations=1000)))
+    trainer.clock.reserve_ms, trainer.clock.elapsed_ms = 5000.0, 4600.0
+    assert trainer.progress() == pytest.approx(0.92)
+
+
 def test_the_vectors_of_loops_that_are_off_do_not_decay(tiny_data, tmp_path):
     class Text:
         tokens = random_tokens(2000)

@@ -126,6 +126,7 @@ ILLEGAL = [
     (dict(TTT_ENABLED=0, TTT_TEMPERATURE=1), "belong to test-time training: TTT_ENABLED=1"),
     (dict(TTT_ENABLED=0, HEDGE_ENABLED=1), "belong to test-time training: TTT_ENABLED=1"),
     (dict(TTT_PARAMS="lora", TTT_SAM_RHO=0.1), "TTT_PARAMS=lora takes one plain step per piece"),
+    (dict(TTT_PARAMS="lora", TTT_FREEZE_BLOCKS=1), "TTT_MAX_CHUNKS and TTT_FREEZE_BLOCKS"),
     (dict(TTT_PARAMS="lora", HEDGE_ENABLED=1), "TTT_PARAMS=lora scores documents side by side"),
     (dict(TTT_PARAMS="lora", TTT_LORA_CHUNK=300), "TTT_LORA_CHUNK=300 must divide EVAL_SEQ_LEN=2048"),
     (dict(EVAL_STRIDE=2049), "EVAL_STRIDE=2049 exceeds EVAL_SEQ_LEN=2048"),
@@ -628,8 +629,7 @@ def test_a_quantization_setting_changes_the_artifact(name):
     value, shared = STORED[name]
 
     def exported(**changes) -> dict[str, pg.Stored]:
-        hp = tiny_hp(gptq_calibration_tokens=320, **changes) if "gptq_calibration_tokens" not in changes else None
-        run = make_run(hp or tiny_hp(**changes), Memory())
+        run = make_run(tiny_hp(**{"gptq_calibration_tokens": 320, **changes}), Memory())
         weights = weights_of(build_model(run.hp))
         hessians = pg.calibrate(run, weights, pg.calibration_texts(run)) if run.hp.gptq_enabled else None
         return pg.quantize(weights, run.hp, hessians)
