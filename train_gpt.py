@@ -2470,15 +2470,8 @@ def inspect_artifact(path: str, png: bool) -> int:
         cells += [f"{entropy:.3f}" if entropy is not None else "", f"{size:,.0f}", f"{100 * size / len(blob):.2f} %"]
         print("|", " | ".join(map(str, cells)), "|")
     weights = sum(t.data.numel() for t in tensors.values())
-    total = [
-        f"{COMPRESSORS[blob[6]]}, all",
-        len(tensors),
-        f"{weights:,}",
-        f"{8 * len(blob) / weights:.3f}",
-        "",
-        len(blob),
-    ]
-    print("|", " | ".join(map(str, total)), "| |")
+    bits = f"{8 * len(blob) / weights:.3f}"
+    print(f"| {COMPRESSORS[blob[6]]}, all | {len(tensors)} | {weights:,} | {bits} | | {len(blob):,} | |")
     if png:
         draw_shares(parts, Path(path).with_suffix(".png"))
     return 0
