@@ -11,6 +11,7 @@ import re
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -629,9 +630,18 @@ def test_there_are_enough_defects():
 
 
 def test_what_is_too_long_to_be_examined_is_said(tmp_path, monkeypatch):
-    monkeypatch.setattr(check.legality, "MAX_SOURCE", 1000)
+    monkeypatch.setattr(check.unpack, "MAX_SOURCE", 1000)
     found = findings(build().write(tmp_path / "f"), "warn")
-    assert any(f.check == "legality" and "not examined: longer than" in f.what for f in found)
+    for name in ("syntax", "legality"):
+        assert any(f.check == name and "not examined: longer than" in f.what for f in found)
+
+
+def test_sources_beyond_a_size_are_said_not_examined(tmp_path, monkeypatch):
+    monkeypatch.setattr(check, "MAX_SOURCES", len(SCRIPT) + 10)
+    made = build(source=SCRIPT + "import aa\n")
+    made.files["aa.py"] = b"x = 1\n" * 100
+    found = findings(made.write(tmp_path / "f"), "warn")
+    assert any(f.check == "legality" and "from aa.py on" in f.what for f in found)
 
 
 def test_dead_code_is_a_note_not_a_failure(tmp_path):
@@ -696,6 +706,50 @@ def test_huge_and_odd_folders(tmp_path):
     found = [f.what for f in findings(folder, "FAIL")]
     assert any("more than 500 files" in what for what in found)
     assert any("nested too deeply" in what for what in found)
+
+
+# What took minutes, or gigabytes, in a pattern that is not linear or a list that nobody bounded.
+SLOW: dict[str, Callable[[Folder], object]] = {
+    "README of brackets": lambda f: setattr(f, "readme", f.readme + "<your " * 500_000),
+    "README of digits": lambda f: setattr(f, "readme", f.readme + "1." + "0" * 900_000 + "a1"),
+    "JSON of brackets": lambda f: f.meta.update(blurb="<your " * 150_000),
+    "JSON of names": lambda f: f.meta.update(blurb="your" + "_" * 900_000 + "!a"),
+    "JSON of fields": lambda f: f.meta.update(x=[{str(i): 1 for i in range(990)} for _ in range(80)]),
+    "log of digits": lambda f: f.files.update(
+        {"train_seed42.log": f.files["train_seed42.log"] + b"\nreserve\npeak memory allocated\ngptq " + b"1" * 500_000}
+    ),
+    "script of statements": lambda f: f.files.update({"train_gpt.py": b"a=1\n" * 1_900_000}),
+}
+
+
+@pytest.mark.parametrize("name", SLOW)
+def test_no_folder_takes_long(tmp_path, name):
+    made = build("baseline", source="x = 1\n")
+    SLOW[name](made)
+    folder, start = made.write(tmp_path / "f"), time.process_time()
+    check.check(folder)
+    assert time.process_time() - start < 20
+
+
+def test_logs_are_read_up_to_a_size(tmp_path, monkeypatch):
+    made = build()
+    sizes = [len(log) for log in made.logs().values()]
+    monkeypatch.setattr(check, "MAX_LOGS", sizes[0] + sizes[1] + 10)
+    found = findings(made.write(tmp_path / "f"), "FAIL")
+    assert len([f for f in found if "not read, the logs have more than" in f.what]) == 1
+
+
+def test_a_folder_that_may_not_be_read_is_said(tmp_path, monkeypatch):
+    folder, scandir = build().write(tmp_path / "f"), os.scandir
+    (folder / "closed").mkdir()
+
+    def refuse(path):
+        if Path(path).name == "closed":
+            raise PermissionError(13, "Permission denied")
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    assert any("closed/: cannot be read" in f.what for f in findings(folder, "FAIL"))
 
 
 KEYS = [

@@ -5,6 +5,7 @@ import base64
 import bz2
 import lzma
 import textwrap
+import tracemalloc
 import zlib
 from pathlib import Path
 
@@ -534,7 +535,7 @@ def test_this_project_s_script_is_left_alone():
     assert [finding for finding in findings if finding.level != "note"] == []
     # LoRA TTT takes score and gradient from one forward; a reader has to see that the score is taken first.
     (warning,) = legality.examine((ROOT / "train_gpt.py").read_text("utf-8"), {"TTT_PARAMS": "lora"})
-    assert (warning.rule, warning.level) == ("train_before_score", "warn")
+    assert (warning.rule, warning.level) == ("train_before_score", "warn") and "is their score" in warning.text
 
 
 def test_a_finding_points_at_its_line():
@@ -656,6 +657,45 @@ def test_a_bomb_stops_at_the_limit():
     bomb = zlib.compress(b"\0" * 50_000_000, 9)
     found = unpack.unwrap(f"import zlib,base64\nexec(zlib.decompress(base64.b85decode({text(bomb)})))")
     assert len(found.layers) == 1 and "more than" in found.problems[0].text
+
+
+HUGE = f"import zlib,base64\na=zlib.decompress(base64.b85decode({text(zlib.compress(b'0' * 7_900_000))}))\n"
+GROWING = {
+    "slices": HUGE + "".join(f"b{i}=a[{i + 1}:]\n" for i in range(200)) + "exec(b199)",
+    "split": HUGE + "exec(a.split(b'0'))",
+    "join": HUGE + "exec(a[:2000].join([a, a]))",
+    "replace": HUGE + "exec(a.replace(b'0', a[:1000]))",
+    "a list that doubles": "a=[1,2,3,4]\n" + "a+=a\n" * 40 + "exec(a)",
+    "a list as text": "exec(str([" + "a," * 2000 + "]))\n" + HUGE,
+    "an f-string": HUGE + "exec(f'" + "{a}" * 2000 + "')",
+    "decompressions": HUGE + "".join(f"b{i}=zlib.decompress(c)\n" for i in range(500)) + "exec(b1)",
+}
+
+
+@pytest.mark.parametrize("form", GROWING)
+def test_folding_takes_little_memory_whatever_it_folds(form):
+    tracemalloc.start()
+    try:
+        found = unpack.unwrap(GROWING[form])
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert len(found.layers) == 1 and found.problems
+    assert peak < 2 * unpack.MAX_FOLDED
+
+
+@pytest.mark.parametrize(
+    "source", ["a = 1\n" * (unpack.MAX_SOURCE // 6 + 1), "x = f'" + "{a}" * (unpack.MAX_FIELDS + 1) + "'"]
+)
+def test_a_source_that_takes_minutes_to_parse_is_not_parsed(source):
+    with pytest.raises(unpack.TooLong):
+        legality.examine(source)
+
+
+def test_code_with_too_many_ways_through_it_is_said():
+    nested = "f(" * 60 + "val_tokens" + ")" * 60  # the value of each call is that of its argument, asked twice
+    with pytest.raises(SyntaxError, match="too entangled"):
+        legality.examine(f"def f(x):\n    return x\n\n\ndef g(val_tokens):\n    y = {nested}\n")
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import date, datetime
 from decimal import Decimal
@@ -35,8 +36,11 @@ MIB_16 = 16 << 20  # what some take the cap for
 CLOCK_SECONDS = 600  # each of the two clocks, on the track that has them
 SEEDS = 3
 MAX_ENTRIES, MAX_DEPTH = 500, 4  # of a folder
-MAX_FILE, MAX_FOLDER = 8_000_000, 64_000_000  # bytes; logs and the folder have the second limit
-MAX_JSON, MAX_JSON_DEPTH = 1_000_000, 20
+MAX_FILE, MAX_FOLDER = 8_000_000, 64_000_000  # bytes
+MAX_LOGS = 32_000_000  # bytes of all logs; public ones have a few MB at most
+MAX_SOURCES = 2_000_000  # bytes of all layers and files of the source that are examined
+MAX_README, MAX_JSON, MAX_JSON_DEPTH = 1_000_000, 1_000_000, 20
+MAX_LINE = 2000  # characters of a line of README.md
 MAX_FINDINGS = 12  # printed per check and level; the rest is counted
 EXACT_DIGITS = 5e-9  # half a unit of the eighth decimal, which `_exact` lines have
 ROUNDED_DIGITS = 5e-5  # of the fourth, which other lines have
@@ -155,21 +159,33 @@ def load(folder: Path) -> Submission:
     read_json(submission)
     if "README.md" in submission.files:
         with contextlib.suppress(OSError):
-            submission.readme = submission.read("README.md").decode("utf-8", "replace").replace("\r\n", "\n")
+            readme = submission.read("README.md", MAX_README).decode("utf-8", "replace")
+            submission.readme = readme.replace("\r\n", "\n")
     if "train_gpt.py" in submission.files:
         with contextlib.suppress(OSError):
             submission.script = submission.read("train_gpt.py")
             text = submission.script.decode("utf-8", "replace").replace("\r\n", "\n")
             submission.layers = unpack.unwrap(text)
+    room = MAX_LOGS
     for name, size in submission.files.items():
-        if LOG.search(name) and not COMPANION.fullmatch(name) and size <= MAX_FOLDER:
+        if LOG.search(name) and not COMPANION.fullmatch(name):
+            if size > room:
+                note = f"{name}: not read, the logs have more than {MAX_LOGS:,} bytes"
+                submission.problems.append(Note("FAIL", note))
+                continue
+            room -= size
             read_log(submission, name)
     return submission
 
 
 def list_files(submission: Submission, folder: Path, prefix: str) -> None:
     """Fill in `files`, depth first in order of names; links and special files are refused."""
-    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+    try:
+        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+    except OSError as error:
+        submission.problems.append(Note("FAIL", f"{prefix or '.'}: cannot be read ({error.strerror})"))
+        return
+    for entry in entries:
         name = prefix + entry.name
         if len(submission.files) >= MAX_ENTRIES:
             submission.problems.append(Note("FAIL", f"more than {MAX_ENTRIES} files; the rest was not looked at"))
@@ -208,8 +224,9 @@ def read_json(submission: Submission) -> None:
         return math.nan
 
     def once(pairs: list[tuple[str, Any]]) -> dict:
-        for key in {key for key, _ in pairs if [k for k, _ in pairs].count(key) > 1} if len(pairs) < 1000 else ():
-            problem(Note("FAIL", f"{name}: the field {key} is there twice"))
+        for key, times in Counter(key for key, _ in pairs).items():
+            if times > 1:
+                problem(Note("FAIL", f"{name}: the field {key} is there twice"))
         return dict(pairs)
 
     try:
@@ -241,7 +258,7 @@ def depth(value: Any) -> int:
 
 def read_log(submission: Submission, name: str) -> None:
     try:
-        data = submission.read(name, MAX_FOLDER)
+        data = submission.read(name, MAX_LOGS)
         text, encoding, _ = runlog.decode(data, Path(name))
         text = text.replace("\r\n", "\n").replace("\r", "\n")
         log = runlog.parse_text(text, Path(name))
@@ -398,7 +415,7 @@ def check_json(s: Submission) -> Iterator[Note]:
         yield Note("FAIL", f"date {meta['date']} is no day (YYYY-MM-DD) or ISO time")
     for path, value in leaves(meta):
         unsaid = path in ("author", "github_id", "name", "date", "track") and str(value).lower() in UNSAID
-        if isinstance(value, str) and (unsaid or PLACEHOLDER.search(value)):
+        if isinstance(value, str) and (unsaid or PLACEHOLDER.search(value[:500])):
             yield Note("FAIL", f"{path} is not filled in: {value}")
     for key in ("bytes_total", "bytes_code", "val_bpb", "val_loss"):
         if number(meta.get(key)) == 0:
@@ -410,8 +427,9 @@ def check_json(s: Submission) -> Iterator[Note]:
         if listed != given:
             odd = ", ".join(map(str, sorted(listed ^ given)))
             yield Note("FAIL", f"seeds and seed_results differ: {odd}")
-    for match in README_PLACEHOLDER.finditer(s.readme):
-        yield Note("warn", f"README.md line {s.readme.count(chr(10), 0, match.start()) + 1}: not filled in: {match[0]}")
+    for i, line in enumerate(s.readme.split("\n"), 1):
+        if match := README_PLACEHOLDER.search(line[:MAX_LINE]):
+            yield Note("warn", f"README.md line {i}: not filled in: {match[0]}")
 
 
 def check_score_field(meta: Mapping) -> Iterator[Note]:
@@ -664,7 +682,7 @@ def readme_claims(text: str, seeds: Iterable[int]) -> Iterator[Claim]:
     """Numbers with a kind: in a table column that has one, with a unit, or after a word that says score."""
     known, header, fenced, foreign = {str(seed): seed for seed in seeds}, [], False, False
     for i, line in enumerate(text.split("\n")[:5000], 1):
-        line = line[:2000]
+        line = line[:MAX_LINE]
         if line.lstrip().startswith(("```", "~~~")):
             fenced = not fenced
             continue
@@ -840,7 +858,7 @@ def check_readme(s: Submission) -> Iterator[Note]:
     claim = field_of(s.meta, "val_bpb") if s.meta else None
     if number(claim) is None or not s.readme.strip():
         return
-    scores = re.findall(r"(?<![\w.])\d\.\d{3,}(?![\w.]*\d)", s.readme)
+    scores = re.findall(r"(?<![\w.])\d\.\d{3,20}(?![\w.]*\d)", s.readme)
     value = number(claim)
     if any(abs(float(text) - value) <= 0.5 * 10.0 ** -(len(text) - 2) * 1.001 for text in scores):
         return
@@ -942,6 +960,9 @@ def check_syntax(s: Submission) -> Iterator[Note]:
     for name, source in sources(s):
         try:
             tree, problems = unpack.read_tree(source)
+        except unpack.TooLong as error:
+            yield Note("warn", f"{name}: not examined: {error.msg}")
+            continue
         except SyntaxError as error:
             yield Note("FAIL", f"{name} line {error.lineno or 0}: {error.msg}")
             continue
@@ -953,19 +974,24 @@ def check_syntax(s: Submission) -> Iterator[Note]:
 def sources(s: Submission) -> list[tuple[str, str]]:
     """(name, text) of every layer of the script and of the files of the folder that it imports or executes."""
     if "sources" not in s.__dict__:
-        s.__dict__["sources"] = list(read_sources(s))
+        s.__dict__["sources"], room = [], MAX_SOURCES
+        for name, text in read_sources(s):
+            room -= len(text)
+            if room < 0:
+                s.layers.problems.append(unpack.Problem(0, f"more than {MAX_SOURCES:,} characters, from {name} on"))
+                break
+            s.__dict__["sources"].append((name, text))
     return s.__dict__["sources"]
 
 
 def read_sources(s: Submission) -> Iterator[tuple[str, str]]:
-    if s.script is None:
-        return
-    for i, layer in enumerate(s.layers.layers):
-        yield "train_gpt.py" if i == 0 else f"train_gpt.py, unpacked ({i})", layer
+    files = [("train_gpt.py", s.layers)] if s.script is not None else []
     for name in siblings(s):
         with contextlib.suppress(OSError, SyntaxError):
-            for i, layer in enumerate(unpack.unwrap(unpack.decode_source(s.read(name))).layers):
-                yield name if i == 0 else f"{name}, unpacked ({i})", layer
+            files.append((name, unpack.unwrap(unpack.decode_source(s.read(name)))))
+    for name, unwrapped in files:
+        for i, layer in enumerate(unwrapped.layers):
+            yield name if i == 0 else f"{name}, unpacked ({i})", layer
 
 
 def siblings(s: Submission) -> list[str]:
@@ -1132,7 +1158,7 @@ def check_clocks(s: Submission) -> Iterator[Note]:
         if late and not re.search(r"reserv", " ".join(lines[:end])):
             yield Note("warn", f"{name}: calibration after the training clock: {late[0]}")
         elif late or phases:
-            spent = re.search(r"(\d+\.?\d*) ?s\b", " ".join(late))
+            spent = re.search(r"(\d{1,9}(?:\.\d{1,9})?) ?s\b", " ".join(late))
             seconds = phases or (float(spent[1]) if spent else 0.0)
             if train is not None and train + seconds > CLOCK_SECONDS:
                 yield Note(

@@ -36,7 +36,7 @@ class Finding(NamedTuple):
     text: str
 
 
-MAX_SOURCE = 1_000_000  # characters; the longest public script has 160,000, and the rules take seconds for those
+MAX_FOLLOWED = 1_000_000  # nodes visited while values are followed; this project's script takes 200,000
 UNKNOWN = object()
 Function = (ast.FunctionDef, ast.AsyncFunctionDef)
 Scopes = list[tuple[str, list[ast.AST]]]  # (name, own nodes) of the module and of every function
@@ -81,8 +81,6 @@ def examine(source: str, settings: Mapping[str, Any] | None = None) -> list[Find
 
     Raises SyntaxError where the source cannot be read.
     """
-    if len(source) > MAX_SOURCE:
-        raise SyntaxError(f"longer than {MAX_SOURCE:,} characters")
     try:
         tree = read_tree(source)[0]
         live_tree = reachable(prune(read_tree(source)[0], switches(tree, settings or {})))
@@ -426,6 +424,13 @@ class Flow:
         self.memo: dict[tuple, tuple[list[Event], int]] = {}
         self.active: set[tuple] = set()
         self.called: set[int] = set()
+        self.followed = 0
+
+    def visit(self) -> None:
+        """Count a node that is followed: hostile code has exponentially many ways through it."""
+        self.followed += 1
+        if self.followed > MAX_FOLLOWED:
+            raise SyntaxError("too entangled to be examined")
 
     def roots(self) -> Iterator[list[Event]]:
         """Events of the module and of every function that no followed call reaches, in order."""
@@ -531,19 +536,20 @@ class Flow:
 
     def collapse(self, body: list[Event], node: ast.stmt) -> list[Event]:
         """Events of one turn -> of the loop: a gradient with a score before it in the same turn is a pair."""
-        seen, result = "", []
+        seen, result, again = "", [], repeats(node)
+        restored = again and names_in(node) & {"load_state_dict", "reset", "deepcopy", "copy_", "restore"}
+        last_score = max((i for i, event in enumerate(body) if event.kind == "score"), default=-1)
         for i, event in enumerate(body):
             if event.kind.startswith("score"):
                 seen = event.kind if seen != "score" else seen
             elif event.kind in {"train", "late"} and seen == "score":
                 event = event._replace(kind="pair")
             elif event.kind == "train":
-                if any(later.kind == "score" for later in body[i:]):
+                if last_score > i:
                     event = event._replace(kind="late")
                 if seen:
                     event = event._replace(mark=event.mark.rstrip("?") + "?")
-            if repeats(node) and event.kind == "pair":
-                restored = names_in(node) & {"load_state_dict", "reset", "deepcopy", "copy_", "restore"}
+            if again and event.kind == "pair":
                 event = event._replace(kind="repeat?" if restored else "repeat")
             result.append(event)
         return result
@@ -552,6 +558,7 @@ class Flow:
 
     def expression(self, node: ast.AST, state: "State") -> list[Event]:
         """Events of the calls in an expression, innermost first."""
+        self.visit()
         if not isinstance(node, ast.expr):
             return []
         events: list[Event] = []
@@ -624,6 +631,7 @@ class Flow:
 
     def level(self, node: ast.AST, state: "State") -> int:
         """0, TOKENS or RESULT: what an expression carries of the validation tokens."""
+        self.visit()
         if isinstance(node, ast.Name):
             return state.levels.get(node.id, TOKENS if VALIDATION.search(node.id) else 0)
         if isinstance(node, ast.Attribute):
@@ -725,17 +733,22 @@ def order_of_events(tree: ast.Module) -> Iterator[Finding]:
     }
     for events in Flow(tree).roots():
         scores = [i for i, event in enumerate(events) if event.kind == "score"]
+        kept = 0  # line of a result that may be a score, of a forward with gradients
         for i, event in enumerate(events):
+            kept = event.line if event.kind == "score?" else kept
             rule, doubt = event.mark.rstrip("?"), event.mark.endswith("?")
             where = f"line {event.line}"
             if event.kind in {"train", "late"}:
-                later = event.kind == "late" or any(j > i for j in scores)
-                earlier = any(j < i for j in scores)
+                later = event.kind == "late" or (scores and scores[-1] > i)
+                earlier = scores and scores[0] < i
                 text = texts[rule].format(line=where)
                 if not later and (earlier or scores):
                     continue  # after every score: it can change none
                 if not later:
-                    text += ", if they are scored after it: no score was found"
+                    # One forward can give the score and, before any step, the gradient. But a loss that is logged looks
+                    # the same, so a reader decides.
+                    unless = f"unless the result kept in line {kept} is their score and no step came before its forward"
+                    text += f", {unless if kept else 'if they are scored after it: no score was found'}"
                 elif doubt:
                     text += ", unless an earlier turn scored them"
                 elif earlier and event.kind == "train":

@@ -20,10 +20,13 @@ import zlib
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-MAX_BYTES = 8_000_000  # of one unwrapped layer; the largest public script has 0.2 MB
+MAX_SOURCE = 500_000  # characters that are parsed; the largest public script has 160,000
+MAX_FIELDS = 20_000  # braces in them: Python before 3.12 takes quadratic time for the fields of an f-string
+MAX_BYTES = 8_000_000  # of one unwrapped layer
 MAX_LAYERS = 8
 MAX_DICTIONARY = 1 << 26  # of a raw LZMA stream, which names its own memory need
 MAX_FOLDS = 20_000  # nodes folded per layer
+MAX_FOLDED = 64_000_000  # bytes made on the way, per layer
 
 
 class Problem(NamedTuple):
@@ -56,7 +59,7 @@ class Unfoldable(Exception):
 
 
 def parse(source: str, feature_version: tuple[int, int] | None = None) -> ast.Module:
-    """The tree of a source that may be hostile. Raises SyntaxError whatever is wrong with it."""
+    """The tree of a source that may be hostile, if not long. Raises SyntaxError whatever is wrong with it."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # they would quote foreign text
@@ -65,11 +68,23 @@ def parse(source: str, feature_version: tuple[int, int] | None = None) -> ast.Mo
         raise SyntaxError(f"cannot be parsed ({type(error).__name__})") from None
 
 
+class TooLong(SyntaxError):
+    """A source that nobody says is wrong, but that would take minutes or gigabytes to parse."""
+
+
+def check_length(source: str) -> None:
+    if len(source) > MAX_SOURCE:
+        raise TooLong(f"longer than {MAX_SOURCE:,} characters")
+    if source.count("{") > MAX_FIELDS:
+        raise TooLong(f"more than {MAX_FIELDS:,} braces")
+
+
 def read_tree(source: str) -> tuple[ast.Module, list[Problem]]:
     """(tree, what Python 3.10 would refuse). Raises SyntaxError where no supported version could read it.
 
     F-strings that only 3.12 reads are blanked out for the tree, so that the rest is examined on any version.
     """
+    check_length(source)
     problems = []
     for start, end, reason in reversed(new_fstrings(source)):
         problems.insert(0, Problem(source.count("\n", 0, start) + 1, f"{reason}: an f-string that needs Python 3.12"))
@@ -275,7 +290,7 @@ FUNCTIONS: Mapping[str, Callable] = {
     "reversed": lambda value: value[::-1],
     "bytes": lambda value=b"", *encoding: _bytes(value, *encoding),
     "bytearray": lambda value=b"", *encoding: _bytes(value, *encoding),
-    "str": lambda value="", *encoding: str(value, *encoding) if encoding else str(value),
+    "str": lambda value="", *encoding: _str(value, *encoding),
 }
 METHODS = {"decode", "encode", "join", "replace", "strip", "lstrip", "rstrip", "removeprefix", "removesuffix", "split"}
 METHODS |= {"splitlines", "translate", "lower", "upper"}
@@ -285,6 +300,30 @@ def _bytes(value: Any, *encoding: str) -> bytes:
     if isinstance(value, int):
         raise Unfoldable("bytes of a number")
     return bytes(value, *encoding)
+
+
+def _str(value: Any, *encoding: str) -> str:
+    if isinstance(value, (list, tuple, dict)):
+        raise Unfoldable("text of a list")
+    return str(value, *encoding)
+
+
+def size(value: Any) -> int:
+    """Bytes that a folded value takes, roughly; what a list holds has been counted when it was made."""
+    return len(value) * (1 if isinstance(value, (str, bytes, bytearray)) else 64) if hasattr(value, "__len__") else 0
+
+
+def size_to_come(method: str, owner: Any, arguments: list) -> int:
+    """At most this many characters come out of a text's method: known before they take memory."""
+    if method == "join":
+        parts = list(arguments[0])
+        return sum(map(len, parts)) + len(owner) * len(parts)
+    if method == "replace":
+        return len(owner) + owner.count(arguments[0]) * len(arguments[1])
+    if method == "translate":
+        table = arguments[0].values() if isinstance(arguments[0], dict) else ()
+        return len(owner) * max((len(value) for value in table if isinstance(value, str)), default=1)
+    return 64 * owner.count(arguments[0]) if method == "split" and arguments else len(owner)
 
 
 class Ref(NamedTuple):
@@ -299,7 +338,7 @@ class Folding:
     def __init__(self, tree: ast.Module):
         self.names: dict[str, Any] = {name: Ref(name) for name in FUNCTIONS if "." not in name}
         self.names |= {name: Ref(name) for name in ("__import__", "getattr", "open", "builtins", "__builtins__")}
-        self.folds, self.depth = 0, 0
+        self.folds, self.bytes, self.depth = 0, 0, 0
         for node in statements(tree):
             self.note(node)
 
@@ -332,12 +371,12 @@ class Folding:
             try:
                 self.names[target.id] = value if isinstance(value, ast.Lambda) else self.fold(value)
             except Unfoldable as error:
-                self.names[target.id] = error
+                self.names[target.id] = Unfoldable(str(error))  # without the traceback, which holds values
 
     def fold(self, node: ast.AST) -> Any:
         """The constant that an expression is. Raises Unfoldable."""
         self.folds += 1
-        if self.folds > MAX_FOLDS:
+        if self.folds > MAX_FOLDS or self.bytes > MAX_FOLDED:
             raise Unfoldable("too much to fold")
         method = getattr(self, f"fold_{type(node).__name__}", None)
         if method is None:
@@ -350,9 +389,16 @@ class Folding:
             raise Unfoldable("nested too deeply") from None
         except Exception as error:  # a decoder may raise anything on foreign bytes
             raise Unfoldable(f"{type(error).__name__} at line {getattr(node, 'lineno', 0)}") from None
-        if isinstance(value, (str, bytes)):
-            bounded(value)
+        if size(value) > MAX_BYTES:
+            raise Unfoldable(f"makes more than {MAX_BYTES} bytes")
+        if not isinstance(node, (ast.Name, ast.Constant)):
+            self.spend(size(value))
         return value
+
+    def spend(self, bytes: int) -> None:
+        self.bytes += bytes
+        if self.bytes > MAX_FOLDED:
+            raise Unfoldable("too much to fold")
 
     def fold_Constant(self, node):
         return node.value
@@ -379,7 +425,9 @@ class Folding:
         return {self.fold(k): self.fold(v) for k, v in zip(node.keys, node.values, strict=True)}
 
     def fold_JoinedStr(self, node):
-        return "".join(str(self.fold(part)) for part in node.values)
+        parts = [_str(self.fold(part)) for part in node.values]
+        self.spend(size_to_come("join", "", [parts]))
+        return "".join(parts)
 
     def fold_FormattedValue(self, node):
         return self.fold(node.value)
@@ -423,6 +471,7 @@ class Folding:
                 owner = error
             if isinstance(owner, (str, bytes)):
                 arguments = [self.fold(part) for part in node.args]
+                self.spend(size_to_come(node.func.attr, owner, arguments))
                 return getattr(owner, node.func.attr)(*arguments, **self.keywords(node))
             if isinstance(owner, Unfoldable):
                 raise owner
@@ -441,6 +490,8 @@ class Folding:
             return function
         if function.name not in FUNCTIONS:
             raise Unfoldable(f"{function.name}() at line {node.lineno} is not followed")
+        if function.name.endswith("decompress"):
+            self.spend(MAX_BYTES // 8)  # of work, whatever comes out
         return FUNCTIONS[function.name](*arguments, **self.keywords(node))
 
     def keywords(self, node: ast.Call) -> dict:
