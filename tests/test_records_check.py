@@ -567,6 +567,38 @@ planted(
     source=script(SLOT, "eval_val_slot(args, model, val_tokens, [])"),
 )
 planted(
+    "audit claimed that failed",
+    "compliance",
+    "FAIL",
+    "causal_dependence",
+    lambda f: (
+        f.meta["compliance"].update(causal_dependence=True),
+        f.edit("train_seed42.log", "audit:causal pass", "audit:causal FAIL"),
+    ),
+)
+planted(
+    "audit claimed that no log has",
+    "compliance",
+    "warn",
+    "no audit in the logs shows it",
+    lambda f: f.meta["compliance"].update(full_distribution=True),
+)
+planted(
+    "one configuration claimed",
+    "compliance",
+    "FAIL",
+    "one_configuration",
+    lambda f: (f.meta["compliance"].update(one_configuration=True), f.again({}, dict(world_size=4))),
+)
+planted(
+    "adapters of another rank",
+    "seeds",
+    "FAIL",
+    "ttt_lora_rank",
+    lambda f: f.again(*[dict(settings=(("num_layers", 11), ("ttt_lora_rank", rank))) for rank in (8, 8, 16)]),
+    dialect="baseline-noprefix",
+)
+planted(
     "audit failed",
     "audit",
     "FAIL",

@@ -338,6 +338,7 @@ NO_SUBMISSION = {
         "score that counts legal_ttt in run_7.txt, quantized_ttt in run_42.txt",
     ),
     "another model": (swap("model_params:17059912", "model_params:17059913"), "number of parameters"),
+    "other machines": (swap("world_size:8 grad", "world_size:4 grad"), "number of processes"),
     "other data": (
         only_42(lambda text: text.replace('"run_id": "run", "mode"', '"val_fingerprint": "f", "mode"')),
         "validation data None in run_7.txt, f in run_42.txt",
@@ -372,6 +373,19 @@ def test_seed_run_id_and_paths_may_differ(new, logs):
         return text.replace('"data_path": "data"', f'"data_path": "data{seed}"').replace('"run"', f'"run{seed}"')
 
     assert new("x", *logs(each=each))[0] == 0
+
+
+@pytest.mark.parametrize(
+    "name, may",
+    [("logfile", True), ("local_rank", True), ("val_files", True), ("ttt_lora_rank", False), ("qat_profile", False)],
+)
+def test_names_of_other_scripts_that_may_differ(name, may, new, logs):
+    def each(text, seed):
+        return text.replace("  num_layers: 9\n", f"  num_layers: 9\n  {name}: {seed}\n")
+
+    code, _, _, err = new("x", *logs("baseline-noprefix", source=SCRIPT, each=each))
+    assert code == (0 if may else 2), err
+    assert may or f"{name.upper()}=" in err
 
 
 def test_two_logs_of_one_seed_are_refused(new, logs, tmp_path):

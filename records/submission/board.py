@@ -22,11 +22,11 @@ from typing import Any
 from urllib.parse import quote
 
 from records.submission import runlog
+from records.submission.rules import CAP_BYTES
 
 RECORDS = Path(__file__).resolve().parent.parent
 TEMPLATE = Path(__file__).with_name("board.html")
 BEGIN, END = "<!-- board:begin -->", "<!-- board:end -->"
-CAP = 16_000_000  # bytes, where a log names no other
 LOOSE = "loose logs"
 
 MAX_ENTRIES, MAX_LOGS, MAX_JSON = 1000, 16, 1 << 20  # folders and loose logs; logs of a folder; bytes of a JSON file
@@ -211,7 +211,7 @@ def notes_of(log: runlog.RunLog) -> Iterator[str]:
     failed = [clean(name, 30) for name, (passed, _) in log.audit.items() if not passed]
     if failed:
         yield "audit failed: " + ", ".join(failed)
-    cap = whole(result.get("bytes_cap")) or CAP
+    cap = whole(result.get("bytes_cap")) or CAP_BYTES
     if log.bytes_total is not None and log.bytes_total > cap:
         yield f"{log.bytes_total - cap:,} bytes over the cap"
     if log.headline() is None and log.scores and log.result is not None:

@@ -29,12 +29,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from records.submission import legality, runlog, unpack
+from records.submission.rules import AUDITS, CAP_BYTES, CLOCK_SECONDS, SEEDS, may_differ, verdict, within
 from records.submission.runlog import LogError, RunLog
 
-CAP_BYTES = 16_000_000  # code and compressed model
 MIB_16 = 16 << 20  # what some take the cap for
-CLOCK_SECONDS = 600  # each of the two clocks, on the track that has them
-SEEDS = 3
 MAX_ENTRIES, MAX_DEPTH = 500, 4  # of a folder
 MAX_FILE, MAX_FOLDER = 8_000_000, 64_000_000  # bytes
 MAX_LOGS = 32_000_000  # bytes of all logs; public ones have a few MB at most
@@ -44,11 +42,6 @@ MAX_LINE = 2000  # characters of a line of README.md
 MAX_FINDINGS = 12  # printed per check and level; the rest is counted
 EXACT_DIGITS = 5e-9  # half a unit of the eighth decimal, which `_exact` lines have
 ROUNDED_DIGITS = 5e-5  # of the fourth, which other lines have
-# Settings of train_gpt.py in which runs of one configuration may differ.
-MAY_DIFFER = re.compile(
-    r"seed|run_id|out_dir|audit|audit_tokens|checkpoint_every|resume|save_weights|logfile|is_main_process"
-    r"|.*(?:path|paths|_dir|files?|rank|device)$"
-)
 
 
 class CheckError(Exception):
@@ -1221,6 +1214,8 @@ def check_seeds(s: Submission) -> Iterator[Note]:
 
 def one_configuration(s: Submission) -> Iterator[Note]:
     """Nothing but seed, run id and paths differs between the logs."""
+    if not s.runs:
+        return
     (first, reference), *others = s.runs.items()
     for name, log in others:
         pairs = {
@@ -1240,7 +1235,8 @@ def one_configuration(s: Submission) -> Iterator[Note]:
                 yield Note("FAIL", f"{name} has another {what} than {first}: {b}, {a}")
         a, b = reference.settings or {}, log.settings or {}
         if a and b:
-            odd = [key for key in sorted({*a, *b}) if a.get(key) != b.get(key) and not MAY_DIFFER.fullmatch(key)]
+            odd = [key for key in sorted({*a, *b}) if a.get(key) != b.get(key)]
+            odd = [key for key in odd if not may_differ(key, a.get(key, b.get(key)), s.ours)]
             if odd:
                 shown = ", ".join(f"{key} {b.get(key)} and {a.get(key)}" for key in odd[:4])
                 yield Note("FAIL", f"{name} and {first} are of different configurations: {shown}")
@@ -1322,23 +1318,16 @@ def check_compliance(s: Submission) -> Iterator[Note]:
     runs = s.runs.values()
     seeds = {seed_of(name, log) for name, log in s.runs.items()} - {None}
 
-    def within(values: Iterable[float | None], limit: float) -> bool | None:
-        values = list(values)
-        if any(value is not None and value > limit for value in values):
-            return False
-        return True if values and None not in values else None
-
     def clean(*rules: str) -> bool | None:
         levels = {finding.level for _, finding in examined(s) if finding.rule in rules}
         return False if "FAIL" in levels else None
 
-    totals = [log.bytes_total for log in runs]
     audited = [passed for log in runs for passed, _ in log.audit.values()]
     computed: dict[str, bool | None] = {
         "three_seeds": len(seeds) >= SEEDS if seeds else None,
         "train_under_600s": within(map(train_seconds, runs), CLOCK_SECONDS),
         "eval_under_600s": within((log.eval_seconds for log in runs), CLOCK_SECONDS),
-        "artifact_under_16mb": within(totals, CAP_BYTES),
+        "artifact_under_16mb": within((log.bytes_total for log in runs), CAP_BYTES),
         "score_first_ttt": clean("train_before_score", "several_passes"),
         "no_pre_quant_ttt": clean("train_before_score"),
         "no_slot": clean("scored_region"),
@@ -1346,7 +1335,10 @@ def check_compliance(s: Submission) -> Iterator[Note]:
         "single_pass": clean("several_passes", "best_of_passes"),
         "audit_passed": all(audited) if audited else None,
         "no_network": clean("network"),
+        "one_configuration": False if any(one_configuration(s)) else None,
     }
+    shown = {key: verdict(log.audit.get(name, (None,))[0] for log in runs) for name, (key, _) in AUDITS.items()}
+    computed |= {key: verdict([computed.get(key, answer), answer]) for key, answer in shown.items()}
     aliases = {"training_under_600s": "train_under_600s", "artifact_under_16_mb": "artifact_under_16mb"}
     for key, claim in claims.items():
         truth = computed.get(aliases.get(key, key))
@@ -1356,6 +1348,8 @@ def check_compliance(s: Submission) -> Iterator[Note]:
             yield Note("FAIL", f"{key} is claimed, and it is not so")
         elif claim is False and truth is True:
             yield Note("warn", f"{key} is denied, but it is so")
+        elif claim is True and key in shown and shown[key] is None and s.ours:
+            yield Note("warn", f"{key} is claimed, and no audit in the logs shows it")
 
 
 def check_audit(s: Submission) -> Iterator[Note]:

@@ -24,31 +24,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from records.submission import pack, runlog, unpack
+from records.submission.rules import AUDITS, CAP_BYTES, CLOCK_SECONDS, SEEDS, may_differ, verdict, within
 from records.submission.runlog import LogError, RunLog, ScoreLine
-
-CAP_BYTES = 16_000_000  # code and compressed model
-CLOCK_SECONDS = 600  # each of the two clocks
-SEEDS = 3  # that make a record
-
-# What train_gpt.py leaves out of its settings_hash: runs of one configuration may differ in these.
-MAY_DIFFER = frozenset(
-    "seed run_id out_dir data_path tokenizer_path artifact_path weights_path audit audit_tokens checkpoint_every "
-    "resume".split()
-)
-# The same in the `Hyperparameters:` lists of other scripts, whose names are many.
-MAY_DIFFER_ELSEWHERE = re.compile(r"seed|run_id|.*(path|paths|dir|files?|rank|device)|is_main_process|logfile")
-
-# The audits of train_gpt.py: name -> (key of compliance, the rule).
-AUDITS = {
-    "causal": ("causal_dependence", "A score depends on the artifact and on earlier tokens alone"),
-    "normalised": ("full_distribution", "Scores come from a distribution over the whole vocabulary"),
-    "score_first": ("score_first_ttt", "A token is scored for good before anything learns from it"),
-    "once": ("single_pass", "Every token of the validation split is scored once, in order"),
-    "documents": ("no_leak_across_documents", "Gates and tables do not look across a document's beginning"),
-    "bytes": ("bytes_are_utf8", "The bytes counted are those of the decoded text"),
-    "clocks": ("clocks_kept", "Training and evaluation keep the clocks that were set"),
-    "size": ("size_kept", "Code and artifact keep the cap that was set"),
-}
 
 
 class FolderError(Exception):
@@ -114,7 +91,7 @@ class SeedRun:
         if settings is None:
             return None
         ours = self.log.dialect == "pgolf"
-        return {k: v for k, v in settings.items() if not (k in MAY_DIFFER if ours else elsewhere_free(k, v))}
+        return {name: value for name, value in settings.items() if not may_differ(name, value, ours)}
 
     @property
     def hardware(self) -> str | None:
@@ -122,11 +99,6 @@ class SeedRun:
         if device is None or ranks == 1:
             return device
         return f"{device}, {ranks} processes" if device.startswith("cpu") else f"{ranks}x {device}"
-
-
-def elsewhere_free(name: str, value: object) -> bool:
-    """Whether a setting of another script may differ between seeds: a seed, a path, a rank."""
-    return MAY_DIFFER_ELSEWHERE.fullmatch(name) is not None or (isinstance(value, str) and "/" in value)
 
 
 def read_run(path: Path, headline: str | None) -> SeedRun:
@@ -180,6 +152,7 @@ def check_one_configuration(runs: Sequence[SeedRun]) -> None:
             ("settings hash", lambda run: run.log.settings_hash),
             ("score that counts", lambda run: run.score.label),
             ("number of parameters", lambda run: run.log.model_params),
+            ("number of processes", lambda run: run.log.world_size),
             ("bytes of code", lambda run: run.log.bytes_code),
             ("validation data", lambda run: run.result.get("val_fingerprint")),
             ("training data", lambda run: run.result.get("train_fingerprint")),
@@ -324,16 +297,6 @@ def changed_settings(run: SeedRun, declared: Mapping[str, Setting]) -> dict[str,
 # ----------------------------------------------------------------------------------------------------------------------
 # submission.json
 # ----------------------------------------------------------------------------------------------------------------------
-
-
-def verdict(answers: Iterable[bool | None]) -> bool | None:
-    """False if anything is, None if anything else is unknown, else True."""
-    answers = list(answers)
-    return False if False in answers else None if None in answers or not answers else True
-
-
-def within(values: Iterable[float | None], limit: float) -> bool | None:
-    return verdict(None if value is None else value <= limit for value in values)
 
 
 def known(values: Iterable[Any], reduce: Callable, digits: int | None = None) -> Any:
