@@ -123,12 +123,13 @@ def test_the_mean_needs_a_score_from_every_log(tmp_path):
     assert entry.bpb is None and any("seed 3: unfinished" in note for note in entry.notes)
 
 
-def test_over_the_cap_and_failed_audits_are_noted(tmp_path):
+def test_over_the_cap_failed_audits_and_resumed_runs_are_noted(tmp_path):
     run_over = replace(corpus.run_of("pgolf"), bytes_model=16_000_000)
-    (tmp_path / "over.txt").write_text(corpus.pgolf(run_over).replace("audit:causal pass", "audit:causal FAIL"))
+    text = corpus.pgolf(run_over).replace("audit:causal pass", "audit:causal FAIL")
+    (tmp_path / "over.txt").write_text(text.replace("step:200/", "resume:step:10 train_time:450ms\nstep:200/"))
     (entry,) = board.collect([tmp_path / "over.txt"])
     assert f"{run_over.bytes_total - 16_000_000:,} bytes over the cap" in entry.notes
-    assert "audit failed: causal" in entry.notes
+    assert {"audit failed: causal", "taken up from a checkpoint at step 10"} <= set(entry.notes)
 
 
 @pytest.mark.parametrize("dialect", corpus.DIALECTS)

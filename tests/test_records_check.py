@@ -501,6 +501,18 @@ planted(
 planted(
     "time in the JSON", "clocks", "FAIL", "eval_time_seconds", lambda f: f.meta.update(eval_time_seconds=[500, 616])
 )
+planted(
+    "taken up from a checkpoint",
+    "clocks",
+    "warn",
+    "at step 200",
+    lambda f: f.edit(
+        "train_seed42.log",
+        "step:6501/20000 train_loss",
+        "checkpoint:written step:200 bytes:9 path:c-200.pgckpt\nresume:step:200 train_time:17700ms from:c-200.pgckpt\n"
+        "step:6501/20000 train_loss",
+    ),
+)
 # seeds
 planted("single seed", "seeds", "warn", "3 are expected", lambda f: None, seeds=(1337,))
 planted(
@@ -992,6 +1004,14 @@ def test_against_wants_one_new_folder(repository):
     assert any("is not new" in what or "was there before" in what for what in against(old))
     with pytest.raises(check.CheckError):
         against(folder, "--output=/tmp/x")
+
+
+def test_against_names_files_that_git_would_leave_out(repository):
+    root, _, folder = repository
+    (root / ".git/info/exclude").write_text("*.log\n")
+    assert {what.split(" ")[0] for what in against(folder)} == {
+        f"records/track_10min_16mb/2026-04-09_Core/train_seed{seed}.log" for seed in SEEDS
+    }
 
 
 def test_against_ignores_what_came_later(repository):

@@ -318,11 +318,13 @@ def test_a_resumed_run_is_one_run():
     at = {k: next(i for i, line in enumerate(lines) if line.startswith(f"step:{k}/")) for k in (1, 4, 6)}
     source = next(i for i, line in enumerate(lines) if line.startswith("settings {"))
     end = next(i for i, line in enumerate(lines) if line == "===== source end =====\n" and i > source + 40)
-    lost = [*lines[: at[6]], "late_qat:enabled step:5 scale:0.5\n"]
+    written = "checkpoint:written step:3 bytes:1234 path:c-3.pgckpt\n"  # an event of the disk, not of the run
+    lost = [*lines[: at[4]], written, *lines[at[4] : at[6]], "late_qat:enabled step:5 scale:0.5\n"]
     again = [*lines[:source], *lines[end + 1 : at[1]], "resume:step:3 train_time:135ms from:checkpoint-3.pgckpt\n"]
     log = read("".join(lost + again + lines[at[4] :]))
     assert_read(log, run, "pgolf")
     assert (log.runs, log.undecided) == ([1], [])
+    assert [name for name, _ in log.events] == ["resume", "late_qat", "stopping_early"]
     assert log.events[0] == ("resume", 3) and ("late_qat", 5) not in log.events
 
 

@@ -208,6 +208,9 @@ def notes_of(log: runlog.RunLog) -> Iterator[str]:
         yield f"{clean(result['mode'], 20)}: not trained in this run"
     if result.get("eval_cut"):
         yield "adaptation cut by the evaluation clock"
+    resumed = [str(step) for event, step in log.events if event == "resume"]
+    if resumed:
+        yield f"taken up from a checkpoint at step {', '.join(resumed)}"
     failed = [clean(name, 30) for name, (passed, _) in log.audit.items() if not passed]
     if failed:
         yield "audit failed: " + ", ".join(failed)

@@ -1163,6 +1163,10 @@ def check_clocks(s: Submission) -> Iterator[Note]:
             seconds = found / 1000 if key.endswith("_ms") else found
             if seconds > CLOCK_SECONDS and not re.search(r"total|max_wall|limit|cap", key):
                 yield Note("FAIL", f"{s.json_name} {path}: {value} is more than {CLOCK_SECONDS} s")
+    for name, log in s.runs.items():
+        if steps := [str(step) for event, step in log.events if event == "resume"]:
+            text = f"{name}: taken up from a checkpoint at step {', '.join(steps)}: its clocks span several processes"
+            yield Note("warn", text)
     if longest:
         yield Note("pass", "longest " + ", ".join(f"{what} {seconds:.1f} s" for what, seconds in longest.items()))
 
@@ -1588,6 +1592,8 @@ def check_against(folder: Path, ref: str) -> list[Finding]:
             )
         elif status != "A":
             notes.append(Note("FAIL", f"{name} was there before and is {'deleted' if status == 'D' else 'changed'}"))
+    ignored = git(root, "ls-files", "--others", "--ignored", "--exclude-standard", "-z", "--", own).split("\0")
+    notes += [Note("FAIL", f"{name} is ignored by git and would be missing: git add -f") for name in ignored if name]
     added = sum(name.startswith(own) for name in changed)
     if not added:
         notes.append(Note("FAIL", f"{own} is not new against {ref}"))

@@ -295,9 +295,9 @@ def describe(report: dict) -> str:
         seeds = ", ".join("?" if seed is None else str(seed) for seed in side["seeds"])
         lines.append("  ".join([*figures, f"seeds {seeds}"]))
     differences = {unit: value for unit, value in report["better_by"].items() if value is not None}
-    better = min(differences.values(), default=0) >= 0
     apart = ", ".join(f"{abs(value):.5f} {unit}" for unit, value in differences.items())
-    lines.append(f"A is {'better' if better else 'worse'} by {apart or 'an unknown difference'}")
+    better = "better" if min(differences.values(), default=0) >= 0 else "worse"
+    lines.append(f"A is {better} by {apart}" if apart else "the means of A and B share no unit that compares")
     for rule in report["rules"]:
         met = {True: "met", False: "not met", None: "undecided"}[rule["met"]]
         line = f"rule {rule['name']}: {met}"
