@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from decimal import Decimal
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_records_legality import EVAL, HEAD, LEGAL_TTT, MAIN, PRE_QUANT_TTT, SLOT, TRAIN, script
 
-from records.submission import check
+from records.submission import check, claims, foreign, smoke
 
 SEEDS = (1337, 42, 2025)
 SETTINGS = HEAD + "    model_dim = 512\n    num_layers = 11\n    vocab_size = 1024\n"
@@ -744,7 +745,7 @@ def test_foreign_text_cannot_steer_the_terminal(tmp_path, capsys):
 def test_huge_and_odd_folders(tmp_path):
     folder = tmp_path / "f"
     folder.mkdir()
-    for i in range(check.MAX_ENTRIES + 5):
+    for i in range(foreign.MAX_ENTRIES + 5):
         (folder / f"z{i}.md").write_text("")
     (folder / "a/b/c/d/e/f/g").mkdir(parents=True)
     found = [f.what for f in findings(folder, "FAIL")]
@@ -778,7 +779,7 @@ def test_no_folder_takes_long(tmp_path, name):
 def test_logs_are_read_up_to_a_size(tmp_path, monkeypatch):
     made = build()
     sizes = [len(log) for log in made.logs().values()]
-    monkeypatch.setattr(check, "MAX_LOGS", sizes[0] + sizes[1] + 10)
+    monkeypatch.setattr(foreign, "MAX_LOGS", sizes[0] + sizes[1] + 10)
     found = findings(made.write(tmp_path / "f"), "FAIL")
     assert len([f for f in found if "not read, the logs have more than" in f.what]) == 1
 
@@ -834,9 +835,9 @@ def test_any_json_and_readme_are_judged_without_an_exception(tmp_path_factory, m
 @settings(max_examples=50, deadline=None)
 def test_a_mean_gives_its_rounding_and_no_other(a, b, c, digits):
     mean = check.Mean(statistics.fmean((a, b, c)), 3, check.EXACT_DIGITS)
-    right = check.Decimal(f"{mean.value:.{digits}f}")
+    right = Decimal(f"{mean.value:.{digits}f}")
     assert mean.gives(right)
-    assert not mean.gives(right + 2 * check.Decimal(10) ** -digits)
+    assert not mean.gives(right + 2 * Decimal(10) ** -digits)
 
 
 # -----------------------------------------------------------------------------
@@ -860,7 +861,7 @@ def test_a_mean_gives_its_rounding_and_no_other(a, b, c, digits):
     ],
 )
 def test_prose_numbers_are_no_claims(line):
-    assert list(check.readme_claims(line, SEEDS)) == []
+    assert list(claims.readme_claims(line, SEEDS)) == []
 
 
 @pytest.mark.parametrize(
@@ -877,7 +878,7 @@ def test_prose_numbers_are_no_claims(line):
     ],
 )
 def test_claims_are_read(line, kind, value):
-    assert (kind, value) in {(claim.kind, claim.value) for claim in check.readme_claims(line, SEEDS)}
+    assert (kind, value) in {(claim.kind, claim.value) for claim in claims.readme_claims(line, SEEDS)}
 
 
 # -----------------------------------------------------------------------------
@@ -922,8 +923,8 @@ def test_run_prints_the_smoke_line(tmp_path):
     source = "class Hyperparameters:\n    model_dim, num_layers, vocab_size = 512, 11, 1024\n"
     folder = build(source=source).write(tmp_path / "f")
     found = check.check_run(folder)
-    smoke = r"import OK in \d+\.\d\ds, dim=512, layers=11, vocab=1024, code=(\d+) B, SMOKE_TEST_PASS"
-    assert int(re.fullmatch(smoke, found[-1].what)[1]) == len(source) and found[-1].level == "pass"
+    line = r"import OK in \d+\.\d\ds, dim=512, layers=11, vocab=1024, code=(\d+) B, SMOKE_TEST_PASS"
+    assert int(re.fullmatch(line, found[-1].what)[1]) == len(source) and found[-1].level == "pass"
 
 
 HOSTILE = {
@@ -943,8 +944,8 @@ HOSTILE = {
 @pytest.mark.parametrize("name", HOSTILE)
 def test_run_holds_hostile_scripts(tmp_path, monkeypatch, name):
     monkeypatch.setenv("SECRET", "1")
-    monkeypatch.setattr(check, "RUN_MEMORY", 1 << 30)
-    monkeypatch.setattr(check, "RUN_SECONDS", 20 if name != "endless" else 2)
+    monkeypatch.setattr(smoke, "RUN_MEMORY", 1 << 30)
+    monkeypatch.setattr(smoke, "RUN_SECONDS", 20 if name != "endless" else 2)
     source, words = HOSTILE[name]
     folder = build(source=source + "\n").write(tmp_path / "f")
     before = sorted(folder.rglob("*"))

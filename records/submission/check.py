@@ -8,296 +8,56 @@ yielding findings; a check without a finding that is not a pass has passed.
 import argparse
 import ast
 import contextlib
-import dataclasses
+import functools
 import hashlib
 import json
 import math
 import os
 import re
-import signal
-import stat
 import statistics
 import subprocess
 import sys
-import tempfile
-from bisect import bisect_left
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from datetime import date, datetime
 from decimal import Decimal
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from records.submission import legality, runlog, unpack
+from records.submission import legality, unpack
+from records.submission.claims import check_numbers
+from records.submission.foreign import (
+    COMPANION,
+    LOG,
+    MAX_FILE,
+    MAX_FOLDER,
+    MAX_LINE,
+    CheckError,
+    Finding,
+    Note,
+    Submission,
+    as_seed,
+    clean_text,
+    decimals,
+    leaves,
+    load,
+    number,
+    score_digits,
+    seed_of,
+    summarised,
+)
 from records.submission.rules import AUDITS, CAP_BYTES, CLOCK_SECONDS, SEEDS, may_differ, verdict, within
-from records.submission.runlog import LogError, RunLog
+from records.submission.runlog import RunLog
+from records.submission.smoke import check_run
 
 MIB_16 = 16 << 20  # what some take the cap for
-MAX_ENTRIES, MAX_DEPTH = 500, 4  # of a folder
-MAX_FILE, MAX_FOLDER = 8_000_000, 64_000_000  # bytes
-MAX_LOGS = 32_000_000  # bytes of all logs; public ones have a few MB at most
-MAX_SOURCES = 2_000_000  # bytes of all layers and files of the source that are examined
-MAX_README, MAX_JSON, MAX_JSON_DEPTH = 1_000_000, 1_000_000, 20
-MAX_LINE = 2000  # characters of a line of README.md
-MAX_FINDINGS = 12  # printed per check and level; the rest is counted
+MAX_SOURCES = 2_000_000  # characters of all layers and files of the source that are examined
 EXACT_DIGITS = 5e-9  # half a unit of the eighth decimal, which `_exact` lines have
 ROUNDED_DIGITS = 5e-5  # of the fourth, which other lines have
-
-
-class CheckError(Exception):
-    """Arguments that cannot be used, in one line for the user."""
-
-
-class Finding(NamedTuple):
-    """level is pass, warn or FAIL."""
-
-    check: str
-    level: str
-    what: str
-
-
-class Note(NamedTuple):
-    """What a check function yields: a level and a text."""
-
-    level: str
-    what: str
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Reading a folder
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass
-class Submission:
-    """A folder as data. What could not be read is None or empty and said in `problems`."""
-
-    folder: Path
-    files: dict[str, int] = dataclasses.field(default_factory=dict)  # relative name -> bytes
-    problems: list[Note] = dataclasses.field(default_factory=list)  # of reading the folder
-    json_problems: list[Note] = dataclasses.field(default_factory=list)
-    json_name: str | None = None
-    meta: dict[str, Any] = dataclasses.field(default_factory=dict)  # decimals are Decimal, as written
-    readme: str = ""
-    script: bytes | None = None
-    layers: unpack.Unwrapped = dataclasses.field(default_factory=lambda: unpack.Unwrapped([], [], []))
-    logs: dict[str, RunLog] = dataclasses.field(default_factory=dict)  # by file name
-    texts: dict[str, list[str]] = dataclasses.field(default_factory=dict)  # lines of each log, without its source
-
-    def read(self, name: str, limit: int = MAX_FILE) -> bytes:
-        """Bytes of a plain file of the folder. Raises OSError; a longer file is cut and said to be."""
-        descriptor = os.open(self.folder / name, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0))
-        with open(descriptor, "rb") as file:
-            data = file.read(limit + 1)
-        if len(data) > limit:
-            self.problems.append(Note("FAIL", f"{name}: larger than {limit:,} bytes; only the beginning was read"))
-        return data[:limit]
-
-    @property
-    def track(self) -> str:
-        stated = self.meta.get("track")
-        parent = self.folder.parent.name
-        if isinstance(stated, str) and stated:
-            return stated
-        return parent.removeprefix("track_") if parent.startswith("track_") else ""
-
-    @property
-    def timed(self) -> bool:
-        """Whether the two clocks of 600 s are a rule of the track."""
-        return "10min" in self.track
-
-    @property
-    def runs(self) -> dict[str, RunLog]:
-        """Logs that hold a result, by file name."""
-        return {name: log for name, log in self.logs.items() if log.scores or log.steps or log.sizes}
-
-    @property
-    def ours(self) -> bool:
-        return bool(self.runs) and all(log.dialect == "pgolf" for log in self.runs.values())
-
-    @property
-    def seeds(self) -> list[int]:
-        """Seeds that submission.json claims, else those of the logs."""
-        claimed: list[int] = []
-        for key in ("seeds", "seed_results", "seed"):
-            value = self.meta.get(key)
-            values = list(value) if isinstance(value, (list, dict)) else [value]
-            claimed += [seed for seed in map(as_seed, values) if seed is not None]
-        logged = [seed for name, log in self.runs.items() if (seed := seed_of(name, log)) is not None]
-        return list(dict.fromkeys(claimed or logged))
-
-
-def as_seed(value: Any) -> int | None:
-    if isinstance(value, bool):
-        return None
-    text = str(value) if isinstance(value, (int, str)) else ""
-    found = re.fullmatch(r"(?:seed_?)?(\d{1,10})", text)
-    return int(found[1]) if found else None
-
-
-def seed_of(name: str, log: RunLog) -> int | None:
-    """The seed a log states, else the one in its file name."""
-    if log.seed is not None:
-        return log.seed
-    found = re.search(r"seed[_-]?(\d{1,10})", name)
-    return int(found[1]) if found else None
-
-
-def load(folder: Path) -> Submission:
-    """Read a folder as data. Raises CheckError where it is none."""
-    if not folder.is_dir():
-        raise CheckError(f"{folder}: {'not a folder' if folder.exists() else 'no such folder'}")
-    submission = Submission(folder.resolve())
-    list_files(submission, submission.folder, "")
-    read_json(submission)
-    if "README.md" in submission.files:
-        with contextlib.suppress(OSError):
-            readme = submission.read("README.md", MAX_README).decode("utf-8", "replace")
-            submission.readme = readme.replace("\r\n", "\n")
-    if "train_gpt.py" in submission.files:
-        with contextlib.suppress(OSError):
-            submission.script = submission.read("train_gpt.py")
-            text = submission.script.decode("utf-8", "replace").replace("\r\n", "\n")
-            submission.layers = unpack.unwrap(text)
-    room = MAX_LOGS
-    for name, size in submission.files.items():
-        if LOG.search(name) and not COMPANION.fullmatch(name):
-            if size > room:
-                note = f"{name}: not read, the logs have more than {MAX_LOGS:,} bytes"
-                submission.problems.append(Note("FAIL", note))
-                continue
-            room -= size
-            read_log(submission, name)
-    return submission
-
-
-def list_files(submission: Submission, folder: Path, prefix: str) -> None:
-    """Fill in `files`, depth first in order of names; links and special files are refused."""
-    try:
-        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
-    except OSError as error:
-        submission.problems.append(Note("FAIL", f"{prefix or '.'}: cannot be read ({error.strerror})"))
-        return
-    for entry in entries:
-        name = prefix + entry.name
-        if len(submission.files) >= MAX_ENTRIES:
-            submission.problems.append(Note("FAIL", f"more than {MAX_ENTRIES} files; the rest was not looked at"))
-            return
-        if entry.is_symlink():
-            target = (folder / os.readlink(entry.path)).resolve()
-            inside = target.is_relative_to(submission.folder)
-            what = "a link, which is not followed" if inside else "a link that leaves the folder"
-            submission.problems.append(Note("warn" if inside else "FAIL", f"{name}: {what}"))
-        elif entry.is_dir():
-            if entry.name in {"__pycache__", ".git", ".venv", "node_modules", ".ipynb_checkpoints"}:
-                submission.problems.append(Note("FAIL", f"{name}/ does not belong into a submission"))
-            elif prefix.count("/") >= MAX_DEPTH:
-                submission.problems.append(Note("FAIL", f"{name}: nested too deeply"))
-            else:
-                list_files(submission, Path(entry.path), f"{name}/")
-        elif not stat.S_ISREG(entry.stat(follow_symlinks=False).st_mode):
-            submission.problems.append(Note("FAIL", f"{name}: not a plain file"))
-        else:
-            submission.files[name] = entry.stat(follow_symlinks=False).st_size
-
-
-def read_json(submission: Submission) -> None:
-    names = [name for name in submission.files if re.fullmatch(r"submission[\w.-]*\.json", name)]
-    if not names:
-        return
-    name = "submission.json" if "submission.json" in names else names[0]
-    submission.json_name = name
-    problem = submission.json_problems.append
-    if submission.files[name] > MAX_JSON:
-        problem(Note("FAIL", f"{name}: larger than {MAX_JSON:,} bytes"))
-        return
-
-    def constant(text: str) -> float:
-        problem(Note("FAIL", f"{name}: {text} is no JSON number"))
-        return math.nan
-
-    def once(pairs: list[tuple[str, Any]]) -> dict:
-        for key, times in Counter(key for key, _ in pairs).items():
-            if times > 1:
-                problem(Note("FAIL", f"{name}: the field {key} is there twice"))
-        return dict(pairs)
-
-    try:
-        text = submission.read(name).decode("utf-8-sig")
-        meta = json.loads(text, parse_float=Decimal, parse_constant=constant, object_pairs_hook=once)
-        if not isinstance(meta, dict):
-            problem(Note("FAIL", f"{name}: not an object"))
-        elif depth(meta) > MAX_JSON_DEPTH:
-            problem(Note("FAIL", f"{name}: nested too deeply"))
-        else:
-            submission.meta = meta
-    except (ValueError, ArithmeticError, RecursionError, OSError) as error:
-        problem(Note("FAIL", f"{name} does not parse: {str(error)[:120]}"))
-
-
-def depth(value: Any) -> int:
-    """How deeply a JSON value is nested; stops at the limit."""
-    level, layer = 0, [value]
-    while layer and level <= MAX_JSON_DEPTH:
-        layer = [
-            part
-            for outer in layer
-            if isinstance(outer, (dict, list))
-            for part in (outer.values() if isinstance(outer, dict) else outer)
-        ]
-        level += 1
-    return level
-
-
-def read_log(submission: Submission, name: str) -> None:
-    try:
-        data = submission.read(name, MAX_LOGS)
-        text, encoding, _ = runlog.decode(data, Path(name))
-        text = text.replace("\r\n", "\n").replace("\r", "\n")
-        log = runlog.parse_text(text, Path(name))
-        log.sha256, log.encoding = hashlib.sha256(data).hexdigest(), encoding
-    except (LogError, OSError) as error:
-        submission.problems.append(Note("FAIL", f"{name}: cannot be read ({error})"))
-        return
-    lines, kept, start = text.split("\n"), [], 0
-    for dump in runlog.find_dumps(lines):
-        kept += lines[start : dump.start]
-        start = dump.end
-    submission.logs[name] = log
-    submission.texts[name] = kept + lines[start:]
-
-
-def number(value: Any) -> float | None:
-    """A JSON value as a float, if it is a finite number."""
-    if isinstance(value, bool) or not isinstance(value, (int, float, Decimal)):
-        return None
-    try:
-        found = float(value)
-    except OverflowError:
-        return None
-    return found if math.isfinite(found) else None
-
-
-def decimals(value: Any) -> int:
-    """Digits after the point, as written."""
-    exponent = value.as_tuple().exponent if isinstance(value, Decimal) else 0
-    return -exponent if isinstance(exponent, int) and exponent < 0 else 0
-
-
-def score_digits(value: Any) -> int:
-    """The same of a score: JSON writers drop zeros, and nobody claims a score to less than three digits."""
-    return max(3, decimals(value))
-
 
 # ----------------------------------------------------------------------------------------------------------------------
 # files, json
 # ----------------------------------------------------------------------------------------------------------------------
 
-LOG = re.compile(r"\.(?:log|txt)$", re.I)
-COMPANION = re.compile(
-    r"README\.md|submission[\w.-]*\.json|train_gpt\.py|requirements[\w.-]*\.txt|LICENSE(?:\.\w+)?|\.gitattributes"
-    r"|train_gpt_human\.py|\w+_decode\.py|lossless_caps\.py|prepare_caseops_data\.py|tokenizers/[\w.+-]+\.(?:model|vocab)"
-)
 IMAGE = re.compile(r"\.(?:png|jpe?g|svg|webp|gif)$", re.I)
 SURPRISE = {
     "may hold secrets": r"(?:^|/)\.env(?:\..*)?$|\.(?:pem|key|p12|pfx|kdbx)$|(?:^|/)(?:id_(?:rsa|ed25519|ecdsa)|\.netrc"
@@ -483,255 +243,6 @@ def is_date(text: str) -> bool:
         except ValueError:
             continue
     return False
-
-
-def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted path, value) of everything in a JSON value that holds nothing else."""
-    if isinstance(value, dict):
-        for key, part in value.items():
-            yield from leaves(part, f"{path}.{key}" if path else str(key))
-    elif isinstance(value, list):
-        for i, part in enumerate(value):
-            yield from leaves(part, f"{path}[{i}]")
-    else:
-        yield path, value
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# numbers
-# ----------------------------------------------------------------------------------------------------------------------
-
-LOGGED_NUMBER = re.compile(r"(?<![\w.])[-+]?(\d[\d,_]*(?:\.\d+)?(?:[eE][-+]?\d{1,3})?)")
-SCALES = {
-    "score": (1.0,),
-    "size": (1.0, 1e3, 1e6, 1024.0, 1048576.0),
-    "steps": (1.0, 1e3),
-    "time": (1.0, 1e3, 60.0, 6e4, 1e-3),
-}
-
-
-class Pool:
-    """Sorted numbers to look claims up in."""
-
-    def __init__(self, values: Iterable[float]):
-        self.values = sorted({abs(value) for value in values if math.isfinite(value)})
-
-    def has(self, claim: float, digits: int, kind: str) -> bool:
-        """Whether a number here gives the claim when rounded to its digits, in one of the units of its kind."""
-        half = 0.5 * 10.0**-digits if digits or kind != "size" else 0.0
-        half = max(half, 1e-9) if kind == "score" else half
-        for scale in SCALES[kind]:
-            reach = (half if scale == 1.0 else max(half, 0.5 * 10.0**-digits)) * scale
-            if kind == "size" and scale > 1:
-                reach *= 2  # megabytes are often cut, not rounded
-            low, high = abs(claim) * scale - reach, abs(claim) * scale + reach
-            i = bisect_left(self.values, low - 1e-9 * max(1.0, abs(low)))
-            if i < len(self.values) and self.values[i] <= high + 1e-9 * max(1.0, abs(high)):
-                return True
-        return False
-
-
-def logged_numbers(lines: Iterable[str]) -> Iterator[float]:
-    for line in lines:
-        for match in LOGGED_NUMBER.finditer(line[: runlog.MAX_JSON]):
-            with contextlib.suppress(ValueError):
-                yield float(match[1].replace(",", "").replace("_", ""))
-
-
-def figures_of(log: RunLog) -> dict[str, float]:
-    """The quantities of one run that a table may give a mean of."""
-    found: dict[str, float | None] = dict(
-        bytes_total=log.bytes_total,
-        bytes_code=log.bytes_code,
-        bytes_model=log.bytes_model,
-        train_seconds=log.train_seconds,
-        eval_seconds=log.eval_seconds,
-    )
-    if log.bytes_total is not None:
-        found["headroom"] = CAP_BYTES - log.bytes_total
-    for score in log.scores:
-        found |= {f"{score.label} bpb": score.val_bpb, f"{score.label} loss": score.val_loss}
-    scores = (log.result or {}).get("scores")
-    for label, score in scores.items() if isinstance(scores, dict) else ():
-        if isinstance(score, dict):
-            found |= {f"{label} bpb": number(score.get("val_bpb")), f"{label} loss": number(score.get("val_loss"))}
-    if log.steps:
-        last = log.steps[-1]
-        found |= {"steps": float(last.step), "last bpb": last.val_bpb, "last loss": last.val_loss}
-        if last.time_ms and last.step:
-            found |= {"train_ms": last.time_ms, "step_ms": last.time_ms / last.step}
-    found |= {f"phase {name}": seconds for name, seconds in log.phases.items()}
-    numbers = {name: float(value) for name, value in found.items() if value is not None}
-    for kind in ("bpb", "loss"):
-        values = [(name, value) for name, value in numbers.items() if name.endswith(kind)][:20]
-        numbers |= {f"{a} - {b}": x - y for i, (a, x) in enumerate(values) for b, y in values[:i]}
-    return numbers
-
-
-def statistics_of(logs: Iterable[RunLog]) -> Iterator[float]:
-    """Mean, deviations, median and extremes of every quantity that several runs have."""
-    columns: dict[str, list[float]] = {}
-    for log in logs:
-        for name, value in figures_of(log).items():
-            columns.setdefault(name, []).append(value)
-    for values in columns.values():
-        yield from values
-        if len(values) > 1 and all(map(math.isfinite, values)):
-            yield from (statistics.fmean(values), statistics.stdev(values), statistics.pstdev(values))
-            yield from (statistics.median(values), max(values) - min(values), sum(values))
-
-
-FOREIGN_KEY = re.compile(
-    r"base|compar|prev|delta|improv|gain|p_value|t_stat|threshold|limit|cap$|target|sota|parent|prior|ablation|budget"
-    r"|max_wall"
-)
-CLAIM_KEYS = {
-    "score": re.compile(r"bpb|val_loss|_loss$|nats"),
-    "size": re.compile(r"bytes|size"),
-    "steps": re.compile(r"steps?$|step_stop$"),
-    "time": re.compile(r"time|seconds|wallclock|_ms$|_s$|step_avg"),
-}
-
-
-def check_numbers(s: Submission) -> Iterator[Note]:
-    """Every score, size, step count and time that README.md and the JSON claim is in a log, or a statistic of logs."""
-    if not s.runs:
-        yield Note("warn", "no log to compare with")
-        return
-    shared = list(statistics_of(s.runs.values()))
-    sizes = [float(size) for size in s.files.values()]
-    own = {name: list(logged_numbers(s.texts[name])) for name in s.runs}
-    pool = Pool([value for values in own.values() for value in values] + shared + sizes)
-    by_seed = {
-        seed_of(name, log): Pool(own[name] + sizes + list(figures_of(log).values())) for name, log in s.runs.items()
-    }
-    for path, value in leaves(s.meta):
-        claimed = number(value)
-        kind = next((kind for kind, pattern in CLAIM_KEYS.items() if pattern.search(path.lower().split("[")[0])), None)
-        if claimed is None or claimed == 0 or kind is None or FOREIGN_KEY.search(path.lower()):
-            continue
-        if path.lower().startswith(("settings", "attribution", "hyperparam", "config", "model_config")):
-            continue
-        row = re.match(r"seed_results\.(?:seed_?)?(\d+)\.", path)
-        where, place = (by_seed.get(int(row[1])), f"the log of seed {row[1]}") if row else (pool, "any log")
-        digits = score_digits(value) if kind == "score" else decimals(value)
-        if where is not None and not where.has(claimed, digits, kind):
-            known = re.fullmatch(r"bytes_(?:total|model)|(?:mean_|pre_quant_)?val_(?:bpb|loss)\w*", path)
-            level = "FAIL" if known or row or s.ours else "warn"
-            yield Note(level, f"{s.json_name} {path}: {value} is not in {place}")
-    for claim in readme_claims(s.readme, s.seeds):
-        where = by_seed.get(claim.seed, pool) if claim.seed is not None else pool
-        if not where.has(claim.value, claim.digits, claim.kind):
-            row = claim.seed is not None and claim.seed in by_seed
-            place = f"the log of seed {claim.seed}" if row else "any log"
-            level = "FAIL" if claim.kind in ("score", "size") and (row or s.ours) else "warn"
-            yield Note(level, f"README.md line {claim.line}: {claim.text} ({claim.kind}) is not in {place}")
-
-
-class Claim(NamedTuple):
-    """A number that README.md claims of these runs."""
-
-    kind: str
-    value: float
-    digits: int
-    line: int
-    text: str
-    seed: int | None
-
-
-README_NUMBER = re.compile(r"(?<![\w.#/@^])[-+−±~≈]?(\d{1,3}(?:,\d{3})+|\d+)(\.\d+)?(?![\w%]*[\d/])(?!\.\d)")
-UNIT = {
-    "size": re.compile(r"\s?(?:bytes|B|MB|MiB|KB|kB|KiB)\b"),
-    "time": re.compile(r"\s?(?:ms|s|sec|seconds|min|minutes)\b"),
-    "steps": re.compile(r"\s?(?:training )?(?:steps|iterations)\b"),
-    "score": re.compile(r"\s?(?:val_)?(?:bpb|BPB|nats|bits per byte)\b"),
-}
-NEARBY = {
-    "score": re.compile(r"bpb|val_loss|val loss|\bscore|mean|\bnats\b|seed \d+|±|\bstd\b", re.I),
-    "setting": re.compile(
-        r"decay|\blr\b|rate|beta|momentum|eps|scale|threshold|\bwd\b|clip|ratio|frac|dropout|temperature|init|base|gain"
-        r"|alpha|lambda|softcap|version|torch|=",
-        re.I,
-    ),
-}
-HEADER = {
-    "score": re.compile(
-        r"bpb|val_loss|val loss|\bloss\b|nats|final_|legal_ttt|roundtrip|sliding|quantized|float weights", re.I
-    ),
-    "size": re.compile(r"bytes|size|artifact", re.I),
-    "steps": re.compile(r"\bsteps?\b(?!.*(?:ms|avg|time))", re.I),
-    "time": re.compile(r"time|seconds|, ?s\b|\(s\)|\bms\b|train s|eval s", re.I),
-}
-# Lines about something other than these runs: other entries, rules, differences, plans.
-ELSEWHERE = re.compile(
-    r"#\d|\bPR\b|baseline|previous|prior|publish|sota|merged|record\b|ablat|\bvs\.?\b|compar|Δ|delta|improve|credit|lineage"
-    r"|naive|reference|leaderboard|\bcap\b|limit|budget|at most|≤|<|under|below|threshold|earlier|without|instead|gain"
-    r"|default|would|expected|about|roughly|each|per |every|reserve|first|until|from step|at step|after",
-    re.I,
-)
-
-
-def readme_claims(text: str, seeds: Iterable[int]) -> Iterator[Claim]:
-    """Numbers with a kind: in a table column that has one, with a unit, or after a word that says score."""
-    known, header, fenced, foreign = {str(seed): seed for seed in seeds}, [], False, False
-    for i, line in enumerate(text.split("\n")[:5000], 1):
-        line = line[:MAX_LINE]
-        if line.lstrip().startswith(("```", "~~~")):
-            fenced = not fenced
-            continue
-        if line.startswith("#") and not fenced:
-            foreign, header = bool(ELSEWHERE.search(line)) and i > 1, []
-        if foreign or (fenced and re.search(r"[A-Z_]{3,}=|torchrun|python|pip |\$ ", line)):
-            continue
-        if line.lstrip().startswith("|") and not fenced:
-            cells = [cell.strip().strip("*") for cell in line.strip().strip("|").split("|")]
-            if not header or all(re.fullmatch(r":?-+:?", cell) for cell in cells):
-                header = header or cells
-                continue
-            yield from table_claims(header, cells, i, known)
-            continue
-        header = []
-        line = re.sub(r"`[^`]*`|\]\([^)]*\)|https?://\S+", lambda m: " " * len(m[0]), line)
-        for part in re.split(r"(?<=[a-z)])[.;] ", line):
-            if not ELSEWHERE.search(part):
-                yield from prose_claims(part, i)
-
-
-def table_claims(header: list[str], cells: list[str], line: int, known: Mapping[str, int]) -> Iterator[Claim]:
-    row = " ".join(cells)
-    seed = next((known[word] for word in re.findall(r"\d+", cells[0]) if word in known), None) if cells else None
-    if seed is None and ELSEWHERE.search(cells[0]):
-        return
-    for name, cell in zip(header, cells, strict=False):
-        kind = next((kind for kind, pattern in HEADER.items() if pattern.search(name)), None)
-        found = README_NUMBER.search(re.sub(r"[*`_]", "", cell))
-        if kind is None or found is None or ELSEWHERE.search(name) or re.search(r"[A-Za-z]{6,}", cell):
-            continue
-        if not (kind == "score" and not found[2]):  # a whole number is no score
-            yield make_claim(kind, found, line, None if "mean" in row.lower() else seed)
-
-
-def prose_claims(text: str, line: int) -> Iterator[Claim]:
-    for found in README_NUMBER.finditer(text):
-        kind = next((kind for kind, unit in UNIT.items() if unit.match(text, found.end())), None)
-        digits = len(found[2] or ".") - 1
-        if kind is None and digits >= 4 and 0.3 < float(found[1].replace(",", "") + (found[2] or "")) < 12:
-            before = text[max(0, found.start() - 40) : found.start()]
-            last = {name: max((m.end() for m in word.finditer(before)), default=-1) for name, word in NEARBY.items()}
-            kind = "score" if last["score"] > last["setting"] else None
-        if kind in ("score", None) and digits == 0 or kind is None:
-            continue
-        value = float(found[1].replace(",", "") + (found[2] or ""))
-        if kind == "time" and value in (600, 10, 300) or kind == "size" and value in (CAP_BYTES, 16, 16_777_216):
-            continue
-        if kind == "score" and value < 0.3 and not re.search(r"±|std", text[max(0, found.start() - 6) : found.end()]):
-            continue  # a difference
-        yield make_claim(kind, found, line, None)
-
-
-def make_claim(kind: str, found: re.Match, line: int, seed: int | None) -> Claim:
-    text = found[1] + (found[2] or "")
-    return Claim(kind, float(text.replace(",", "")), len(found[2] or ".") - 1, line, text, seed)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -964,17 +475,17 @@ def check_syntax(s: Submission) -> Iterator[Note]:
         yield from check_imports(s, name, tree)
 
 
+@functools.lru_cache(1)
 def sources(s: Submission) -> list[tuple[str, str]]:
     """(name, text) of every layer of the script and of the files of the folder that it imports or executes."""
-    if "sources" not in s.__dict__:
-        s.__dict__["sources"], room = [], MAX_SOURCES
-        for name, text in read_sources(s):
-            room -= len(text)
-            if room < 0:
-                s.layers.problems.append(unpack.Problem(0, f"more than {MAX_SOURCES:,} characters, from {name} on"))
-                break
-            s.__dict__["sources"].append((name, text))
-    return s.__dict__["sources"]
+    found, room = [], MAX_SOURCES
+    for name, text in read_sources(s):
+        room -= len(text)
+        if room < 0:
+            s.layers.problems.append(unpack.Problem(0, f"more than {MAX_SOURCES:,} characters, from {name} on"))
+            break
+        found.append((name, text))
+    return found
 
 
 def read_sources(s: Submission) -> Iterator[tuple[str, str]]:
@@ -1274,19 +785,17 @@ def deviations(s: Submission) -> Iterator[Note]:
             yield Note("FAIL", f"{key}_std {claim}; the sample deviation over {len(values[0])} seeds is {sample:.6f}")
 
 
+@functools.lru_cache(1)
 def examined(s: Submission) -> list[tuple[str, legality.Finding]]:
-    """(file, finding) of the static rules over every source, once."""
-    if "examined" not in s.__dict__:
-        found: list[tuple[str, legality.Finding]] = []
-        for name, source in sources(s):
-            try:
-                found += [(name, finding) for finding in legality.examine(source, switched(s))]
-            except SyntaxError as error:
-                found.append(
-                    (name, legality.Finding("unread", "warn", error.lineno or 0, f"not examined: {error.msg}"))
-                )
-        s.__dict__["examined"] = found
-    return s.__dict__["examined"]
+    """(file, finding) of the static rules over every source."""
+    found: list[tuple[str, legality.Finding]] = []
+    for name, source in sources(s):
+        try:
+            found += [(name, finding) for finding in legality.examine(source, switched(s))]
+        except SyntaxError as error:
+            unread = legality.Finding("unread", "warn", error.lineno or 0, f"not examined: {error.msg}")
+            found.append((name, unread))
+    return found
 
 
 def switched(s: Submission) -> dict[str, Any]:
@@ -1405,142 +914,6 @@ def check(folder: Path) -> list[Finding]:
             notes = [Note("warn", "nested too deeply to be examined")]
         found += summarised(name, notes)
     return found
-
-
-def summarised(name: str, notes: list[Note]) -> list[Finding]:
-    """Findings of one check, worst first, the long tail counted; `pass` where there is nothing to say."""
-    found = []
-    for level in ("FAIL", "warn", "pass"):
-        texts = [note.what for note in notes if note.level == level]
-        if level == "pass" and found:
-            texts = []
-        found += [Finding(name, level, clean_text(text)) for text in texts[:MAX_FINDINGS]]
-        if len(texts) > MAX_FINDINGS:
-            found.append(Finding(name, level, f"and {len(texts) - MAX_FINDINGS} more"))
-    return found or [Finding(name, "pass", "")]
-
-
-def clean_text(text: str, limit: int = 300) -> str:
-    """Foreign text for a terminal: one line, nothing that is not printable."""
-    shown = "".join(
-        c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text[:limit]
-    )
-    return shown + "..." * (len(text) > limit)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# --run
-# ----------------------------------------------------------------------------------------------------------------------
-
-RUN_SECONDS = 120
-RUN_MEMORY = 16 << 30  # of addresses: torch alone maps several GiB
-# The subprocess: gives up the network and its limits before anything foreign runs, then imports and reports.
-IMPORTER = """
-import ctypes, importlib.util, json, os, resource, sys, time
-report, path, memory, seconds, preload = int(sys.argv[1]), sys.argv[2], *map(int, sys.argv[3:])
-try:
-    offline = ctypes.CDLL(None).unshare(0x10000000 | 0x40000000) == 0  # CLONE_NEWUSER | CLONE_NEWNET
-except (OSError, AttributeError):
-    offline = False
-for limit, most in ((resource.RLIMIT_AS, memory), (resource.RLIMIT_CPU, seconds), (resource.RLIMIT_FSIZE, 1 << 26),
-                    (resource.RLIMIT_CORE, 0), (resource.RLIMIT_NOFILE, 256)):
-    resource.setrlimit(limit, (most, most))
-os.write(report, json.dumps({"offline": offline}).encode() + b"\\n")
-try:
-    if preload:
-        import torch  # outside the clock, as the community's smoke test has it
-except Exception:
-    pass
-sys.path.insert(0, os.path.dirname(path))
-start = time.perf_counter()
-try:
-    spec = importlib.util.spec_from_file_location("train_gpt", path)
-    module = sys.modules["train_gpt"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    seconds = time.perf_counter() - start
-    found = {"seconds": seconds}
-    settings = getattr(module, "Hyperparameters", None)
-    for name in ("model_dim", "num_layers", "vocab_size"):
-        if settings is not None and not hasattr(settings, name):
-            settings = settings()
-        found[name] = int(getattr(settings, name)) if hasattr(settings, name) else None
-except BaseException as error:
-    found = {"error": f"{type(error).__name__}({str(error)[:200]!r})"}
-os.write(report, json.dumps(found).encode() + b"\\n")
-os._exit(0)
-"""
-
-
-def check_run(folder: Path) -> list[Finding]:
-    """Import the script on CPU: a copy of the folder, limits, no environment, no network where the kernel allows it."""
-    s = load(folder)
-    if s.script is None:
-        return [Finding("run", "FAIL", "no train_gpt.py to import")]
-    with tempfile.TemporaryDirectory(prefix="check_run_") as place:
-        copy, work = Path(place, "folder"), Path(place, "work")
-        work.mkdir()
-        for name in s.files:  # plain files only: a link would lead out
-            (copy / name).parent.mkdir(parents=True, exist_ok=True)
-            (copy / name).write_bytes(s.read(name, MAX_FOLDER))
-        lines, ended = import_there(copy / "train_gpt.py", work, any("import torch" in text for _, text in sources(s)))
-    notes = []
-    first, last = (lines[0] if lines else {}), (lines[-1] if len(lines) > 1 else {})
-    if first.get("offline") is not True:
-        notes.append(Note("warn", "the kernel did not allow to cut off the network"))
-    if "error" in last:
-        notes.append(Note("FAIL", f"IMPORT_FAIL error={last['error']}"))
-    elif number(last.get("seconds")) is None:
-        notes.append(Note("FAIL", f"IMPORT_FAIL error={ended}"))
-    else:
-        shown = [
-            f"{name}={last.get(key)}"
-            for name, key in (("dim", "model_dim"), ("layers", "num_layers"), ("vocab", "vocab_size"))
-        ]
-        smoke = f"import OK in {last['seconds']:.2f}s, {', '.join(shown)}, code={len(s.script)} B, SMOKE_TEST_PASS"
-        notes.append(Note("pass", smoke))
-        if None in (last.get("model_dim"), last.get("num_layers"), last.get("vocab_size")):
-            notes.append(Note("warn", "Hyperparameters lacks model_dim, num_layers or vocab_size"))
-    return [Finding("run", note.level, clean_text(note.what)) for note in notes]
-
-
-def import_there(script: Path, work: Path, preload: bool) -> tuple[list[dict], str]:
-    """(what the subprocess reported, how it ended). `preload` imports torch before the script and its clock."""
-    (reader, writer), seconds = os.pipe(), RUN_SECONDS
-    numbers = [str(value) for value in (RUN_MEMORY, seconds, int(preload))]
-    command = [sys.executable, "-I", "-B", "-c", IMPORTER, str(writer), str(script), *numbers]
-    environment = {"HOME": str(work), "TMPDIR": str(work), "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
-    environment |= {"CUDA_VISIBLE_DEVICES": "", "LANG": "C.UTF-8"}
-    try:
-        process = subprocess.Popen(
-            command,
-            cwd=work,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            pass_fds=(writer,),
-            start_new_session=True,
-        )
-    finally:
-        os.close(writer)
-    try:
-        code = process.wait(timeout=seconds)
-        ended = f"ended with exit code {code}" if code >= 0 else f"ended by {signal.Signals(-code).name}"
-    except subprocess.TimeoutExpired:
-        ended = f"not imported after {seconds} s"
-    finally:
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(process.pid, signal.SIGKILL)  # and what it started
-        process.wait()
-    os.set_blocking(reader, False)
-    with open(reader, "rb") as file:
-        data = (file.read(65536) or b"").decode("utf-8", "replace")
-    reports = []
-    for line in data.splitlines():
-        with contextlib.suppress(ValueError):
-            value = json.loads(line)
-            reports += [value] if isinstance(value, dict) else []
-    return reports, ended
 
 
 # ----------------------------------------------------------------------------------------------------------------------
