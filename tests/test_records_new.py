@@ -285,6 +285,12 @@ def test_a_clock_that_no_log_states_is_unknown(new, logs):
     assert "| Evaluation: at most 600 s | not shown |  |" in readme(path)
 
 
+def test_a_track_without_clocks_has_no_rule_about_them(new, logs):
+    text = readme(new("x", *logs(step_ms=2000.0), "--track", "cpu_mini")[1])
+    assert "| Training: at most 600 s | no rule of this track | longest 1,200.0 s |" in text
+    assert "| Evaluation: at most 600 s | no rule of this track |" in text and "**no**" not in text
+
+
 def test_the_readme_shows_the_audit_s_figures(made):
     text = readme(made)
     assert "| yes | 7: disturbed\\_at:38 scores\\_before\\_moved:0<br>42: " in text

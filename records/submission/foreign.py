@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from records.submission import runlog, unpack
+from records.submission.rules import has_clocks
 from records.submission.runlog import LogError, RunLog
 
 MAX_ENTRIES, MAX_DEPTH = 500, 4  # of a folder
@@ -89,8 +90,7 @@ class Submission:
 
     @property
     def timed(self) -> bool:
-        """Whether the two clocks of 600 s are a rule of the track."""
-        return "10min" in self.track
+        return has_clocks(self.track)
 
     @property
     def runs(self) -> dict[str, RunLog]:

@@ -31,6 +31,11 @@ MAY_DIFFER_ELSEWHERE = re.compile(
 )
 
 
+def has_clocks(track: str) -> bool:
+    """Whether the two clocks are rules of a track."""
+    return "10min" in track
+
+
 def may_differ(name: str, value: object, ours: bool) -> bool:
     """Whether runs of one configuration may differ in a setting: a seed, a name, a path, a process."""
     if ours:
