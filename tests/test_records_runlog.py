@@ -312,6 +312,24 @@ def test_a_log_and_its_console_in_one_file():
     assert log.runs == [1] and log.undecided == []
 
 
+def test_a_score_whose_label_cannot_be_read_leaves_the_headline_open():
+    text = corpus.log_text("baseline")
+    score = read(text).headline()
+    again = f"ttt_sliding:done val_loss={score.val_loss:.6f} val_bpb={score.val_bpb:.6f} elapsed=9.2s\n"
+    assert read(text + again).headline() == score and read(text + again).undecided == []
+    log = read(text + "ttt_sliding:done val_loss=1.890131 val_bpb=1.119442 elapsed=9.2s\n")
+    assert log.headline() is None and log.unnamed == 1
+    assert any("label could not be read: 1, the first in line" in said for said in log.undecided)
+
+
+def test_an_old_label_without_a_time_takes_none():
+    sliding = corpus.result("final_int6_sliding_window", 2.05012345, "stride:64", 74_000)
+    alias = sliding._replace(label="final_int8_zlib_roundtrip", extra="", eval_ms=None)
+    ttt = corpus.result("legal_ttt", 2.04, eval_ms=None)
+    assert read(corpus.log_text("baseline", results=(sliding, alias))).eval_seconds == 74.0
+    assert read(corpus.log_text("baseline", results=(sliding, alias, ttt))).eval_seconds is None
+
+
 def test_a_resumed_run_is_one_run():
     run = corpus.run_of("pgolf", steps=(1, 2, 3, 4, 5, 6))
     lines = corpus.pgolf(run).splitlines(keepends=True)

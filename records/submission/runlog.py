@@ -96,6 +96,7 @@ class RunLog:
     undecided: list[str] = field(default_factory=list)
     runs: list[int] = field(default_factory=list)  # line at which each run in the file begins; one, as a rule
     results: int = 0  # number of different `result` lines
+    unnamed: int = 0  # scores whose label could not be read, and which no other line gives
 
     def score(self, label: str) -> ScoreLine | None:
         """The result of this label; None if there is none or if several differ."""
@@ -112,7 +113,7 @@ class RunLog:
             return self._declared()
         candidates = self.candidates()
         # An old label is often printed again with the same figures, for the sake of somebody's parser.
-        return candidates[0] if len({figures(score) for score in candidates}) == 1 else None
+        return candidates[0] if len({figures(score) for score in candidates}) == 1 and not self.unnamed else None
 
     def _declared(self) -> ScoreLine | None:
         headline = (self.result or {}).get("headline")
@@ -450,6 +451,7 @@ class _Reader:
         self.log, self.lines = log, lines
         self.facts: dict[str, dict[object, int]] = defaultdict(dict)  # field -> value -> first line that says so
         self.named: list[tuple[str, SizeLine]] = []  # every size, with what it is the size of
+        self.unnamed: list[tuple[int, float | None, float | None]] = []  # (line, loss, bpb) of no readable label
         self.results: list[tuple[int, dict]] = []
         self.prefixed: bool | None = None  # whether the steps have `step:`
         self.began = False  # something was trained or scored since the last head of a run
@@ -617,14 +619,16 @@ class _Reader:
         head, label = line[: first.start()].split(), []
         while head and LABEL_WORD.match(head[0]):
             label.append(head.pop(0))
-        if not 1 <= len(label) <= 4 or not all(EXTRA_WORD.match(word) for word in head):
-            return
         found = read_figures(line)
         if found is None:
             self.undecided(f"line {i} gives a figure twice: {line[:100]}")
             return
         loss, bpb = found.get("val_loss"), found.get("val_bpb")
         if loss is None and bpb is None:
+            return
+        if not 1 <= len(label) <= 4 or not all(EXTRA_WORD.match(word) for word in head):
+            if len(self.unnamed) < MAX_RESULTS:
+                self.unnamed.append((i, loss, bpb))
             return
         name = " ".join(label).rstrip(":")
         decimals = [len(value.partition(".")[2]) for key, value, _ in FIGURE.findall(line) if key.startswith("val_")]
@@ -801,15 +805,25 @@ class _Reader:
         if log.eval_seconds is None and "eval_seconds" in self.facts:
             log.eval_seconds = self.only("eval_seconds")
         elif log.eval_seconds is None and log.dialect != "pgolf" and len(log.runs) == 1:
-            # The passes run one after another under one clock.
-            times = [score.eval_ms for score in log.candidates()]
-            log.eval_seconds = sum(times) / 1000 if times and None not in times else None
+            # The passes run one after another under one clock. A result without a time may be a timed one's figures,
+            # printed again under an old label.
+            times = [(figures(score), score.eval_ms) for score in log.candidates() if score.eval_ms is not None]
+            if times and {figures(score) for score in log.candidates()} == {shown for shown, _ in times}:
+                log.eval_seconds = sum(ms for _, ms in times) / 1000
 
     def decide_headline(self) -> None:
         log = self.log
         labels = [score.label for score in log.scores]
         for label in sorted({label for label in labels if labels.count(label) > 1}):
             self.undecided(f"several results are called {label}")
+        unread = [
+            line
+            for line, loss, bpb in self.unnamed
+            if not any(agree(score.val_loss, loss) and agree(score.val_bpb, bpb) for score in log.scores)
+        ]
+        log.unnamed = len(unread)
+        if unread:
+            self.undecided(f"scores whose label could not be read: {len(unread)}, the first in line {unread[0]}")
         if log.headline() is not None:
             return
         if log.dialect == "pgolf" and log.result is not None:
