@@ -645,41 +645,53 @@ def check_clocks(s: Submission) -> Iterator[Note]:
         return
     longest = {}
     for name, log in s.runs.items():
-        train, evaluation = train_seconds(log), log.eval_seconds
-        for what, seconds in (("training", train), ("evaluation", evaluation)):
+        train = train_seconds(log)
+        for what, seconds in (("training", train), ("evaluation", log.eval_seconds)):
             if seconds is None:
                 yield Note("warn", f"{name} does not say how long the {what} took")
+                continue
+            longest[what] = max(seconds, longest.get(what, 0.0))
+            if seconds <= CLOCK_SECONDS:
+                continue
+            if what == "training" and seconds <= CLOCK_SECONDS + last_step_seconds(log):
+                yield Note("warn", f"{name}: training took {seconds:.3f} s: its last step ended after {CLOCK_SECONDS}")
             else:
-                longest[what] = max(seconds, longest.get(what, 0.0))
-                if seconds > CLOCK_SECONDS:
-                    yield Note("FAIL", f"{name}: {what} took {seconds:.1f} s, more than {CLOCK_SECONDS}")
-        lines = s.texts[name]
-        end = next((i for i, line in enumerate(lines) if ENDED.match(line)), len(lines))
-        late = [
-            line.strip() for line in lines[end:] if CALIBRATION.search(line) and not line.lstrip().startswith("gptq (")
-        ]
-        phases = sum(seconds for phase, seconds in log.phases.items() if CALIBRATION.search(phase))
-        if late and not re.search(r"reserv", " ".join(lines[:end])):
-            yield Note("warn", f"{name}: calibration after the training clock: {late[0]}")
-        elif late or phases:
-            spent = re.search(r"(\d{1,9}(?:\.\d{1,9})?) ?s\b", " ".join(late))
-            seconds = phases or (float(spent[1]) if spent else 0.0)
-            if train is not None and train + seconds > CLOCK_SECONDS:
-                yield Note(
-                    "FAIL", f"{name}: with {seconds:.1f} s of calibration, training took {train + seconds:.1f} s"
-                )
+                yield Note("FAIL", f"{name}: {what} took {seconds:.3f} s, more than {CLOCK_SECONDS}")
+        if log.dialect != "pgolf":  # whose training clock holds the calibration
+            yield from check_calibration(name, log, s.texts[name], train)
+        if steps := [str(step) for event, step in log.events if event == "resume"]:
+            text = f"{name}: taken up from a checkpoint at step {', '.join(steps)}: its clocks span several processes"
+            yield Note("warn", text)
+    allowed = CLOCK_SECONDS + max(map(last_step_seconds, s.runs.values()), default=0.0)
     for path, value in leaves(s.meta):
         found, key = number(value), path.lower()
         if found is not None and re.search(r"(?:train|eval)_?time|wallclock|(?:train|eval)\w*_seconds", key):
             seconds = found / 1000 if key.endswith("_ms") else found
-            if seconds > CLOCK_SECONDS and not re.search(r"total|max_wall|limit|cap", key):
+            most = CLOCK_SECONDS if "eval" in key else allowed
+            if seconds > most and not re.search(r"total|max_wall|limit|cap", key):
                 yield Note("FAIL", f"{s.json_name} {path}: {value} is more than {CLOCK_SECONDS} s")
-    for name, log in s.runs.items():
-        if steps := [str(step) for event, step in log.events if event == "resume"]:
-            text = f"{name}: taken up from a checkpoint at step {', '.join(steps)}: its clocks span several processes"
-            yield Note("warn", text)
     if longest:
         yield Note("pass", "longest " + ", ".join(f"{what} {seconds:.1f} s" for what, seconds in longest.items()))
+
+
+def check_calibration(name: str, log: RunLog, lines: list[str], train: float | None) -> Iterator[Note]:
+    """Calibration on training data belongs to the training clock, or to time reserved in it."""
+    end = next((i for i, line in enumerate(lines) if ENDED.match(line)), len(lines))
+    late = [line.strip() for line in lines[end:] if CALIBRATION.search(line) and not line.lstrip().startswith("gptq (")]
+    if late and not re.search(r"reserv", " ".join(lines[:end])):
+        yield Note("warn", f"{name}: calibration after the training clock: {late[0]}")
+    elif late and train is not None:
+        spent = re.search(r"(\d{1,9}(?:\.\d{1,9})?) ?s\b", " ".join(late))
+        seconds = float(spent[1]) if spent else 0.0
+        if train + seconds > CLOCK_SECONDS + last_step_seconds(log):
+            yield Note("FAIL", f"{name}: with {seconds:.1f} s of calibration, training took {train + seconds:.1f} s")
+
+
+def last_step_seconds(log: RunLog) -> float:
+    """How long a step took on average, a second at most: scripts that look at the clock after each step end beyond the
+    cap by so much, and public records are accepted with it."""
+    last = log.steps[-1] if log.steps else None
+    return min(1.0, last.time_ms / last.step / 1000) if last is not None and last.time_ms and last.step else 0.0
 
 
 def train_seconds(log: RunLog) -> float | None:
@@ -836,9 +848,12 @@ def check_compliance(s: Submission) -> Iterator[Note]:
         return False if "FAIL" in levels else None
 
     audited = [passed for log in runs for passed, _ in log.audit.values()]
+    in_time = within(map(train_seconds, runs), CLOCK_SECONDS)
+    if all((train_seconds(log) or 0.0) <= CLOCK_SECONDS + last_step_seconds(log) for log in runs):
+        in_time = in_time or None  # the last step alone ended late
     computed: dict[str, bool | None] = {
         "three_seeds": len(seeds) >= SEEDS if seeds else None,
-        "train_under_600s": within(map(train_seconds, runs), CLOCK_SECONDS),
+        "train_under_600s": in_time,
         "eval_under_600s": within((log.eval_seconds for log in runs), CLOCK_SECONDS),
         "artifact_under_16mb": within((log.bytes_total for log in runs), CAP_BYTES),
         "score_first_ttt": clean("train_before_score", "several_passes"),
