@@ -180,8 +180,17 @@ class Hyperparameters:
     attn_out_bits: int = opt("quantization", 6, "of the attention's output matrix", lo=5, hi=8)
     mlp_bits: int = opt("quantization", 6, "of the MLP's matrices", lo=5, hi=8)
     embed_bits: int = opt("quantization", 8, "of the tables and an untied head; 16: fp16", lo=5, hi=16)
+    quant: str = opt(
+        "quantization", "clip_search", "what sets the steps: see README", choices=("clip_search", "sdclip", "rd")
+    )
+    attn_clip_sigmas: float = opt("quantization", 12.85, "sdclip, rd: standard deviations to the last level", 0.1, 1e3)
+    mlp_clip_sigmas: float = opt("quantization", 12.85, "the same of the MLP's matrices", lo=0.1, hi=1e3)
+    embed_clip_sigmas: float = opt("quantization", 20.0, "the same of the tables and an untied head", lo=0.1, hi=1e3)
+    fit_to_cap: bool = opt(
+        "quantization", False, "make all steps finer or coarser until the artifact just fits the cap"
+    )
     gptq_enabled: bool = opt("quantization", False, "full GPTQ of the block matrices, calibrated on training text")
-    gptq_calibration_tokens: int = opt("quantization", 262_144, "training tokens that it sees", lo=2)
+    gptq_calibration_tokens: int = opt("quantization", 262_144, "training tokens for GPTQ and QUANT=rd", lo=2)
     gptq_reserve_seconds: float = opt("quantization", 0.0, "of the training clock, for calibration; 0: measured", lo=0)
     gptq_percdamp: float = opt("quantization", 0.01, "damping, in mean diagonals of the Hessian", lo=1e-6, hi=10)
     gptq_block_size: int = opt("quantization", 128, "columns between updates of all later ones", lo=1)
@@ -257,12 +266,12 @@ class Hyperparameters:
         )
         yield 8 < s.embed_bits < 16, f"EMBED_BITS={s.embed_bits} must be from 5 to 8, or 16"
         yield (
-            s.gptq_enabled and s.gptq_reserve_seconds >= s.max_wallclock_seconds > 0,
+            s.calibrates and s.gptq_reserve_seconds >= s.max_wallclock_seconds > 0,
             f"GPTQ_RESERVE_SECONDS={s.gptq_reserve_seconds:g} leaves nothing of "
             f"MAX_WALLCLOCK_SECONDS={s.max_wallclock_seconds:g} to train in",
         )
         yield (
-            s.gptq_enabled and s.gptq_calibration_tokens < s.train_seq_len,
+            s.calibrates and s.gptq_calibration_tokens < s.train_seq_len,
             f"GPTQ_CALIBRATION_TOKENS={s.gptq_calibration_tokens} is less than one sequence, "
             f"TRAIN_SEQ_LEN={s.train_seq_len}",
         )
@@ -313,6 +322,11 @@ class Hyperparameters:
     def mlp_dim(self) -> int:
         """Hidden width; a gated MLP has a third matrix and two thirds of the width, so as many weights."""
         return max(1, round(self.mlp_mult * self.model_dim * (1 if self.mlp_kind == "leaky_relu2" else 2 / 3)))
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether quantization reads training text."""
+        return self.gptq_enabled or self.quant == "rd"
 
     @property
     def ve_layer_ids(self) -> list[int]:
@@ -1752,6 +1766,7 @@ class Averages:
 # ----------------------------------------------------------------------------------------------------------------------
 
 CLIP_QUANTILES = (0.999, 0.9995, 0.9999, 0.99999)
+Q_LIMIT = 127  # the largest code of any grid
 QAT_REFRESH_STEPS = 16  # the scale search in every forward would cost about a third of a step
 
 # What each tensor class may be stored as, the default first. The order is also that of the artifact's streams: like
@@ -1794,27 +1809,110 @@ class Stored(NamedTuple):
         return self.data.float() if self.scale is None else self.data.float() * self.scale.float()
 
 
+class Grid(NamedTuple):
+    """Where a matrix's weights may lie: whole multiples, up to q_max, of its rows' scales."""
+
+    scales: list[Tensor]  # (rows, 1) fp32 of fp16 values each: what a row may choose from
+    q_max: int
+
+    @property
+    def kind(self) -> str:
+        """The smallest of int5 … int8 that holds its codes."""
+        return next(kind for kind in sorted(GRIDS) if levels(kind) >= self.q_max)
+
+
 def quantize_rows(w: Tensor, scale: Tensor, q_max: int) -> Tensor:
     """Codes of w (rows, cols) on the grid scale (rows, 1) * {-q_max … q_max}, as floats; rows of scale 0 become 0."""
     return torch.where(scale > 0, (w / scale).round().clamp(-q_max, q_max), 0.0)
 
 
-def fp16_scale(clip: Tensor, q_max: int) -> Tensor:
+def fp16_scale(clip: Tensor, q_max: float) -> Tensor:
     """clip / q_max, rounded to fp16 before anything uses it, as fp32. No floor: tiny rows keep all their levels."""
     return (clip / q_max).half().float()
 
 
-def clip_candidates(w: Tensor, kind: str) -> list[Tensor]:
-    """Scales (rows, 1) worth trying for w (rows, cols) fp32, the maximum first; 255 levels need no clipping."""
-    q_max, cols = levels(kind), w.size(1)
+def clip_grid(w: Tensor, q_max: float) -> Grid:
+    """GPTQ-lite: scales from the maximum of |w| and four of its quantiles, row by row. w is (rows, cols) fp32.
+
+    255 levels need no clipping. A q_max that is not whole makes the steps of a fitted artifact.
+    """
+    q_max, cols = min(q_max, float(Q_LIMIT)), w.size(1)
     # The largest entries hold all quantiles from 0.999 up: descending order, index j is rank cols-1-j.
     top = w.abs().topk(min(cols, math.ceil((1 - CLIP_QUANTILES[0]) * (cols - 1)) + 1), dim=1).values
     clips = [top[:, :1]]
-    for quantile in CLIP_QUANTILES if kind != "int8" else ():
+    for quantile in CLIP_QUANTILES if q_max < Q_LIMIT else ():
         position = (1 - quantile) * (cols - 1)  # from the top, linear between entries
         low = int(position)
         clips.append(torch.lerp(top[:, low : low + 1], top[:, min(low + 1, top.size(1) - 1)][:, None], position - low))
-    return [fp16_scale(clip, q_max) for clip in clips]
+    return Grid([fp16_scale(clip, q_max) for clip in clips], round(q_max))
+
+
+def step_grid(w: Tensor, step: Tensor) -> Grid:
+    """About these steps (rows, 1), but none so small that a row of w (rows, cols) needs more than Q_LIMIT levels:
+    nothing is clipped."""
+    largest = w.abs().amax(1, keepdim=True)
+    scale = short_scale(torch.minimum(torch.maximum(step, largest / Q_LIMIT), 2 * largest))
+    return Grid([scale], max(1, int(quantize_rows(largest, scale, Q_LIMIT).max())))
+
+
+def short_scale(scale: Tensor) -> Tensor:
+    """The next scale up with three bits of mantissa, as fp32 with an fp16 value.
+
+    Rate-distortion is flat at its optimum: steps on this ladder cost a thousandth of a bit of every weight, the other
+    seven bits of mantissa would cost more in any row of less than 7,000.
+    """
+    mantissa, exponent = torch.frexp(scale)
+    return torch.ldexp((16 * mantissa).ceil() / 16, exponent).half().float()
+
+
+def choose_steps(
+    weights: Mapping[str, Tensor], hp: Hyperparameters, sensitivity: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """Row by row the steps (rows, 1) of all weights that are stored as codes, by name; none under QUANT=clip_search.
+
+    sdclip: so many standard deviations of a row to the last level of its class's grid, which none of its weights
+    reaches; the entropy coder makes use of that (public pull request 1394).
+    rd: with an entropy coder, rounding costs sensitivity * step²/12 a weight, and halving a step one bit, whatever the
+    weights' own size. At the least cost for its bits, sensitivity * step² is the same everywhere: so it is here, with
+    about the bits of sdclip's steps. A row counts as sensitive as itself and half as its whole matrix, as rows that
+    the calibration text hardly reaches are not as insensitive as they look.
+    """
+    kinds, steps = storage_kinds(hp), {}
+    sigmas = dict(attention=hp.attn_clip_sigmas, attention_out=hp.attn_clip_sigmas, mlp=hp.mlp_clip_sigmas)
+    sigmas |= dict(embedding=hp.embed_clip_sigmas, head=hp.embed_clip_sigmas)
+    for name, w in weights.items():
+        kind = tensor_class(name)
+        if hp.quant != "clip_search" and kind in sigmas and levels(kinds[kind]):
+            steps[name] = sigmas[kind] / levels(kinds[kind]) * w.float().std(1, correction=0, keepdim=True)
+    if hp.quant != "rd" or not steps:
+        return steps
+    blended = {name: sensitivity[name] + 0.5 * sensitivity[name].mean() for name in steps}
+    least = 1e-6 * torch.cat(list(blended.values())).mean()
+    halves = {name: 0.5 * h.clamp(min=least).log() for name, h in blended.items()}
+    level, size = 0.0, 0
+    for name, step in steps.items():
+        told = (step > 0)[:, 0]  # rows of zeros have no say
+        level += weights[name].size(1) * (step.log() + halves[name])[told].sum().item()
+        size += weights[name].size(1) * told.sum().item()
+    return {name: (level / max(size, 1) - half).exp() for name, half in halves.items()}
+
+
+def make_grids(
+    weights: Mapping[str, Tensor], hp: Hyperparameters, steps: Mapping[str, Tensor], factor: float = 1.0
+) -> dict[str, Grid]:
+    """The grid of every tensor that is stored as codes, by name, with steps `factor` times as large as QUANT has them.
+
+    All of a class have one grid, so that they share their tables.
+    """
+    kinds, grids, largest = storage_kinds(hp), {}, {}
+    for name, w in weights.items():
+        kind = tensor_class(name)
+        if name in steps:
+            grids[name] = grid = step_grid(w.float(), factor * steps[name])
+            largest[kind] = max(largest.get(kind, 1), grid.q_max)
+        elif q_max := levels(kinds[kind]):
+            grids[name] = clip_grid(w.float(), q_max if kind == "gate" else q_max / factor)
+    return {name: grid._replace(q_max=largest.get(tensor_class(name), grid.q_max)) for name, grid in grids.items()}
 
 
 def least(candidates: Sequence[Tensor], errors: Sequence[Tensor]) -> Tensor:
@@ -1823,20 +1921,18 @@ def least(candidates: Sequence[Tensor], errors: Sequence[Tensor]) -> Tensor:
     return stacked.take_along_dim(best.expand(1, *stacked.shape[1:]), 0)[0]
 
 
-def search_row_scales(w: Tensor, kind: str) -> Tensor:
-    """GPTQ-lite: the clip among four quantiles of |w| and the maximum with the least squared error, row by row.
-
-    w is (rows, cols) fp32, the result (rows, 1) fp32 with fp16 values.
-    """
-    scales = clip_candidates(w, kind)
-    errors = [(quantize_rows(w, s, levels(kind)) * s - w).square().sum(1, keepdim=True) for s in scales]
-    return least(scales, errors)
+def search_row_scales(w: Tensor, grid: Grid) -> Tensor:
+    """(rows, 1): for each row of w (rows, cols) the scale with the least squared error of rounding to nearest."""
+    if len(grid.scales) == 1:
+        return grid.scales[0]
+    errors = [(quantize_rows(w, s, grid.q_max) * s - w).square().sum(1, keepdim=True) for s in grid.scales]
+    return least(grid.scales, errors)
 
 
-def round_to_nearest(w: Tensor, kind: str) -> tuple[Tensor, Tensor]:
-    """(scale (rows, 1), codes (rows, cols)) of w on the grid that search_row_scales finds; codes are whole floats."""
-    scale = search_row_scales(w, kind)
-    return scale, quantize_rows(w, scale, levels(kind))
+def round_to_nearest(w: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    """(scale (rows, 1), codes (rows, cols)) of w on the grid; codes are whole floats."""
+    scale = search_row_scales(w, grid)
+    return scale, quantize_rows(w, scale, grid.q_max)
 
 
 def output_error(w: Tensor, approximation: Tensor, hessian: Tensor) -> Tensor:
@@ -1859,10 +1955,10 @@ class GPTQ:
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped[self.order][:, self.order]))
         self.factor = torch.linalg.cholesky(inverse, upper=True).float()
 
-    def quantize(self, w: Tensor, kind: str) -> tuple[Tensor, Tensor]:
-        """(scale, codes) like round_to_nearest, of the clip with the least error of the layer's outputs."""
-        scales = clip_candidates(w, kind)
-        codes = self.codes(w.repeat(len(scales), 1), torch.cat(scales), levels(kind)).split(len(w))
+    def quantize(self, w: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+        """(scale, codes) like round_to_nearest, of the scales with the least error of the layer's outputs."""
+        scales = grid.scales
+        codes = self.codes(w.repeat(len(scales), 1), torch.cat(scales), grid.q_max).split(len(w))
         errors = [output_error(w, c * scale, self.hessian) for c, scale in zip(codes, scales, strict=True)]
         return least(scales, errors), least(codes, errors)
 
@@ -1883,77 +1979,94 @@ class GPTQ:
         return codes[:, self.order.argsort()]
 
 
-@torch.no_grad()
-def calibrate(run: "Run", weights: Mapping[str, Tensor], texts: np.ndarray) -> dict[str, Tensor]:
-    """Σ x xᵀ (in, in) fp32 of the inputs x of every block matrix, by its name, over texts (n, TRAIN_SEQ_LEN).
+class Calibration(NamedTuple):
+    """What quantization learns from training text, by the weights' names."""
 
-    On a copy of the model in fp32 weights: casting the live ones for calibration cost a published run 0.3 bpb. The
-    sums are over all ranks.
+    hessians: dict[str, Tensor]  # GPTQ's, of every block matrix: Σ x xᵀ (in, in) fp32 over its inputs x
+    sensitivity: dict[str, Tensor]  # QUANT=rd's, of every matrix: (rows, 1) mean squares of the loss's gradient
+
+
+def calibrate(run: "Run", weights: Mapping[str, Tensor], texts: np.ndarray) -> Calibration:
+    """One pass over texts (n, TRAIN_SEQ_LEN + 1), summed over all ranks; what the settings do not need stays empty.
+
+    On a copy of the model in fp32 weights: casting the live ones for calibration cost a published run 0.3 bpb. Squares
+    of a few sequences' gradient estimate the Fisher information, that is the loss's curvature, of any tensor alike.
     """
-    device = run.ranks.device
-    model = run.build(run.hp.train_seq_len).to(device)
+    hp, ranks, device = run.hp, run.ranks, run.ranks.device
+    model, sensitive = run.build(hp.train_seq_len).to(device), hp.quant == "rd"
     model.load_state_dict(weights)
     layers = {f"{name}.weight": m for name, m in model.named_modules() if isinstance(m, CastedLinear)}
-    layers = {name: layer for name, layer in layers.items() if tensor_class(name) in MATRICES}
+    layers = {name: m for name, m in layers.items() if hp.gptq_enabled and tensor_class(name) in MATRICES}
     hessians = {n: torch.zeros(m.weight.size(1), m.weight.size(1), device=device) for n, m in layers.items()}
+    coded = {name for name in weights if levels(storage_kinds(hp)[tensor_class(name)])}
+    matrices = {name: p for name, p in model.named_parameters() if sensitive and name in coded}
+    squares = {name: torch.zeros(len(p), 1, device=device) for name, p in matrices.items()}
 
     def accumulate(name: str) -> Callable:
         def hook(_, inputs: tuple[Tensor]) -> None:
-            x = inputs[0].flatten(0, 1).float()
+            x = inputs[0].detach().flatten(0, 1).float()
             hessians[name].addmm_(x.T, x)
 
         return hook
 
     for name, layer in layers.items():
         layer.register_forward_pre_hook(accumulate(name))
-    mine, rows = run.ranks.part(texts), calibration_rows(run)
+    mine, rows = ranks.part(texts), calibration_rows(run)
     for i in range(0, len(mine), rows):
-        model.trunk(torch.from_numpy(mine[i : i + rows].astype(np.int64)).to(device))
+        tokens = torch.from_numpy(mine[i : i + rows].astype(np.int64)).to(device)
+        with torch.set_grad_enabled(sensitive):
+            nll = model(tokens[:, :-1], tokens[:, 1:]).mean()
+        if sensitive:
+            model.zero_grad()
+            nll.backward()
+            for name, p in matrices.items():
+                squares[name] += p.grad.square().mean(1, keepdim=True)
     for name, hessian in hessians.items():
-        if not run.ranks.sum_(hessian).diagonal().sum() > 0:
+        if not ranks.sum_(hessian).diagonal().sum() > 0:
             raise LimitError(f"{name} saw no input in calibration; nothing was exported")
-    return hessians
+    for name, square in squares.items():
+        if not ranks.sum_(square).isfinite().all():
+            raise LimitError(f"{name} has no finite gradient in calibration; nothing was exported")
+    return Calibration(hessians, squares)
 
 
 def calibration_rows(run: "Run") -> int:
-    """Sequences of one calibration forward of a rank."""
-    return max(1, SCORE_TOKENS[run.ranks.device.type] // run.hp.train_seq_len)
+    """Sequences of one calibration forward of a rank; few where gradients are squared, which sums would average out."""
+    tokens = 2048 if run.hp.quant == "rd" else SCORE_TOKENS[run.ranks.device.type]
+    return max(1, tokens // run.hp.train_seq_len)
 
 
 def calibration_texts(run: "Run") -> np.ndarray:
-    """(n, TRAIN_SEQ_LEN) uint16: GPTQ_CALIBRATION_TOKENS of the training text, evenly spaced. Raises UserError."""
+    """(n, TRAIN_SEQ_LEN + 1) uint16: GPTQ_CALIBRATION_TOKENS targets of the training text, evenly spaced, and what
+    precedes them. Raises UserError."""
     length = run.hp.train_seq_len
-    count, last = run.hp.gptq_calibration_tokens // length, max(0, len(run.stream) - length)
+    count, last = run.hp.gptq_calibration_tokens // length, max(0, len(run.stream) - length - 1)
     starts = [last * i // max(1, count - 1) for i in range(count)]
-    return np.stack([run.stream.read(start, length) for start in starts])
+    return np.stack([run.stream.read(start, length + 1) for start in starts])
 
 
-def store(name: str, w: Tensor, kind: str, gptq: GPTQ | None = None) -> Stored:
-    """One weight as `kind`, on CPU. Raises LimitError where that form cannot hold it."""
+def store(name: str, w: Tensor, grid: Grid | str, gptq: GPTQ | None = None) -> Stored:
+    """One weight on a grid, or as "fp16" or "fp32", on CPU. Raises LimitError where that form cannot hold it."""
     w = w.detach().float()
-    if levels(kind):
-        scale, codes = gptq.quantize(w, kind) if gptq is not None else round_to_nearest(w, kind)
-        stored = Stored(kind, codes.to(torch.int8).cpu(), scale.half().cpu())
+    if isinstance(grid, Grid):
+        scale, codes = gptq.quantize(w, grid) if gptq is not None else round_to_nearest(w, grid)
+        stored = Stored(grid.kind, codes.to(torch.int8).cpu(), scale.half().cpu())
     else:
-        stored = Stored(kind, w.half().cpu() if kind == "fp16" else w.cpu(), None)
+        stored = Stored(grid, w.half().cpu() if grid == "fp16" else w.cpu(), None)
     if not (w.isfinite().all() and stored.dequantize().isfinite().all()):
-        raise LimitError(f"{name} holds weights that are not finite or too large for {kind}; nothing was exported")
+        raise LimitError(
+            f"{name} holds weights that are not finite or too large for {stored.kind}; nothing was exported"
+        )
     return stored
 
 
 def quantize(
-    weights: Mapping[str, Tensor], hp: Hyperparameters, hessians: Mapping[str, Tensor] | None = None
+    weights: Mapping[str, Tensor], hp: Hyperparameters, grids: Mapping[str, Grid], gptq: Mapping[str, GPTQ] = {}
 ) -> dict[str, Stored]:
-    """All weights as the artifact holds them, in the artifact's order (class by class); block matrices by GPTQ where
-    there are Hessians."""
-    kinds, order, tensors = storage_kinds(hp), list(STORAGE), {}
-    for name in sorted(weights, key=lambda name: order.index(tensor_class(name))):  # stable: model order in a class
-        w, gptq = weights[name], None
-        if hessians is not None and tensor_class(name) in MATRICES:
-            gptq = GPTQ(hessians[name], hp)
-            w = w.to(gptq.hessian.device)
-        tensors[name] = store(name, w, kinds[tensor_class(name)], gptq)
-    return tensors
+    """All weights as the artifact holds them, in the artifact's order (class by class)."""
+    kinds, order = storage_kinds(hp), list(STORAGE)
+    names = sorted(weights, key=lambda name: order.index(tensor_class(name)))  # stable: model order in a class
+    return {n: store(n, weights[n], grids.get(n, kinds[tensor_class(n)]), gptq.get(n)) for n in names}
 
 
 def main_grid(tensors: Mapping[str, Stored]) -> str:
@@ -1961,38 +2074,29 @@ def main_grid(tensors: Mapping[str, Stored]) -> str:
     return tensors["blocks.0.mlp.down.weight"].kind
 
 
-def log_gptq(log: Log, weights: Mapping[str, Tensor], tensors: Mapping[str, Stored], hessians: Mapping) -> None:
-    """Each matrix's output error in shares of that of rounding to nearest; the matrices in the file alone."""
-    shares = []
-    for name, hessian in hessians.items():
-        w, kind = weights[name].to(hessian.device), tensors[name].kind
-        scale, codes = round_to_nearest(w, kind)
-        plain = output_error(w, codes * scale, hessian).sum().item()
-        error = output_error(w, tensors[name].dequantize().to(w.device), hessian).sum().item()
-        shares.append(error / plain if plain else 1.0)
-        log(f"gptq:{name} {kind} output_error:{error:.6g} of_rounding:{shares[-1]:.4f}", console=False)
-    worst, middle = max(shares), statistics.median(shares)
-    log(f"gptq:matrices:{len(shares)} output_error_of_rounding median:{middle:.4f} worst:{worst:.4f}")
-
-
 class QAT:
-    """Fake quantization of every block matrix on the exporter's own grid, switched per module instance."""
+    """Fake quantization of every block matrix on the exporter's own grid, switched per module instance.
+
+    Under QUANT=rd, whose steps are known only in the end, on that of sdclip; never on a fitted one.
+    """
 
     def __init__(self, model: GPT, hp: Hyperparameters):
-        self.on, self.layers, self.kinds = False, [], []
+        self.on, self.layers = False, {}
+        self.hp = dataclasses.replace(hp, quant="sdclip") if hp.quant == "rd" else hp
         for name, module in model.named_modules():
-            if isinstance(module, CastedLinear) and (tensor := tensor_class(f"{name}.weight")) in MATRICES:
-                self.layers.append(module)
-                self.kinds.append(storage_kinds(hp)[tensor])
-        for layer, kind in zip(self.layers, self.kinds, strict=True):
-            layer.q_max = levels(kind)
+            if isinstance(module, CastedLinear) and tensor_class(f"{name}.weight") in MATRICES:
+                self.layers[f"{name}.weight"] = module
+        for name, layer in self.layers.items():
+            kind = storage_kinds(hp)[tensor_class(name)]
+            layer.q_max = levels(kind) if hp.quant == "clip_search" else Q_LIMIT  # the others clip nothing
             layer.row_scale = torch.ones(layer.weight.size(0), 1, device=layer.weight.device)
 
     @torch.no_grad()
     def refresh(self) -> None:
         """Search the row scales of the present weights, outside the graph, into the buffers that it reads."""
-        for layer, kind in zip(self.layers, self.kinds, strict=True):
-            layer.row_scale.copy_(search_row_scales(layer.weight, kind))
+        weights = {name: layer.weight for name, layer in self.layers.items()}
+        for name, grid in make_grids(weights, self.hp, choose_steps(weights, self.hp)).items():
+            self.layers[name].row_scale.copy_(search_row_scales(weights[name], grid))
 
     @torch.no_grad()
     def penalize(self, weight: float) -> None:
@@ -2000,7 +2104,7 @@ class QAT:
 
         CROWN-Q: δ²/12 is the variance of uniform rounding noise, w² a stand-in for the loss's curvature.
         """
-        for layer in self.layers:
+        for layer in self.layers.values():
             w = layer.weight
             w.grad.addcmul_(w, layer.row_scale.square(), value=weight / (6 * w.numel()))
 
@@ -2012,7 +2116,7 @@ class QAT:
     def set(self, on: bool) -> None:
         """On or off with the scales as they are."""
         self.on = on
-        for layer in self.layers:
+        for layer in self.layers.values():
             layer.fake_quant = on
 
     @contextlib.contextmanager
@@ -3187,17 +3291,17 @@ class Trainer:
             # Twice the time: it is measured once, and the last step must not end beyond the cap.
             self.clock.reserve_ms = 2000 * run.ranks.largest(time.perf_counter() - averaging)
             run.log(f"train_reserve:{self.clock.reserve_ms:.0f}ms for averaging")
-            if hp.gptq_enabled:
+            if hp.calibrates:
                 seconds = hp.gptq_reserve_seconds or 2 * self.measure_calibration()
                 self.clock.reserve_ms += 1000 * seconds
                 run.log(f"train_reserve:{1000 * seconds:.0f}ms for calibration")
         run.phases.seconds["warmup"] = time.perf_counter() - start
 
     def measure_calibration(self) -> float:
-        """Seconds that calibration will take, from one forward of each rank on synthetic tokens, agreed."""
+        """Seconds that calibration will take, from one batch of each rank on synthetic tokens, agreed."""
         run, length = self.run, self.run.hp.train_seq_len
         count, at_once = run.hp.gptq_calibration_tokens // length, calibration_rows(run) * run.ranks.size
-        texts = np.random.default_rng(0).integers(run.hp.vocab_size, size=(min(count, at_once), length))
+        texts = np.random.default_rng(0).integers(run.hp.vocab_size, size=(min(count, at_once), length + 1))
         weights = self.exported_weights()[1]
         start = time.perf_counter()
         calibrate(run, weights, texts)
@@ -3300,7 +3404,7 @@ class Trainer:
         for parameter in self.optimizers.small:
             moments = self.optimizers.moments(parameter)
             state |= {f"adam.{key}.{names[parameter]}": moment for key, moment in moments.items()}
-        return state | {f"row_scale.{names[layer.weight]}": layer.row_scale for layer in self.qat.layers}
+        return state | {f"row_scale.{name}": layer.row_scale for name, layer in self.qat.layers.items()}
 
     def save(self) -> None:
         """Write a checkpoint at a paused clock and keep the one before. A full disk does not end the run."""
@@ -4027,7 +4131,7 @@ class Job(NamedTuple):
 
     @property
     def reads_training_text(self) -> bool:
-        return self.trains or (self.hp.export_only and self.hp.gptq_enabled)
+        return self.trains or (self.hp.export_only and self.hp.calibrates)
 
 
 def read_job(environ: Mapping[str, str]) -> Job:
@@ -4127,23 +4231,141 @@ def write_result(run: Run, path: Path, data: bytes) -> None:
         raise UserError(f"cannot write {path}: {error.strerror}; {run.signals.advice}") from None
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# Export
+# ----------------------------------------------------------------------------------------------------------------------
+
+FIT_WINDOW = 4096  # bytes below the cap that a fitted artifact may leave
+FIT_FACTORS = (2.0**-4, 2.0**2)  # on the steps: beyond, int8 has no more levels or a matrix hardly any
+FIT_ATTEMPTS = 8  # of packing; three or four do
+FIT_SAMPLE = 1 << 22  # weights that a prediction rounds
+
+
+class Exporter:
+    """Averaged weights on their way into an artifact, on the main rank."""
+
+    def __init__(self, run: Run, weights: Mapping[str, Tensor], calibration: Calibration):
+        self.run, self.weights = run, {name: w.to(run.ranks.device) for name, w in weights.items()}
+        self.steps = choose_steps(self.weights, run.hp, calibration.sensitivity)
+        self.gptq = {name: GPTQ(hessian, run.hp) for name, hessian in calibration.hessians.items()}
+
+    def pack(self, factor: float) -> bytes:
+        """The artifact with steps `factor` times as large as QUANT has them."""
+        run = self.run
+        with run.phases("quantize"):
+            tensors = quantize(self.weights, run.hp, make_grids(self.weights, run.hp, self.steps, factor), self.gptq)
+        with run.phases("compress"):
+            header = artifact_header("artifact", run.hp, run.dtype, run.val.tokenizer_sha256)
+            return pack_artifact(header, tensors, run.hp.compressor)
+
+    def predict(self, factor: float) -> float:
+        """Bytes of all codes at the entropy of each matrix, from rounding a sample of its rows to nearest."""
+        bits, every = 0.0, max(1, sum(w.numel() for w in self.weights.values()) // FIT_SAMPLE)
+        rows = {name: w[::every] for name, w in self.weights.items() if w.ndim == 2}
+        steps = {name: step[::every] for name, step in self.steps.items()}
+        for name, grid in make_grids(rows, self.run.hp, steps, factor).items():
+            codes = round_to_nearest(rows[name].float(), grid)[1].long().flatten() + grid.q_max
+            bits += entropy_bits(torch.bincount(codes).cpu().numpy()) * self.weights[name].numel() / len(codes)
+        return bits / 8
+
+    def solve(self, size: float) -> float:
+        """The factor whose codes are predicted to need so many bytes; an end of FIT_FACTORS where none does."""
+        low, high = FIT_FACTORS
+        while high / low > 1.0001:
+            middle = math.sqrt(low * high)
+            low, high = (middle, high) if self.predict(middle) > size else (low, middle)
+        return FIT_FACTORS[0] if low == FIT_FACTORS[0] else high
+
+    def fit(self, room: int) -> tuple[float, bytes]:
+        """(factor, artifact) of at most `room` bytes and, where the grids allow it, at least room - FIT_WINDOW.
+
+        What the prediction missed in one packed artifact corrects it for the next. Deterministic.
+        """
+        finest, coarsest = FIT_FACTORS
+        over, under, best = 0.0, math.inf, None  # factors known to be too large for the room, and to fit
+        kinds = storage_kinds(self.run.hp)
+        forms = [(w, kinds[tensor_class(name)]) for name, w in self.weights.items()]
+        beside = sum(len(w) if levels(kind) else w.numel() * KINDS[kind][1] for w, kind in forms)
+        for attempt in range(1, FIT_ATTEMPTS + 1):
+            with self.run.phases("fit"):
+                factor = self.solve(room - min(FIT_WINDOW / 2, room / 2000) - beside)
+                if over and best and not over < factor < under:
+                    factor = math.sqrt(over * under)
+                predicted = self.predict(factor)
+            blob, tried = self.pack(factor), f"fit:{attempt} factor:{factor:.6f} predicted:{predicted + beside:.0f}"
+            self.run.log(f"{tried} bytes:{len(blob)} room:{room}", console=False)
+            beside = len(blob) - predicted
+            if len(blob) <= room:
+                under, best = factor, (factor, blob)
+            else:
+                over = factor
+            if room - FIT_WINDOW <= len(blob) <= room or factor == (finest if len(blob) <= room else coarsest):
+                break
+        return best or (factor, blob)
+
+    def report(self, factor: float, blob: bytes) -> dict[str, float]:
+        """Log every grid and, of GPTQ's matrices, the output error beside rounding's; the console gets their sums.
+
+        The result is the bytes of each tensor, codes at their entropy.
+        """
+        log, (_, tensors) = self.run.log, unpack_artifact(blob)
+        grids, sizes, classes, shares = make_grids(self.weights, self.run.hp, self.steps, factor), {}, {}, []
+        for name, t in tensors.items():
+            sizes[name] = t.data.numel() * KINDS[t.kind][1]
+            if name not in grids:
+                continue
+            sizes[name] = entropy_bits(np.bincount(t.data.numpy().ravel().astype(np.int64) + Q_LIMIT)) / 8
+            bits = 8 * sizes[name] / t.data.numel()
+            classes.setdefault(f"{tensor_class(name)} {t.kind}", []).append(name)
+            line = f"grid:{name} {t.kind} step:{t.scale.float().median():.4g} entropy:{bits:.3f}"
+            if name in self.gptq:
+                hessian, w = self.gptq[name].hessian, self.weights[name].float()
+                scale, codes = round_to_nearest(w, grids[name])
+                plain = output_error(w, codes * scale, hessian).sum().item()
+                error = output_error(w, t.dequantize().to(w.device), hessian).sum().item()
+                shares.append(error / plain if plain else 1.0)
+                line += f" output_error:{error:.6g} of_rounding:{shares[-1]:.4f}"
+            log(line, console=False)
+        parts = [(part, sum(tensors[n].data.numel() for n in names), names) for part, names in classes.items()]
+        entropies = ", ".join(f"{part} {8 * sum(sizes[n] for n in names) / count:.3f}" for part, count, names in parts)
+        log(f"grids: bits per weight: {entropies}")
+        if shares:
+            middle, worst = statistics.median(shares), max(shares)
+            log(f"gptq:matrices:{len(shares)} output_error_of_rounding median:{middle:.4f} worst:{worst:.4f}")
+        return sizes
+
+    def report_fit(self, factor: float, left: int, sizes: Mapping[str, float]) -> None:
+        """How near to the cap a fitted artifact came and, where that is not within FIT_WINDOW, why."""
+        log = self.run.log
+        log(f"fit:factor:{factor:.6f} left:{left}")
+        if left < 0:
+            heaviest = sorted(sizes, key=lambda name: -sizes[name])[:3]
+            heaviest = ", ".join(f"{name} {sizes[name]:.0f} bytes" for name in heaviest)
+            log(f"fit: even the coarsest steps are {-left} bytes over ARTIFACT_CAP_BYTES; heaviest: {heaviest}")
+        elif left > FIT_WINDOW and factor == FIT_FACTORS[0]:
+            log(f"fit: the finest steps leave {left} bytes of the cap; a larger model would fit")
+        elif left > FIT_WINDOW:
+            log(f"fit: {FIT_ATTEMPTS} attempts came no nearer to the cap than {left} bytes")
+
+
 def export(run: Run, weights: Mapping[str, Tensor]) -> bytes:
     """Quantize, compress, write; the artifact's bytes as read back from the main rank's disk, on every rank.
 
-    GPTQ's calibration reads training text, so its seconds belong to the training clock.
+    Calibration reads training text, so its seconds belong to the training clock.
     """
-    blob, path, hessians = None, run.folder / "artifact.pgolf", None
-    if run.hp.gptq_enabled:
+    hp, blob, path, calibration = run.hp, None, run.folder / "artifact.pgolf", Calibration({}, {})
+    if hp.calibrates:
         with run.phases("calibrate"):
-            hessians = calibrate(run, weights, run.ranks.agree(lambda: calibration_texts(run)))
+            calibration = calibrate(run, weights, run.ranks.agree(lambda: calibration_texts(run)))
     if run.ranks.is_main:
         with run.phases("quantize"):
-            tensors = quantize(weights, run.hp, hessians)
-        if hessians is not None:
-            log_gptq(run.log, weights, tensors, hessians)
-        with run.phases("compress"):
-            header = artifact_header("artifact", run.hp, run.dtype, run.val.tokenizer_sha256)
-            write_result(run, path, pack_artifact(header, tensors, run.hp.compressor))
+            exporter = Exporter(run, weights, calibration)
+        room = hp.artifact_cap_bytes - len(run.source)
+        factor, blob = exporter.fit(room) if hp.fit_to_cap else (1.0, exporter.pack(1.0))
+        write_result(run, path, blob)
+        sizes = exporter.report(factor, blob)
+        if hp.fit_to_cap:
+            exporter.report_fit(factor, room - len(blob), sizes)
         blob = path.read_bytes()
     blob = run.ranks.broadcast_object(blob)
     run.signals.advice = f"the artifact is whole: EVAL_ONLY=1 ARTIFACT_PATH={path} scores it"

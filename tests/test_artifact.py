@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import build_model, tiny_hp, weights_of
+from helpers import build_model, quantize, tiny_hp, weights_of
 
 import train_gpt as pg
 
@@ -42,7 +42,7 @@ def header_of(hp: pg.Hyperparameters, kind: str = "artifact") -> dict:
 
 def make_blob(compressor: str = "stored", hp: pg.Hyperparameters | None = None) -> bytes:
     hp = hp or tiny_hp(**SMALL)
-    return pg.pack_artifact(header_of(hp), pg.quantize(weights_of(build_model(hp)), hp), compressor)
+    return pg.pack_artifact(header_of(hp), quantize(weights_of(build_model(hp)), hp), compressor)
 
 
 def seal(compressor: int, body: bytes, payload_bytes: int) -> bytes:
@@ -146,7 +146,7 @@ def little_memory(limit: int):
 )
 def test_round_trip_is_exact(compressor, changes):
     hp = tiny_hp(**changes)
-    tensors = pg.quantize(weights_of(build_model(hp)), hp)
+    tensors = quantize(weights_of(build_model(hp)), hp)
     blob = pg.pack_artifact(header_of(hp), tensors, compressor)
     header, back = pg.unpack_artifact(blob)
     assert same(tensors, back)
@@ -183,7 +183,7 @@ def test_float_weights_round_trip_exactly():
 
 def test_extreme_values_round_trip_exactly():
     hp = tiny_hp(**SMALL)
-    tensors = pg.quantize(weights_of(build_model(hp)), hp)
+    tensors = quantize(weights_of(build_model(hp)), hp)
     for t in tensors.values():
         t.data.flatten()[0] = {"int6": -31, "int8": -127, "fp16": 6e-8, "fp32": 1e-45}[t.kind]
         t.data.flatten()[-1] = {"int6": 31, "int8": 127, "fp16": -65504.0, "fp32": -3e38}[t.kind]

@@ -8,7 +8,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from helpers import build_model, tiny_hp, weights_of
+from helpers import build_model, quantize, tiny_hp, weights_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_artifact import SMALL, assert_well_formed, header_of, make_blob, payload_of, read, reseal, same, seal
@@ -202,7 +202,7 @@ def test_words_that_are_missing_left_over_or_others_are_no_whole_artifact():
 
 def test_tables_that_are_short_or_lack_a_context_are_no_whole_artifact():
     hp = tiny_hp(**SMALL)
-    tensors = pg.quantize(weights_of(build_model(hp)), hp)
+    tensors = quantize(weights_of(build_model(hp)), hp)
     models, _ = pg.encode_codes(tensors)
     payload, words = body_of(pg.pack_artifact(header_of(hp), tensors, "ans"))
     assert payload.endswith(models)

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from helpers import build_model, tiny_hp, weights_of
+from helpers import build_model, quantize, tiny_hp, weights_of
 from test_artifact import header_of, make_blob
 
 import train_gpt as pg
@@ -42,7 +42,7 @@ def test_every_byte_and_weight_is_in_one_row(artifact, capsys):
 
 
 def test_entropies_are_those_of_the_codes(capsys):
-    tensors = pg.quantize(weights_of(build_model(HP)), HP)
+    tensors = quantize(weights_of(build_model(HP)), HP)
     blob = pg.pack_artifact(header_of(HP), tensors, "ans")
     shares = {share.part: share for share in pg.shares_of(blob, header_of(HP), tensors)}
     codes = torch.cat([t.data.flatten() for name, t in tensors.items() if pg.tensor_class(name) == "mlp"])

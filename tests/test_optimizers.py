@@ -303,7 +303,7 @@ def test_scales_of_fake_quantization_are_searched_again_on_schedule():
     trainer, scales = pg.Trainer(make_run(hp)), []
     for step in range(pg.QAT_REFRESH_STEPS + 2):
         trainer.train_step(*step_batch(hp, step))
-        scales.append(trainer.qat.layers[0].row_scale.clone())
+        scales.append(next(iter(trainer.qat.layers.values())).row_scale.clone())
     changed = [i for i in range(1, len(scales)) if not torch.equal(scales[i], scales[i - 1])]
     assert changed == [pg.QAT_REFRESH_STEPS]
 

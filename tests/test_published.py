@@ -13,9 +13,21 @@ import train_gpt as pg
 
 RECIPES = sorted((ROOT / "records" / "recipes").glob("pr*.env"))
 # What a recipe says about sizes and clocks has to give way; what it says about techniques stays.
-SMALL = dict(TINY_ENV, MLP_MULT="2.0", SWA_EVERY="1", LATE_QAT_THRESHOLD="0.6", ENABLE_LOOPING_AT="0.3",
-             LOOP_START="1", LOOP_END="1", TTT_LORA_CHUNK="8", GPTQ_CALIBRATION_TOKENS="1024", AUDIT_TOKENS="600",
-             EVAL_MAX_SECONDS="0", TTT_LR="0.01")  # fmt: skip
+SMALL = dict(
+    TINY_ENV,
+    MLP_MULT="2.0",
+    SWA_EVERY="1",
+    LATE_QAT_THRESHOLD="0.6",
+    ENABLE_LOOPING_AT="0.3",
+    LOOP_START="1",
+    LOOP_END="1",
+    TTT_LORA_CHUNK="8",
+    GPTQ_CALIBRATION_TOKENS="1024",
+    AUDIT_TOKENS="600",
+    EVAL_MAX_SECONDS="0",
+    TTT_LR="0.01",
+    FIT_TO_CAP="0",
+)  # fmt: skip  (so small, any model takes the finest steps)
 SMALL.pop("SWA_ENABLED")
 
 
@@ -109,6 +121,7 @@ def worlds(tiny_data, tmp_path_factory) -> dict[str, dict]:
     evaluation = dict(EVAL_ONLY="1", ARTIFACT_PATH=str(alone.folder / "artifact.pgolf"))
     named = {name: evaluation | changes for name, changes in passes.items()}
     named["gptq"] = gptq | dict(GPTQ_CALIBRATION_TOKENS="2048")
+    named["rd"] = named["gptq"] | dict(QUANT="rd", FIT_TO_CAP="1", COMPRESSOR="ans")
     ones = {name: run_here(folder / "alone", tiny_data, name, **changes) for name, changes in named.items()}
     jobs += [job(name, **changes) for name, changes in named.items()]
     _, codes = jobs_in_world(2, folder, jobs)
@@ -126,19 +139,19 @@ def test_two_ranks_train_the_same_weights(worlds):
     assert max(float((one[name] - two[name]).abs().max()) for name in one) < 2e-5
 
 
-@pytest.mark.parametrize("name", ["lora", "carried", "hedge", "sam", "gptq"])
+@pytest.mark.parametrize("name", ["lora", "carried", "hedge", "sam", "gptq", "rd"])
 def test_two_ranks_give_the_same_scores(name, worlds):
     one, two = worlds["one"][name]["scores"], worlds["two"][name]["scores"]
     assert one.keys() == two.keys() and worlds["two"][name]["world_size"] == 2
-    # GPTQ sums Hessians in another order: a weight at the edge of a cell may fall to the other side.
-    tolerance = 2e-4 if name == "gptq" else 2e-6
+    # Calibration sums in another order: a weight at the edge of a cell may fall to the other side.
+    tolerance = 2e-4 if name in ("gptq", "rd") else 2e-6
     for label, score in one.items():
         assert two[label]["val_bpb"] == pytest.approx(score["val_bpb"], abs=tolerance)
 
 
 def test_each_pass_is_another_one(worlds):
     scores = {name: result["scores"].get("legal_ttt", {}).get("val_bpb") for name, result in worlds["one"].items()}
-    assert len({*scores.values()}) == len(scores)
+    assert len({*scores.values()} - {None}) == 5
 
 
 @pytest.mark.parametrize("step", [3, 9], ids=["before_the_loops", "with_loops"])
@@ -227,11 +240,11 @@ def test_crown_q_adds_the_gradient_of_its_penalty():
     model = build_model(hp)
     qat = pg.QAT(model, hp)
     qat.refresh()
-    penalty = sum((layer.weight.square() * layer.row_scale.square() / 12).mean() for layer in qat.layers)
+    penalty = sum((layer.weight.square() * layer.row_scale.square() / 12).mean() for layer in qat.layers.values())
     penalty.mul(7.0).backward()
-    wanted = [layer.weight.grad.clone() for layer in qat.layers]
-    for layer in qat.layers:
+    wanted = [layer.weight.grad.clone() for layer in qat.layers.values()]
+    for layer in qat.layers.values():
         layer.weight.grad.fill_(1.0)
     qat.penalize(7.0)
-    for layer, gradient in zip(qat.layers, wanted, strict=True):
+    for layer, gradient in zip(qat.layers.values(), wanted, strict=True):
         torch.testing.assert_close(layer.weight.grad, 1 + gradient)

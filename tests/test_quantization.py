@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import build_model, make_run, random_tokens, tiny_hp, weights_of
+from helpers import build_model, make_run, quantize, random_tokens, tiny_hp, weights_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -15,7 +15,12 @@ INT6, INT8 = "blocks.0.attn.q.weight", "tok_emb.weight"
 
 def store(name: str, w: torch.Tensor) -> pg.Stored:
     """As the default settings store a tensor of this name."""
-    return pg.store(name, w, pg.storage_kinds(tiny_hp())[pg.tensor_class(name)])
+    return quantize({name: w}, tiny_hp())[name]
+
+
+def grids(weights: dict, hp: pg.Hyperparameters, factor: float = 1.0, sensitivity: dict | None = None) -> dict:
+    """The grid of each weight that is stored as codes."""
+    return pg.make_grids(weights, hp, pg.choose_steps(weights, hp, sensitivity), factor)
 
 
 def normal(rows: int, cols: int, seed: int = 0) -> torch.Tensor:
@@ -157,7 +162,7 @@ def expected_kind(name: str) -> str:
 def test_the_class_decides_the_kind_whatever_the_size(dim):
     model = build_model(tiny_hp(model_dim=dim, num_heads=2, num_kv_heads=1, tie_embeddings=False))
     weights = weights_of(model)
-    stored = pg.quantize(weights, tiny_hp())
+    stored = quantize(weights, tiny_hp())
     assert {name: t.kind for name, t in stored.items()} == {name: expected_kind(name) for name in weights}
     for name, t in stored.items():
         assert t.data.dtype == pg.KINDS[t.kind][0] and t.data.shape == weights[name].shape
@@ -180,7 +185,7 @@ def text():
 def exported(model) -> dict[str, torch.Tensor]:
     """The model's weights with every int6 matrix replaced by what the artifact would hold."""
     weights = weights_of(model)
-    stored = pg.quantize(weights, tiny_hp())
+    stored = quantize(weights, tiny_hp())
     return {name: t.dequantize() if t.kind == "int6" else weights[name] for name, t in stored.items()}
 
 
@@ -235,7 +240,7 @@ def test_switched_is_undone_at_the_end_of_its_block():
 
 def test_exactly_the_int6_matrices_are_covered():
     model = build_model(tiny_hp(tie_embeddings=False))
-    covered = {id(layer.weight) for layer in pg.QAT(model, tiny_hp()).layers}
+    covered = {id(layer.weight) for layer in pg.QAT(model, tiny_hp()).layers.values()}
     int6 = {id(p) for name, p in model.named_parameters() if expected_kind(name) == "int6"}
     assert covered == int6 and len(int6) == 6 * 3
 
@@ -246,7 +251,7 @@ def test_each_int6_matrix_acts_through_its_grid(index):
     qat = pg.QAT(model, tiny_hp())
     before = model(*text()).detach()
     qat.switch(True)
-    for i, layer in enumerate(qat.layers):
+    for i, layer in enumerate(qat.layers.values()):
         layer.fake_quant = i == index
     assert (model(*text()).detach() - before).abs().max() > 0
 
@@ -256,7 +261,9 @@ def test_the_gradient_passes_straight_through():
     x, up = normal(3, 6), normal(3, 5, seed=1)
     with torch.no_grad():
         layer.weight.copy_(heavy_tailed(5, 6))
-    layer.row_scale = pg.search_row_scales(layer.weight.detach(), "int6") / 3  # clips much: nothing may be lost there
+    layer.row_scale = (
+        pg.search_row_scales(layer.weight.detach(), pg.clip_grid(layer.weight.detach(), 31)) / 3
+    )  # clips much: nothing may be lost there
     layer.fake_quant, layer.q_max = True, 31
     y = layer(x)
     y.backward(up)
@@ -278,8 +285,8 @@ def test_bits_reach_their_class_alone_and_finer_grids_err_less(bits, kind):
     weights = weights_of(build_model(tiny_hp(tie_embeddings=False, gated_attention=True)))
     for setting, classes in dict(attn_bits=["attention"], attn_out_bits=["attention_out"], mlp_bits=["mlp"],
                                  embed_bits=["embedding", "head"]).items():  # fmt: skip
-        default = pg.quantize(weights, tiny_hp())
-        stored = pg.quantize(weights, tiny_hp(**{setting: bits}))
+        default = quantize(weights, tiny_hp())
+        stored = quantize(weights, tiny_hp(**{setting: bits}))
         for name, t in stored.items():
             mine = pg.tensor_class(name) in classes
             assert t.kind == (kind if mine else default[name].kind)
@@ -291,7 +298,7 @@ def test_bits_reach_their_class_alone_and_finer_grids_err_less(bits, kind):
 
 def test_embeddings_of_sixteen_bits_are_fp16():
     weights = weights_of(build_model())
-    stored = pg.quantize(weights, tiny_hp(embed_bits=16))
+    stored = quantize(weights, tiny_hp(embed_bits=16))
     tables = {name for name, t in stored.items() if pg.tensor_class(name) == "embedding"}
     assert tables and all(stored[name].kind == "fp16" for name in tables)
     assert all(torch.equal(stored[name].dequantize(), weights[name].half().float()) for name in tables)
@@ -303,7 +310,7 @@ def test_fake_quantization_is_on_the_exported_grid_whatever_its_bits(bits):
     model = build_model(hp)
     pg.QAT(model, hp).switch(True)
     reference = build_model(hp)
-    stored = pg.quantize(weights_of(model), hp)
+    stored = quantize(weights_of(model), hp)
     matrices = {name: t.dequantize() for name, t in stored.items() if pg.tensor_class(name) in pg.MATRICES}
     reference.load_state_dict(weights_of(model) | matrices)
     assert torch.equal(model(*text()), reference(*text()))
@@ -346,7 +353,10 @@ def test_codes_are_those_of_the_method_whatever_the_block(block):
 def test_gptq_loses_less_of_the_outputs_than_rounding_and_more_of_the_weights():
     w, x = normal(16, 96), correlated_inputs(1000, 96)
     hessian = x.T @ x
-    rounded, better = pg.store(INT6, w, "int6"), pg.store(INT6, w, "int6", pg.GPTQ(hessian, tiny_hp()))
+    rounded, better = (
+        pg.store(INT6, w, pg.clip_grid(w, 31)),
+        pg.store(INT6, w, pg.clip_grid(w, 31), pg.GPTQ(hessian, tiny_hp())),
+    )
     lost = [((t.dequantize() - w) @ x.T).square().sum().item() for t in (rounded, better)]
     assert lost[1] < 0.3 * lost[0]
     assert squared_error(better.dequantize(), w).sum() > squared_error(rounded.dequantize(), w).sum()
@@ -361,14 +371,14 @@ def test_gptq_chooses_among_the_clips_by_the_outputs():
     steps = []
     for size in (1e-3, 10.0):
         x[:, 0] = size * normal(4000, 1, seed=2)[:, 0]
-        steps.append(pg.store(INT6, w, "int6", pg.GPTQ(x.T @ x, tiny_hp())).scale)
+        steps.append(pg.store(INT6, w, pg.clip_grid(w, 31), pg.GPTQ(x.T @ x, tiny_hp())).scale)
     assert (steps[0] < 0.5 * steps[1]).all()
 
 
 def test_inputs_that_never_fire_and_few_samples_are_no_obstacle():
     w, x = normal(4, 16), normal(3, 16, seed=1)
     x[:, 5] = 0
-    stored = pg.store(INT6, w, "int6", pg.GPTQ(x.T @ x, tiny_hp()))
+    stored = pg.store(INT6, w, pg.clip_grid(w, 31), pg.GPTQ(x.T @ x, tiny_hp()))
     assert stored.dequantize().isfinite().all()
     assert (stored.dequantize()[:, 5] - w[:, 5]).abs().max() <= 0.51 * stored.scale.float().max()
 
@@ -394,11 +404,13 @@ class Memory:
 
 
 def test_hessians_are_the_second_moments_of_each_layers_inputs():
-    hp = tiny_hp(gptq_calibration_tokens=96, gated_attention=True, num_loops=1, loop_start=1, loop_end=1)
+    hp = tiny_hp(
+        gptq_enabled=True, gptq_calibration_tokens=96, gated_attention=True, num_loops=1, loop_start=1, loop_end=1
+    )
     run, model = make_run(hp, Memory(random_tokens(500))), build_model(hp)
     texts = pg.calibration_texts(run)
-    assert texts.shape == (6, 16) and (texts[0] == run.stream.tokens[:16]).all()
-    assert (texts[-1] == run.stream.tokens[-16:]).all()
+    assert texts.shape == (6, 17) and (texts[0] == run.stream.tokens[:17]).all()
+    assert (texts[-1] == run.stream.tokens[-17:]).all()
     seen: dict[str, list] = {}
     for name, layer in model.named_modules():
         if isinstance(layer, pg.CastedLinear):
@@ -406,8 +418,8 @@ def test_hessians_are_the_second_moments_of_each_layers_inputs():
                 lambda _, x, name=name: seen.setdefault(f"{name}.weight", []).append(x[0].detach().flatten(0, 1))
             )
     with torch.no_grad():
-        model.logits(torch.from_numpy(texts.astype(np.int64)))
-    hessians = pg.calibrate(run, weights_of(model), texts)
+        model.logits(torch.from_numpy(texts[:, :-1].astype(np.int64)))
+    hessians = pg.calibrate(run, weights_of(model), texts).hessians
     matrices = {name for name, _ in model.named_parameters() if pg.tensor_class(name) in pg.MATRICES}
     assert set(hessians) == matrices
     for name, hessian in hessians.items():
@@ -417,7 +429,7 @@ def test_hessians_are_the_second_moments_of_each_layers_inputs():
 
 
 def test_a_matrix_without_input_is_a_broken_limit():
-    hp = tiny_hp(gptq_calibration_tokens=32)
+    hp = tiny_hp(gptq_enabled=True, gptq_calibration_tokens=32)
     weights = weights_of(build_model(hp))
     weights["blocks.1.mlp.up.weight"].zero_()
     run = make_run(hp, Memory(random_tokens(100)))
@@ -426,9 +438,144 @@ def test_a_matrix_without_input_is_a_broken_limit():
 
 
 def test_every_block_matrix_and_nothing_else_is_quantized_by_gptq():
-    hp = tiny_hp(gptq_calibration_tokens=160)
+    hp = tiny_hp(gptq_enabled=True, gptq_calibration_tokens=160)
     weights, run = weights_of(build_model(hp)), make_run(hp, Memory(random_tokens(500)))
-    with_it = pg.quantize(weights, hp, pg.calibrate(run, weights, pg.calibration_texts(run)))
-    without = pg.quantize(weights, hp)
+    hessians = pg.calibrate(run, weights, pg.calibration_texts(run)).hessians
+    with_it = pg.quantize(weights, hp, grids(weights, hp), {name: pg.GPTQ(h, hp) for name, h in hessians.items()})
+    without = quantize(weights, hp)
     changed = {name for name, t in with_it.items() if not torch.equal(t.dequantize(), without[name].dequantize())}
     assert changed == {name for name in weights if pg.tensor_class(name) in pg.MATRICES}
+
+
+# Steps of sdclip and rate-distortion
+
+
+def entropy_of(stored: pg.Stored) -> float:
+    """Bits a code at the codes' own frequencies."""
+    return pg.entropy_bits(np.bincount(stored.data.numpy().ravel().astype(int) + 128)) / stored.data.numel()
+
+
+@settings(max_examples=300, deadline=None)
+@given(scale=st.floats(2.0**-14, 2.0**14, width=32))
+def test_short_scales_are_the_next_of_eight_in_an_octave(scale):
+    short = pg.short_scale(torch.tensor([scale])).item()
+    ladder = sorted(m * 2.0**e for e in range(-14, 15) for m in np.arange(1, 2, 0.125))
+    assert short == next(rung for rung in ladder if rung >= scale)
+
+
+@pytest.mark.parametrize("sigmas, bits", [(12.85, 6), (6.0, 6), (20.0, 8), (12.85, 8)])
+def test_sdclip_gives_every_row_the_same_bits_and_clips_nothing(sigmas, bits):
+    """A Gaussian of many steps has 2.047 + log2(sigma/step) bits a weight."""
+    hp = tiny_hp(quant="sdclip", attn_clip_sigmas=sigmas, attn_bits=bits)
+    w = normal(64, 4000) * torch.logspace(-3, 1, 64)[:, None]
+    stored = quantize({INT6: w}, hp)[INT6]
+    step = stored.scale.float() / w.std(1, correction=0, keepdim=True)
+    asked = sigmas / pg.levels(f"int{bits}")
+    assert (step >= 0.999 * asked).all() and (step <= 1.126 * asked).all()
+    assert ((stored.dequantize() - w).abs() <= 0.5001 * stored.scale.float()).all()
+    assert pg.levels(stored.kind) >= int(stored.data.abs().max()) > pg.levels(stored.kind) // 2
+    for row, codes in enumerate(stored.data.numpy()):
+        found = pg.entropy_bits(np.bincount(codes.astype(int) + 128)) / w.size(1)
+        assert found == pytest.approx(2.047 - np.log2(step[row].item()), abs=0.05)
+
+
+def test_each_class_has_its_own_sigmas():
+    weights = weights_of(build_model())
+    settings = dict(attn_clip_sigmas=("attention", "attention_out"), mlp_clip_sigmas=("mlp",),
+                    embed_clip_sigmas=("embedding",))  # fmt: skip
+    plain = quantize(weights, tiny_hp(quant="sdclip"))
+    for setting, classes in settings.items():
+        coarser = quantize(weights, tiny_hp(quant="sdclip", **{setting: 40.0}))
+        for name, t in coarser.items():
+            changed = not torch.equal(t.dequantize(), plain[name].dequantize())
+            assert changed == (pg.tensor_class(name) in classes), name
+
+
+def test_all_tensors_of_a_class_share_one_grid():
+    weights = {f"blocks.{i}.mlp.up.weight": normal(4, 4000, seed=i) for i in range(3)}
+    assert {t.kind for t in quantize(weights, tiny_hp(quant="sdclip")).values()} == {"int5"}
+    weights["blocks.1.mlp.up.weight"][0, 0] = 30.0  # one outlier needs more levels than all others
+    stored = quantize(weights, tiny_hp(quant="sdclip"))
+    assert {t.kind for t in stored.values()} == {"int8"}
+    assert abs(stored["blocks.1.mlp.up.weight"].dequantize()[0, 0] - 30.0) < 0.25
+
+
+def matrices_of_unlike_sensitivity(hp: pg.Hyperparameters) -> tuple[dict, dict]:
+    """Weights of about one size, of which some matrices and rows count up to a million times as much as others."""
+    generator = torch.Generator().manual_seed(3)
+    weights, sensitivity = {}, {}
+    for i, (name, w) in enumerate(weights_of(build_model(hp)).items()):
+        weights[name] = w
+        if w.ndim == 2:
+            weights[name] = torch.randn(96, 80, generator=generator)
+            sensitivity[name] = 10.0 ** (i % 4 + 2 * torch.rand(96, 1, generator=generator))
+    return weights, sensitivity
+
+
+def test_rate_distortion_loses_less_at_the_same_bits():
+    lost, bits, hp = {}, {}, tiny_hp()
+    weights, sensitivity = matrices_of_unlike_sensitivity(hp)
+    for quant in ("sdclip", "rd"):
+        hp = tiny_hp(quant=quant, embed_clip_sigmas=12.85, embed_bits=6)
+        stored = pg.quantize(weights, hp, grids(weights, hp, sensitivity=sensitivity))
+        coded = {n: t for n, t in stored.items() if n in sensitivity and t.scale is not None}
+        bits[quant] = sum(entropy_of(t) * t.data.numel() for t in coded.values())
+        errors = (sensitivity[n] * (t.dequantize() - weights[n]).square() for n, t in coded.items())
+        lost[quant] = sum(e.sum().item() for e in errors)
+    assert bits["rd"] == pytest.approx(bits["sdclip"], rel=0.06)
+    assert lost["rd"] < 0.5 * lost["sdclip"]
+
+
+def test_steps_of_rate_distortion_do_not_depend_on_the_size_of_weights():
+    hp = tiny_hp(quant="rd")
+    weights, sensitivity = matrices_of_unlike_sensitivity(hp)
+    steps = pg.choose_steps(weights, hp, sensitivity)
+    products = []
+    for name, step in steps.items():
+        products.append(step.square() * (sensitivity[name] + 0.5 * sensitivity[name].mean()))
+    products = torch.cat(products)
+    torch.testing.assert_close(products, products[:1].expand_as(products), rtol=1e-4, atol=0)
+    louder = {n: 4.0 * w if n == INT6 else w for n, w in weights.items()}
+    shift = [
+        (b / a).log() for a, b in zip(steps.values(), pg.choose_steps(louder, hp, sensitivity).values(), strict=True)
+    ]
+    shift = torch.cat(shift)
+    torch.testing.assert_close(shift, shift[:1].expand_as(shift), rtol=1e-3, atol=1e-5)
+
+
+def test_a_weight_without_any_gradient_and_rows_of_zeros_are_no_obstacle():
+    hp = tiny_hp(quant="rd")
+    weights, sensitivity = matrices_of_unlike_sensitivity(hp)
+    sensitivity[INT6] = torch.zeros_like(sensitivity[INT6])
+    weights["blocks.0.mlp.up.weight"].zero_()
+    stored = pg.quantize(weights, hp, grids(weights, hp, sensitivity=sensitivity))
+    assert all(t.dequantize().isfinite().all() for t in stored.values())
+    assert not stored["blocks.0.mlp.up.weight"].dequantize().any()
+    assert entropy_of(stored[INT6]) < entropy_of(stored["blocks.0.attn.k.weight"])
+
+
+def test_sensitivity_is_the_mean_square_of_gradients_of_a_few_sequences():
+    hp = tiny_hp(quant="rd", gptq_calibration_tokens=16 * 300)
+    run, model = make_run(hp, Memory(random_tokens(6000))), build_model(hp)
+    calibration = pg.calibrate(run, weights_of(model), pg.calibration_texts(run))
+    assert not calibration.hessians and pg.calibration_rows(run) == 2048 // 16
+    texts = torch.from_numpy(pg.calibration_texts(run).astype(np.int64))
+    wanted = {n: torch.zeros(len(p), 1) for n, p in model.named_parameters() if p.ndim == 2}
+    for part in texts.split(128):
+        gradients = torch.autograd.grad(model(part[:, :-1], part[:, 1:]).mean(), list(model.parameters()))
+        for (name, _), gradient in zip(model.named_parameters(), gradients, strict=True):
+            if name in wanted:
+                wanted[name] += gradient.square().mean(1, keepdim=True)
+    assert set(calibration.sensitivity) == set(grids(weights_of(model), tiny_hp())) <= set(wanted)
+    for name, square in calibration.sensitivity.items():
+        torch.testing.assert_close(square, wanted[name], rtol=1e-4, atol=1e-12)
+
+
+def test_fake_quantization_under_rate_distortion_is_on_the_grid_of_sdclip():
+    scales = []
+    for quant in ("sdclip", "rd", "clip_search"):
+        model = build_model()
+        qat = pg.QAT(model, tiny_hp(quant=quant))
+        qat.switch(True)
+        scales.append(torch.cat([layer.row_scale for layer in qat.layers.values()]))
+    assert torch.equal(scales[0], scales[1]) and not torch.equal(scales[0], scales[2])

@@ -23,7 +23,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from conftest import ROOT, TINY_ENV, Ran, clean_environ, run_here
-from helpers import make_run, single_rank, tiny_hp
+from helpers import make_run, quantize, single_rank, tiny_hp
 from test_ranks import SETTINGS as RANKS
 from test_ranks import difference, tiny_environ, torchrun
 
@@ -483,7 +483,7 @@ def outcome(trainer: pg.Trainer) -> tuple[bytes, list[str]]:
     trainer.train()
     source, weights = trainer.exported_weights()
     lines = [re.sub(r" train_time:.*", "", line) for line in trainer.run.log if re.match(r"step:|late_qat:|swa:", line)]
-    return pg.pack_artifact({"source": source}, pg.quantize(weights, tiny_hp()), "stored"), lines
+    return pg.pack_artifact({"source": source}, quantize(weights, tiny_hp()), "stored"), lines
 
 
 class Reference(NamedTuple):

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, clean_environ, run_here
-from helpers import TINY, build_model, make_run, random_tokens, single_rank, tiny_hp, weights_of
+from helpers import TINY, build_model, make_run, quantize, random_tokens, single_rank, tiny_hp, weights_of
 
 import train_gpt as pg
 
@@ -350,7 +350,8 @@ def test_the_defaults_are_those_of_the_first_recipe():
     lines = (ROOT / "records" / "recipes" / "pr714.env").read_text("utf-8").splitlines()
     environ = words(" ".join(line for line in lines if line and not line.startswith("#")))
     assert len(environ) > 10
-    assert pg.Hyperparameters.from_env(environ).changed() == {}
+    # Not by default: the small models of first steps are far below the cap, and would be stored as finely as can be.
+    assert pg.Hyperparameters.from_env(environ).changed() == {"FIT_TO_CAP": True}
 
 
 # -----------------------------------------------------------------------------
@@ -617,6 +618,11 @@ STORED = dict(
     attn_out_bits=(8, {}),
     mlp_bits=(5, {}),
     embed_bits=(16, {}),
+    quant=("sdclip", {}),
+    attn_clip_sigmas=(6.0, dict(quant="sdclip")),
+    mlp_clip_sigmas=(6.0, dict(quant="sdclip")),
+    embed_clip_sigmas=(6.0, dict(quant="sdclip")),
+    fit_to_cap=(True, dict(artifact_cap_bytes=30_000)),
     gptq_enabled=(True, {}),
     gptq_calibration_tokens=(64, dict(gptq_enabled=True)),
     gptq_percdamp=(5.0, dict(gptq_enabled=True)),
@@ -625,14 +631,13 @@ STORED = dict(
 
 
 @pytest.mark.parametrize("name", STORED)
-def test_a_quantization_setting_changes_the_artifact(name):
+def test_a_quantization_setting_changes_the_artifact(name, tmp_path):
     value, shared = STORED[name]
 
     def exported(**changes) -> dict[str, pg.Stored]:
-        run = make_run(tiny_hp(**{"gptq_calibration_tokens": 320, **changes}), Memory())
+        run = make_run(tiny_hp(**{"gptq_calibration_tokens": 320, **changes}), Memory())._replace(folder=tmp_path)
         weights = weights_of(build_model(run.hp))
-        hessians = pg.calibrate(run, weights, pg.calibration_texts(run)) if run.hp.gptq_enabled else None
-        return pg.quantize(weights, run.hp, hessians)
+        return pg.unpack_artifact(pg.export(run, weights))[1]
 
     with_it, without = exported(**shared | {name: value}), exported(**shared)
     if name == "gptq_block_size":  # a matter of speed: the same codes but for ties
@@ -662,7 +667,7 @@ def test_an_averaging_setting_changes_what_is_exported_and_not_the_training(name
 
 @pytest.fixture(scope="module")
 def stored() -> dict[str, pg.Stored]:
-    return pg.quantize(train().exported_weights()[1], tiny_hp())
+    return quantize(train().exported_weights()[1], tiny_hp())
 
 
 def evaluate(stored: dict[str, pg.Stored], **changes) -> dict[str, pg.Score]:
