@@ -1,6 +1,10 @@
-"""bpb lost to quantizing the block matrices, without the luck of one draw.
+r"""bpb lost to quantization, without the luck of one draw, and at equal bytes.
 
-    python records/quantization_loss.py runs/ID/weights.pgolf --data $DATA_PATH --bits 6 5 4
+    python records/quantization_loss.py runs/ID/weights.pgolf --data $DATA_PATH \
+        COMPRESSOR=zstd "COMPRESSOR=ans QUANT=rd"
+
+Each row is named by its settings. The first is stored as its settings have it; all later ones are fitted (FIT_TO_CAP)
+to the bytes that the first needs, unless --unfitted.
 
 A rounding error d moves the loss by g·d + ½ d·H·d + …. The first term has no sign of its own: on a fixed text it may
 hide what is lost, or feign a gain. The loss at w + d and at w - d has it with opposite signs, so their mean is the
@@ -27,61 +31,75 @@ class Bench:
     def __init__(self, weights: str, data: str, calibration_tokens: int):
         _, header, tensors = pg.read_artifact_file(weights, "weights")
         hp = pg.Hyperparameters(**header["architecture"], **header["evaluation"])
-        hp = dataclasses.replace(hp, dtype="fp32", device="cpu", data_path=data, gptq_enabled=True)
+        hp = dataclasses.replace(hp, dtype="fp32", device="cpu", data_path=data, max_wallclock_seconds=0.0)
         self.hp = hp = dataclasses.replace(hp, gptq_calibration_tokens=calibration_tokens)
         self.weights = {name: t.dequantize() for name, t in tensors.items()}
-        self.names = [name for name in self.weights if pg.tensor_class(name) in pg.MATRICES]
-        self.ranks, self.val = pg.Ranks(hp, {}), pg.load_validation(hp)
+        ranks, val = pg.Ranks(hp, {}), pg.load_validation(hp)
         stream = pg.TokenStream(pg.find_shards(hp, "train"), hp.vocab_size)
-        attend = pg.sdpa
         self.run = pg.Run(
-            hp, self.ranks, pg.Log(None), pg.Phases(self.ranks.device), torch.float32, attend, False, self.val, stream,
-            Path(), b"", pg.Signals(), None,
+            hp, ranks, pg.Log(None), pg.Phases(ranks.device), torch.float32, pg.sdpa, False, val, stream, Path(), b"",
+            pg.Signals(), None,
         )  # fmt: skip
         self.model = self.run.build(hp.eval_seq_len)
-        self.windows = pg.plan_windows(self.val.targets, hp.eval_seq_len, hp.eval_seq_len)
+        self.windows = pg.plan_windows(val.targets, hp.eval_seq_len, hp.eval_seq_len)
+        self.calibrations: dict[tuple[bool, bool], pg.Calibration] = {}
 
-    def bpb(self, changed: Mapping[str, Tensor]) -> float:
-        """Of the float weights with these in place of theirs."""
-        self.model.load_state_dict(self.weights | changed)
-        batch = pg.score_batch_windows(self.hp, self.ranks, self.hp.eval_seq_len)
-        nats = pg.score(self.model, self.val.tokens, self.windows, self.hp.eval_seq_len, batch, self.ranks)
-        return pg.total(nats, self.val.bytes).bpb
+    def bpb(self, weights: Mapping[str, Tensor]) -> float:
+        self.model.load_state_dict(weights)
+        batch = pg.score_batch_windows(self.hp, self.run.ranks, self.hp.eval_seq_len)
+        val, context = self.run.val, self.hp.eval_seq_len
+        return pg.total(pg.score(self.model, val.tokens, self.windows, context, batch, self.run.ranks), val.bytes).bpb
 
-    def hessians(self) -> dict[str, Tensor]:
-        return pg.calibrate(self.run, self.weights, pg.calibration_texts(self.run))
+    def exporter(self, settings: Mapping[str, str]) -> pg.Exporter:
+        """With these settings in place of the defaults."""
+        hp = pg.Hyperparameters.from_env(settings, dataclasses.asdict(self.hp))
+        run, needs = self.run._replace(hp=hp), (hp.gptq_enabled, hp.quant == "rd")
+        if needs not in self.calibrations:
+            self.calibrations[needs] = pg.Calibration({}, {})
+            if hp.calibrates:
+                self.calibrations[needs] = pg.calibrate(run, self.weights, pg.calibration_texts(run))
+        return pg.Exporter(run, self.weights, self.calibrations[needs])
 
-    def quantized(self, kind: str, hessians: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
-        """The block matrices on that grid."""
-        gptq = {name: pg.GPTQ(hessians[name], self.hp) for name in self.names} if hessians is not None else {}
-        return {n: pg.store(n, self.weights[n], kind, gptq.get(n)).dequantize() for n in self.names}
+    def lost(self, blob: bytes, base: float) -> tuple[float, float]:
+        """Thousandths of a bpb that the artifact's weights w + d lose, and their mirror images w - d."""
+        there = {name: t.dequantize() for name, t in pg.unpack_artifact(blob)[1].items()}
+        mirrored = {name: 2 * self.weights[name] - w for name, w in there.items()}
+        return 1000 * (self.bpb(there) - base), 1000 * (self.bpb(mirrored) - base)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("weights", help="what SAVE_WEIGHTS=1 wrote")
+    parser.add_argument("settings", nargs="+", help="of a row, such as 'QUANT=rd COMPRESSOR=ans'")
     parser.add_argument("--data", required=True)
-    parser.add_argument("--bits", type=int, nargs="+", default=[6], choices=range(3, 9))
+    parser.add_argument("--unfitted", action="store_true", help="do not fit the later rows to the first one's bytes")
     parser.add_argument("--calibration-tokens", type=int, default=262_144)
     arguments = parser.parse_args()
     try:
         bench = Bench(arguments.weights, arguments.data, arguments.calibration_tokens)
-    except pg.UserError as error:
+        rows = [dict(word.split("=", 1) for word in settings.split()) for settings in arguments.settings]
+        base = bench.bpb(bench.weights)
+        print(f"float {base:.6f} bpb; lost: thousandths of a bpb")
+        print("| settings | factor | bytes | left | lost at w + d | lost at w - d | mean | less |\n|" + 8 * "---|")
+        room = first = None
+        for text, settings in zip(arguments.settings, rows, strict=True):
+            exporter = bench.exporter(settings)
+            factor, blob = (1.0, exporter.pack(1.0)) if room is None or arguments.unfitted else exporter.fit(room)
+            room = room or len(blob)
+            lost = bench.lost(blob, base)
+            mean = sum(lost) / 2
+            first = first or mean
+            cells = [
+                f"`{text}`",
+                f"{factor:.3f}",
+                f"{len(blob):,}",
+                f"{room - len(blob):,}",
+                *(f"{x:.3f}" for x in lost),
+            ]
+            print("|", " | ".join([*cells, f"{mean:.3f}", f"{100 * (1 - mean / first):.0f} %"]), "|", flush=True)
+    except (pg.UserError, pg.LimitError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    base, hessians = bench.bpb({}), bench.hessians()
-    print(f"float {base:.6f} bpb; the columns are thousandths of a bpb lost")
-    print("| bits | quantizer | at w + d | at w - d | mean | less |\n|---|---|---|---|---|---|")
-    for bits in arguments.bits:
-        plain = None
-        for quantizer, given in (("GPTQ-lite", None), ("full GPTQ", hessians)):
-            there = bench.quantized(f"int{bits}", given)
-            mirrored = {name: 2 * bench.weights[name] - w for name, w in there.items()}
-            lost = [1000 * (bench.bpb(weights) - base) for weights in (there, mirrored)]
-            mean = sum(lost) / 2
-            less = f"{100 * (1 - mean / plain):.0f} %" if plain else ""
-            plain = plain or mean
-            print(f"| {bits} | {quantizer} | {lost[0]:.3f} | {lost[1]:.3f} | {mean:.3f} | {less} |", flush=True)
     return 0
 
 

@@ -67,26 +67,34 @@ def test_a_run_is_carried_out_once_and_its_result_kept(tiny_data, tmp_path, monk
     assert ablate.main() == 2 and "unknown run cores-42" in capsys.readouterr().err
 
 
-def test_quantization_loss_is_the_mean_of_both_sides(tiny_data, tmp_path, monkeypatch, capsys):
+def test_quantization_loss_is_the_mean_of_both_sides_at_equal_bytes(tiny_data, tmp_path, monkeypatch, capsys):
     small = dict(NUM_LAYERS=1, VE_LAYERS=0, XSA_LAST_N=1, TTT_ENABLED=0, EVAL_STRIDE=0, VAL_LOSS_EVERY=0)
     weights = run_here(tmp_path, tiny_data, **small, ITERATIONS=40, LATE_QAT=0, SAVE_WEIGHTS=1).folder / "weights.pgolf"
-    argv = [
-        "quantization_loss.py",
-        str(weights),
-        "--data",
-        str(tiny_data),
-        "--bits",
-        "3",
-        "--calibration-tokens",
-        "6400",
-    ]
-    monkeypatch.setattr(sys, "argv", argv)
-    capsys.readouterr()
-    assert quantization_loss.main() == 0
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in capsys.readouterr().out.splitlines()[3:]]
-    assert [row[1] for row in rows] == ["GPTQ-lite", "full GPTQ"]
-    for _, _, there, mirrored, mean, _ in rows:
+    coarse = "MLP_BITS=5 ATTN_BITS=5 ATTN_OUT_BITS=5 EMBED_BITS=5"
+
+    def table(*arguments: str) -> list[list[str]]:
+        argv = [
+            "quantization_loss.py",
+            str(weights),
+            *arguments,
+            "--data",
+            str(tiny_data),
+            "--calibration-tokens",
+            "6400",
+        ]
+        monkeypatch.setattr(sys, "argv", argv)
+        capsys.readouterr()
+        assert quantization_loss.main() == 0
+        rows = capsys.readouterr().out.splitlines()[3:]
+        return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
+
+    rows = table(coarse, f"{coarse} GPTQ_ENABLED=1", f"{coarse} QUANT=rd COMPRESSOR=ans")
+    for _, _, size, left, there, mirrored, mean, _ in rows:
         assert float(mean) == pytest.approx((float(there) + float(mirrored)) / 2, abs=2e-3)
-    assert 0 < float(rows[1][4]) < float(rows[0][4])
-    monkeypatch.setattr(sys, "argv", ["quantization_loss.py", "nowhere", "--data", str(tiny_data)])
+        assert 0 <= int(left.replace(",", "")) <= pg.FIT_WINDOW and int(size.replace(",", "")) > 10_000
+    assert len({row[6] for row in rows}) == 3
+    unfitted = table(coarse, "QUANT=clip_search", "--unfitted")
+    assert [row[1] for row in unfitted] == ["1.000", "1.000"]
+    assert 0 < float(unfitted[1][6]) < 0.7 * float(unfitted[0][6]), "a bit more halves the error"
+    monkeypatch.setattr(sys, "argv", ["quantization_loss.py", "nowhere", "QUANT=rd", "--data", str(tiny_data)])
     assert quantization_loss.main() == 2 and "error: cannot read nowhere" in capsys.readouterr().err
