@@ -210,6 +210,18 @@ def test_a_folder_is_its_logs(tmp_path, capsys):
     assert "no log in this folder" in error_of(capsys, str(tmp_path / "new"), "--", str(tmp_path / "old"))
 
 
+def test_a_folder_declares_its_headline(tmp_path, capsys):
+    results = (corpus.result("quantized", 2.1), corpus.result("quantized_ttt", 2.0))
+    for name in ("new", "old"):
+        (tmp_path / name).mkdir()
+        write_side(tmp_path / name, "train", [0], "baseline-noprefix", results=results)
+        (tmp_path / name / "submission.json").write_text('{"headline": "quantized_ttt_exact"}')
+    with (tmp_path / "new" / "train_seed0.log").open("a") as log:
+        log.write("peak memory allocated: 1 MiB\n")  # another file, or it would be the same run
+    report = report_of(capsys, str(tmp_path / "new"), "--", str(tmp_path / "old"))
+    assert [report[side]["label"] for side in "ab"] == ["quantized_ttt"] * 2
+
+
 def test_a_headline_that_is_not_declared_is_asked_for(tmp_path, capsys):
     results = (corpus.result("quantized", 2.1), corpus.result("quantized_ttt", 2.0))
     a = write_side(tmp_path, "a", [0], "baseline-noprefix", results=results)

@@ -491,8 +491,8 @@ def test_a_packed_script_comes_with_its_readable_source(new, logs, tmp_path):
 
 
 def test_a_packed_script_may_come_alone(new, logs):
-    code, path, _, _ = new("x", *logs(source=pack.pack(SCRIPT.encode()).decode()))
-    assert code == 0 and not (path / "train_gpt_human.py").exists()
+    code, path, out, _ = new("x", *logs(source=pack.pack(SCRIPT.encode()).decode()))
+    assert code == 0 and not (path / "train_gpt_human.py").exists() and "--human FILE" in out
     assert submission(path)["settings"]["NUM_LAYERS"] == 9
 
 

@@ -22,6 +22,7 @@ from typing import Any
 from urllib.parse import quote
 
 from records.submission import runlog
+from records.submission.foreign import declared_label
 from records.submission.rules import CAP_BYTES
 
 RECORDS = Path(__file__).resolve().parent.parent
@@ -89,13 +90,8 @@ def clean(value: object, limit: int = 80) -> str:
 
 def number(value: object, above: float = 0.0) -> float | None:
     """A finite number greater than `above`, or None: NaN, strings, booleans and absurd sizes are no figures."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return None
-    try:
-        value = float(value)
-    except OverflowError:
-        return None
-    return value if above < value < 1e15 else None
+    value = runlog.number(value)
+    return value if value is not None and above < value < 1e15 else None
 
 
 def whole(value: object) -> int | None:
@@ -223,7 +219,7 @@ def notes_of(log: runlog.RunLog) -> Iterator[str]:
 
 def scored(logs: Sequence[runlog.RunLog], label: str | None) -> list[float | None]:
     """val_bpb of each log: that of the declared label where there is one, else the log's own headline."""
-    lines = [log.score(label.removesuffix("_exact")) if label else log.headline() for log in logs]
+    lines = [log.score(label) if label else log.headline() for log in logs]
     return [number(line.val_bpb) if line is not None else None for line in lines]
 
 
@@ -286,9 +282,7 @@ def read_folder(folder: Path) -> Entry:
             continue
         if log.steps or log.scores:  # a text file without either is no log
             logs.append(log)
-    headline = fields.get("headline")
-    label = headline.get("label") if isinstance(headline, dict) else headline
-    label = label if isinstance(label, str) and label else None
+    label = declared_label(fields)
     from_logs(entry, logs, label)
     if label and None in scored(logs, label):
         entry.notes.insert(0, f"not every log has the declared score {clean(label, 40)}")

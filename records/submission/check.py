@@ -38,6 +38,7 @@ from records.submission.foreign import (
     as_seed,
     clean_text,
     decimals,
+    declared_label,
     leaves,
     load,
     number,
@@ -248,16 +249,6 @@ def is_date(text: str) -> bool:
 # ----------------------------------------------------------------------------------------------------------------------
 # headline
 # ----------------------------------------------------------------------------------------------------------------------
-
-
-def declared_label(meta: Mapping) -> str | None:
-    """The label of the line that submission.json declares as the headline."""
-    for key in ("headline", "headline_label", "headline_line", "score_label", "declared_line", "metric_label"):
-        value = meta.get(key)
-        value = value.get("label") if isinstance(value, dict) else value
-        if isinstance(value, str) and value.strip():
-            return value.strip().removesuffix("_exact")
-    return None
 
 
 def scores_by_label(log: RunLog) -> dict[str, tuple[float | None, float | None, bool]]:

@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from records.submission import runlog
+from records.submission.board import read_json, submission_json
+from records.submission.foreign import declared_label
 from records.submission.runlog import LogError, RunLog, ScoreLine
 
 POWER = 0.8  # probability of meeting a rule that the number of seeds is worked out for
@@ -178,9 +180,15 @@ def logs_of(path: Path) -> list[Path]:
     return found
 
 
+def declared_in(path: Path) -> str | None:
+    """The label that the submission.json of a record folder declares."""
+    found = submission_json(path) if path.is_dir() else None
+    return declared_label(read_json(found)[0]) if found is not None else None
+
+
 def score_of(log: RunLog, label: str | None) -> ScoreLine:
     """The score that counts: of the given label, else the log's headline. Raises CompareError."""
-    score = log.score(label.removesuffix("_exact")) if label else log.headline()
+    score = log.score(label) if label else log.headline()
     if score is None:
         labels = ", ".join(dict.fromkeys(found.label for found in log.scores)) or "none"
         problem = f"no single result {label!r}" if label else "which result is the headline is not clear; --headline"
@@ -193,8 +201,9 @@ def score_of(log: RunLog, label: str | None) -> ScoreLine:
 
 def read_side(paths: Sequence[Path], label: str | None) -> Side:
     """Raises CompareError and LogError."""
-    logs = [runlog.parse(log) for path in paths for log in logs_of(path)]
-    scores = [score_of(log, label) for log in logs]
+    label = label and label.removesuffix("_exact")
+    labelled = [(runlog.parse(log), label or declared_in(path)) for path in paths for log in logs_of(path)]
+    logs, scores = [log for log, _ in labelled], [score_of(log, declared) for log, declared in labelled]
     if len(labels := {score.label for score in scores}) > 1:
         raise CompareError(f"{logs[0].path} and others: their headlines are {', '.join(sorted(labels))}; --headline")
     return Side(logs, scores)

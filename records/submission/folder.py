@@ -105,7 +105,7 @@ def read_run(path: Path, headline: str | None) -> SeedRun:
     """Parse a log and make sure that it holds what a submission needs. Raises LogError and FolderError."""
     log = runlog.parse(path)
     data = path.read_bytes()
-    score = log.score(headline) if headline else log.headline()
+    score = log.score(headline.removesuffix("_exact")) if headline else log.headline()
     mode = (log.result or {}).get("mode", "train")
     for missing, message in (
         (hashlib.sha256(data).hexdigest() != log.sha256, "it is being written; wait for the end of the run"),
@@ -656,6 +656,8 @@ def run(args: argparse.Namespace) -> int:
     unknown = [key for key, answer in submission["compliance"].items() if answer is None]
     if unknown:
         print(f"note: the logs do not show {', '.join(unknown)}")
+    if submission["code_packed"] and args.human is None:
+        print("note: the script that ran is packed; --human FILE puts its readable source beside it")
     empty = [f"--{key.replace('_', '-')}" for key in ("author", "github_id", "blurb") if not submission[key]]
     if empty:
         print(f"note: left empty, and `check` asks for them: {', '.join(empty)}")

@@ -13,7 +13,7 @@ import os
 import re
 import stat
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from decimal import Decimal
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -255,13 +255,8 @@ def read_log(submission: Submission, name: str) -> None:
 
 def number(value: Any) -> float | None:
     """A JSON value as a float, if it is a finite number."""
-    if isinstance(value, bool) or not isinstance(value, (int, float, Decimal)):
-        return None
-    try:
-        found = float(value)
-    except OverflowError:
-        return None
-    return found if math.isfinite(found) else None
+    found = runlog.number(float(value) if isinstance(value, Decimal) else value)
+    return found if found is not None and math.isfinite(found) else None
 
 
 def decimals(value: Any) -> int:
@@ -273,6 +268,16 @@ def decimals(value: Any) -> int:
 def score_digits(value: Any) -> int:
     """The same of a score: JSON writers drop zeros, and nobody claims a score to less than three digits."""
     return max(3, decimals(value))
+
+
+def declared_label(meta: Mapping) -> str | None:
+    """The label of the line that submission.json declares as the headline."""
+    for key in ("headline", "headline_label", "headline_line", "score_label", "declared_line", "metric_label"):
+        value = meta.get(key)
+        value = value.get("label") if isinstance(value, dict) else value
+        if isinstance(value, str) and value.strip():
+            return value.strip().removesuffix("_exact")
+    return None
 
 
 def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:

@@ -849,7 +849,7 @@ def written_tables(nodes: list[ast.AST]) -> set[int]:
             written |= {id(part) for part in ast.walk(node)}
         elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Subscript):
             target = ast.dump(node.targets[0].slice)  # t[k] = t.get(k, 0) + 1 and t[k] = t[k] + 1
-            for _, part in ((0, part) for part in ast.walk(node.value)):
+            for part in ast.walk(node.value):
                 same = isinstance(part, ast.Subscript) and ast.dump(part.slice) == target
                 got = isinstance(part, ast.Call) and part.args and ast.dump(part.args[0]) == target
                 if same or got:
@@ -860,8 +860,6 @@ def written_tables(nodes: list[ast.AST]) -> set[int]:
 def best_of_passes(scopes: Scopes) -> Iterator[Finding]:
     for _, nodes in scopes:
         for node in nodes:
-            if isinstance(node, ast.Compare) and len(node.ops) == 1:
-                continue
             if not isinstance(node, ast.Call):
                 continue
             name, where = name_of(node.func), dotted(node.func)
