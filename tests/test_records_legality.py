@@ -146,6 +146,21 @@ def eval_val_ngram(args, model, val_tokens, val_np, tables, primes, mask):
 """
 # name -> (functions, body of main, the rule)
 ILLEGAL = {
+    "each chunk learned, then scored as a total": (
+        """
+        def eval_val_ttt(model, val_tokens, optimizer):
+            tot = 0.0
+            for c in range(10):
+                x = val_tokens[c * 100 : (c + 1) * 100]
+                model(x[:-1], x[1:]).mean().backward()
+                optimizer.step()
+                with torch.no_grad():
+                    tot += model(x[:-1], x[1:]).sum().item()
+            return tot
+        """,
+        "eval_val_ttt(model, val_tokens, optimizer)",
+        "train_before_score",
+    ),
     "pre-quant TTT": (PRE_QUANT_TTT, "ttt_adapt(args, model, val_tokens, optimizer)", "train_before_score"),
     "train then score in one loop": (
         """
@@ -346,6 +361,20 @@ CLEAN = {
             return nats
         """,
         "eval_val_ttt(model, val_tokens, [], optimizer)",
+    ),
+    "score-first, kept as a total": script(
+        """
+        def eval_val_ttt(model, val_tokens, optimizer):
+            tot = 0.0
+            for c in range(10):
+                x = val_tokens[c * 100 : (c + 1) * 100]
+                with torch.no_grad():
+                    tot += model(x[:-1], x[1:]).sum().item()
+                model(x[:-1], x[1:]).mean().backward()
+                optimizer.step()
+            return tot
+        """,
+        "eval_val_ttt(model, val_tokens, optimizer)",
     ),
     "LoRA per document, score first": script(
         """

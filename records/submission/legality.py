@@ -53,7 +53,9 @@ TARGET = re.compile(
 SCORE = re.compile(
     r"(?:^|_)(?:nlls?|nats|bpb|bpbs|ptl|xent|token_loss(?:es)?|val_loss(?:es)?|per_tok(?:en)?_loss)(?:_|\d|$)"
 )
-KEPT = re.compile(r"loss|nll|nats|bits|bpb|xent|ptl|scor|entropy|(?:^|_)ce(?:_|$)")  # names of what adds up to a score
+KEPT = re.compile(
+    r"loss|nll|nats|bits|bpb|xent|ptl|scor|entropy|(?:^|_)(?:ce|tot|total)(?:_|$)"
+)  # names of what adds up to a score
 EARLIER = re.compile(r"(?:^|_)(?:prev|previous|past|scored|seen|already|history)(?:_|$)")
 REPEAT = re.compile(r"epoch|pass(?:es)?\b|repeat|rounds?\b|n_times")
 EVALUATION = re.compile(r"(?:^|_)(?:eval|evaluate|ttt|slot|score|sliding)(?:_|$)")
