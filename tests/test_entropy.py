@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from test_artifact import SMALL, assert_well_formed, header_of, make_blob, payload_of, read, reseal, same, seal
 
 import train_gpt as pg
+from records import code_bytes
 
 pytestmark = pytest.mark.usefixtures("warm_reader")
 UP, DOWN, TOKENS = "blocks.0.mlp.up.weight", "blocks.0.mlp.down.weight", "tok_emb.weight"
@@ -232,3 +233,30 @@ def test_a_missing_coder_is_an_error_and_never_another_compressor(monkeypatch):
 
 def test_other_compressors_hold_the_codes_in_their_payload():
     assert len(payload_of(make_blob("lzma"))) > len(body_of(make_blob("ans"))[0])
+
+
+# The comparison with general compressors
+
+
+def test_code_bytes_counts_what_the_file_holds(tmp_path, monkeypatch, capsys):
+    hp = tiny_hp(model_dim=64, compressor="ans", quant="sdclip")
+    tensors = quantize(weights_of(build_model(hp)), hp)
+    artifact = tmp_path / "artifact.pgolf"
+    artifact.write_bytes(pg.pack_artifact(header_of(hp), tensors, "ans"))
+    monkeypatch.setattr("sys.argv", ["code_bytes.py", str(artifact)])
+    assert code_bytes.main() == 0
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in capsys.readouterr().out.splitlines()]
+    head, _, *classes, whole, beside = rows
+    assert head[:5] == ["codes", "weights", "entropy", "ans", "lzma-9e"] and "zstd-22" in head
+    codes = {name: t.data.numpy() for name, t in tensors.items() if t.scale is not None}
+    assert int(whole[1].replace(",", "")) == sum(c.size for c in codes.values())
+    bits = sum(map(entropy, codes.values())) / sum(c.size for c in codes.values())
+    assert float(whole[2]) == pytest.approx(bits, abs=1e-3)
+    assert {row[0].split()[0] for row in classes} == {pg.tensor_class(name) for name in codes}
+    assert beside[0] == "beside their entropy" and all(cell.endswith(" %") for cell in beside[3:])
+    monkeypatch.setattr("sys.argv", ["code_bytes.py", "--synthetic", "1"])
+    assert code_bytes.main() == 0
+    out = capsys.readouterr().out
+    assert out.startswith("encoded in ") and "mlp int6 | 786,432" in out
+    monkeypatch.setattr("sys.argv", ["code_bytes.py", "nowhere"])
+    assert code_bytes.main() == 2 and "error: cannot read nowhere" in capsys.readouterr().err
