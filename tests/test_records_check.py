@@ -481,7 +481,7 @@ planted(
     "training too long",
     "clocks",
     "FAIL",
-    "training took 601.2 s",
+    "training took 601.200 s",
     lambda f: f.again({}, dict(steps=(1, 6012), step_ms=100.0)),
 )
 planted(
@@ -713,6 +713,26 @@ def test_our_training_clock_holds_the_calibration(tmp_path):
         made.edit(name, "phase:train", "phase:calibrate seconds:9.00\nphase:train")
         made.edit(name, "peak memory", "train_reserve:9000ms for calibration\npeak memory")
     assert not [f for f in findings(made.write(tmp_path / "f"), "FAIL") if f.check == "clocks"]
+
+
+def test_an_audit_speaks_for_a_score_from_the_forward_that_learns(tmp_path):
+    functions = """
+        def eval_val_ttt_lora(model, val_tokens, optimizer):
+            nll = []
+            for c in range(10):
+                x = val_tokens[c * 100 : (c + 1) * 100]
+                losses = model(x[:-1], x[1:])
+                nll.append(losses.detach())
+                losses.mean().backward()
+                optimizer.step()
+            return nll
+    """
+    made = build(source=script(functions, "eval_val_ttt_lora(model, val_tokens, optimizer)"))
+    for name in made.logs():
+        made.edit(name, "audit:causal pass", "audit:score_first pass moved:0\naudit:causal pass")
+    (found,) = [f for f in findings(made.write(tmp_path / "f")) if f.check == "legality"]
+    assert found.level == "warn" and "unless the result kept in line" in found.what
+    assert "audit:score_first passed in every log" in found.what
 
 
 def test_other_tracks_have_no_clocks(tmp_path):

@@ -821,9 +821,12 @@ def check_legality(s: Submission) -> Iterator[Note]:
     for name in s.layers.files:
         if Path(name).name not in s.files:
             yield Note("warn", f"train_gpt.py runs {name}, which the folder lacks: it was not examined")
+    audited = verdict(log.audit.get("score_first", (None,))[0] for log in s.runs.values())
     for name, finding in examined(s):
-        level = "pass" if finding.level == "note" else finding.level
-        yield Note(level, f"{finding.rule}: {name} line {finding.line}: {finding.text}")
+        level, text = "pass" if finding.level == "note" else finding.level, finding.text
+        if audited and finding.rule == "train_before_score" and level == "warn":
+            text += "; audit:score_first passed in every log, if the script's audit is to be believed"
+        yield Note(level, f"{finding.rule}: {name} line {finding.line}: {text}")
 
 
 def check_compliance(s: Submission) -> Iterator[Note]:

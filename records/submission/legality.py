@@ -746,11 +746,14 @@ def order_of_events(tree: ast.Module) -> Iterator[Finding]:
                 text = texts[rule].format(line=where)
                 if not later and (earlier or scores):
                     continue  # after every score: it can change none
-                if not later:
+                if kept and (doubt or not later):
                     # One forward can give the score and, before any step, the gradient. But a loss that is logged looks
                     # the same, so a reader decides.
-                    unless = f"unless the result kept in line {kept} is their score and no step came before its forward"
-                    text += f", {unless if kept else 'if they are scored after it: no score was found'}"
+                    text += (
+                        f", unless the result kept in line {kept} is their score and no step came before its forward"
+                    )
+                elif not later:
+                    text += ", if they are scored after it: no score was found"
                 elif doubt:
                     text += ", unless an earlier turn scored them"
                 elif earlier and event.kind == "train":
