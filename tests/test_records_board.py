@@ -149,6 +149,8 @@ def test_curves_files_and_texts_are_bounded(tmp_path, monkeypatch):
     path = folder(tmp_path, "many", dict.fromkeys(range(20), 1.2))
     (many,) = board.collect([path])
     assert len(many.curves) == board.MAX_LOGS and any("20 logs" in note for note in many.notes)
+    monkeypatch.setattr(board, "MAX_LOG_BYTES", 10)
+    assert any("not all logs are read" in note for note in board.collect([path])[0].notes)
     (path / "submission.json").write_text("[" * 100_000)
     assert "no JSON" in board.collect([path])[0].notes[0]
     (path / "submission.json").write_text(" " * (board.MAX_JSON + 1))

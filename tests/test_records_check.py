@@ -22,7 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_records_legality import EVAL, HEAD, LEGAL_TTT, MAIN, PRE_QUANT_TTT, SLOT, TRAIN, script
 
-from records.submission import check, claims, foreign, smoke
+from records.submission import check, claims, foreign, program, smoke
 
 SEEDS = (1337, 42, 2025)
 SETTINGS = HEAD + "    model_dim = 512\n    num_layers = 11\n    vocab_size = 1024\n"
@@ -675,14 +675,14 @@ def test_there_are_enough_defects():
 
 
 def test_what_is_too_long_to_be_examined_is_said(tmp_path, monkeypatch):
-    monkeypatch.setattr(check.unpack, "MAX_SOURCE", 1000)
+    monkeypatch.setattr(program.unpack, "MAX_SOURCE", 1000)
     found = findings(build().write(tmp_path / "f"), "warn")
     for name in ("syntax", "legality"):
         assert any(f.check == name and "not examined: longer than" in f.what for f in found)
 
 
 def test_sources_beyond_a_size_are_said_not_examined(tmp_path, monkeypatch):
-    monkeypatch.setattr(check, "MAX_SOURCES", len(SCRIPT) + 10)
+    monkeypatch.setattr(program, "MAX_SOURCES", len(SCRIPT) + 10)
     made = build(source=SCRIPT + "import aa\n")
     made.files["aa.py"] = b"x = 1\n" * 100
     found = findings(made.write(tmp_path / "f"), "warn")
@@ -818,7 +818,7 @@ def test_no_folder_takes_long(tmp_path, name):
 def test_logs_are_read_up_to_a_size(tmp_path, monkeypatch):
     made = build()
     sizes = [len(log) for log in made.logs().values()]
-    monkeypatch.setattr(foreign, "MAX_LOGS", sizes[0] + sizes[1] + 10)
+    monkeypatch.setattr(foreign, "MAX_LOG_BYTES", sizes[0] + sizes[1] + 10)
     found = findings(made.write(tmp_path / "f"), "FAIL")
     assert len([f for f in found if "not read, the logs have more than" in f.what]) == 1
 

@@ -22,7 +22,7 @@ from typing import Any
 from urllib.parse import quote
 
 from records.submission import runlog
-from records.submission.foreign import declared_label
+from records.submission.foreign import MAX_LOG_BYTES, declared_label
 from records.submission.rules import CAP_BYTES
 
 RECORDS = Path(__file__).resolve().parent.parent
@@ -272,8 +272,12 @@ def read_folder(folder: Path) -> Entry:
     for name in ("author", "date"):
         if isinstance(fields.get(name), str):
             setattr(entry, name, clean(fields[name], 40) or None)
-    logs, paths = [], logs_in(folder)
+    logs, paths, room = [], logs_in(folder), MAX_LOG_BYTES
     for path in paths[:MAX_LOGS]:
+        room -= path.stat().st_size
+        if room < 0:
+            entry.notes.append(f"not all logs are read: more than {MAX_LOG_BYTES:,} bytes")
+            break
         try:
             log = runlog.parse(path)
         except runlog.LogError as error:

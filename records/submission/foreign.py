@@ -24,7 +24,7 @@ from records.submission.runlog import LogError, RunLog
 
 MAX_ENTRIES, MAX_DEPTH = 500, 4  # of a folder
 MAX_FILE, MAX_FOLDER = 8_000_000, 64_000_000  # bytes
-MAX_LOGS = 32_000_000  # bytes of all logs; public ones have a few MB at most
+MAX_LOG_BYTES = 32_000_000  # bytes of all logs; public ones have a few MB at most
 MAX_README, MAX_JSON, MAX_JSON_DEPTH = 1_000_000, 1_000_000, 20
 MAX_LINE = 2000  # characters of a line of README.md
 MAX_FINDINGS = 12  # printed per check and level; the rest is counted
@@ -145,11 +145,11 @@ def load(folder: Path) -> Submission:
             submission.script = submission.read("train_gpt.py")
             text = submission.script.decode("utf-8", "replace").replace("\r\n", "\n")
             submission.layers = unpack.unwrap(text)
-    room = MAX_LOGS
+    room = MAX_LOG_BYTES
     for name, size in submission.files.items():
         if LOG.search(name) and not COMPANION.fullmatch(name):
             if size > room:
-                note = f"{name}: not read, the logs have more than {MAX_LOGS:,} bytes"
+                note = f"{name}: not read, the logs have more than {MAX_LOG_BYTES:,} bytes"
                 submission.problems.append(Note("FAIL", note))
                 continue
             room -= size
@@ -237,7 +237,7 @@ def depth(value: Any) -> int:
 
 def read_log(submission: Submission, name: str) -> None:
     try:
-        data = submission.read(name, MAX_LOGS)
+        data = submission.read(name, MAX_LOG_BYTES)
         text, encoding, _ = runlog.decode(data, Path(name))
         text = text.replace("\r\n", "\n").replace("\r", "\n")
         log = runlog.parse_text(text, Path(name))
