@@ -941,6 +941,9 @@ def test_exit_codes_and_json(tmp_path, capsys):
     assert main(good) == 0
     lines = capsys.readouterr().out.splitlines()
     assert all(line.startswith("pass ") for line in lines) and len(lines) >= len(check.CHECKS)
+    (tmp_path / "README.md").write_text("of the track")
+    assert main(tmp_path / "README.md", good) == 0
+    assert capsys.readouterr().err == f"skipped: {tmp_path / 'README.md'} is no folder\n"
     assert main(good, bad, "--json") == 1
     said = json.loads(capsys.readouterr().out)
     assert said["failed"] and [folder["failed"] for folder in said["folders"]] == [False, True]

@@ -828,7 +828,10 @@ def run(args: argparse.Namespace) -> int:
     """1 where anything FAILed."""
     try:
         found = []
-        for folder in args.folders:
+        folders = [folder for folder in args.folders if not folder.is_file()] or args.folders
+        for file in [path for path in args.folders if path not in folders]:  # of `check records/track_x/*`
+            print(f"skipped: {clean_text(str(file))} is no folder", file=sys.stderr)
+        for folder in folders:
             findings = check(folder)
             findings += check_run(folder) if args.run else []
             findings += check_against(folder, args.against) if args.against else []
