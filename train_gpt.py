@@ -2318,17 +2318,19 @@ def decode_codes(table: Sequence, models: memoryview, words: bytes) -> tuple[dic
 #   16  8  u64 length of the payload
 #   24  32 SHA-256 of bytes 0…23 and the body
 #   56  …  body: the compressed payload; for ans u32 its length, it as lzma has it, and the coder's u32 words
-# Payload: u32 length of a compact JSON header, the header, then without padding
-#   the data of every tensor in the order of the header's table, row-major: codes one int8 each, fp16, fp32
-#   the fp16 row scales of the codes in the same order, all high bytes first, then all low bytes
+# Payload: u32 length of a compact JSON header, the header, then without padding, in the order of the header's table
+#   the codes, row-major, one int8 each
+#   the fp16 tensors and after them the fp16 row scales of the codes: all high bytes, then all low bytes
+#   the fp32 tensors: the highest bytes of all, then the next ones, and so on
 #   for ans: no codes above, but here u32 number of words, and for each class and kind of coded tensors three groups,
 #   each u8 number of rows less one and the rows: costs of row and of column classes (1 byte each), context tables
 # Header: {"kind": "artifact"|"weights", "architecture": {…}, "evaluation": {…}, "tokenizer_sha256": hex,
 #   "tensors": [[name, shape, "int5"|…|"int8"|"fp16"|"fp32"], …]}. Nothing in it depends on time, paths or run names.
-MAGIC, FORMAT_VERSION, PREFIX_BYTES = b"PGOLF", 1, 56
+MAGIC, FORMAT_VERSION, PREFIX_BYTES = b"PGOLF", 2, 56
 MAX_PAYLOAD_BYTES, MAX_HEADER_BYTES = 1 << 30, 1 << 20
 MAX_CODES_PER_BYTE = 1024  # of an entropy-coded file: a few bytes must not ask for gigabytes
 COMPRESSORS = ("stored", "lzma", "zstd", "ans")
+STREAMS = {"int8": "<i1", "fp16": "<f2", "fp32": "<f4"}  # of the payload, in its order
 KINDS = dict.fromkeys(GRIDS, (torch.int8, 1)) | {"fp16": (torch.float16, 2), "fp32": (torch.float32, 4)}
 
 
@@ -2390,6 +2392,19 @@ def decompress(body: bytes, name: str, size: int) -> bytes:
     return payload
 
 
+def byte_planes(arrays: Sequence[np.ndarray], dtype: str) -> bytes:
+    """The values of all arrays, their highest bytes first, then the next: compressors find no order among mantissas,
+    but much among signs and exponents."""
+    values = np.concatenate([np.zeros(0, dtype), *(a.astype(dtype).ravel() for a in arrays)])
+    return values.view(np.uint8).reshape(-1, values.itemsize)[:, ::-1].T.tobytes()
+
+
+def from_planes(data: memoryview, dtype: str) -> np.ndarray:
+    """The values that byte_planes was given, in one array."""
+    planes = np.frombuffer(data, np.uint8).reshape(np.dtype(dtype).itemsize, -1)
+    return planes[::-1].T.copy().view(dtype)[:, 0].astype(dtype[1:])
+
+
 def pack_artifact(header: dict, tensors: Mapping[str, Stored], compressor: str) -> bytes:
     """The file's bytes, ready to be written. `header` lacks only the tensor table."""
     table = [[name, list(t.data.shape), t.kind] for name, t in tensors.items()]
@@ -2397,9 +2412,13 @@ def pack_artifact(header: dict, tensors: Mapping[str, Stored], compressor: str) 
     coded, models, words = compressor == "ans", b"", b""
     if coded:
         models, words = encode_codes(tensors)
-    data = [t.data.contiguous().numpy().tobytes() for t in tensors.values() if not (coded and levels(t.kind))]
-    scales = b"".join(t.scale.numpy().astype("<f2").tobytes() for t in tensors.values() if t.scale is not None)
-    payload = b"".join([struct.pack("<I", len(header_bytes)), header_bytes, *data, scales[1::2], scales[::2], models])
+    values: dict[str, list[np.ndarray]] = {stream: [] for stream in STREAMS}
+    for t in tensors.values():
+        if not (coded and levels(t.kind)):
+            values["int8" if levels(t.kind) else t.kind].append(t.data.numpy())
+    values["fp16"] += [t.scale.numpy() for t in tensors.values() if t.scale is not None]
+    streams = [byte_planes(arrays, STREAMS[stream]) for stream, arrays in values.items()]
+    payload = b"".join([struct.pack("<I", len(header_bytes)), header_bytes, *streams, models])
     body = compress(payload, "lzma" if coded else compressor)
     if coded:
         body = struct.pack("<I", len(body)) + body + words
@@ -2472,29 +2491,37 @@ def parse_header(text: bytes) -> dict:
 def read_tensors(table: list, data: memoryview, words: bytes | None) -> dict[str, Stored]:
     """Tensors of a checked table from the payload after the header, codes from `words` where an entropy coder wrote
     them. Lengths are compared before anything is made."""
-    sizes = [0 if words is not None and levels(kind) else math.prod(shape) * KINDS[kind][1] for _, shape, kind in table]
-    rows = [shape[0] if levels(kind) else 0 for _, shape, kind in table]
-    whole, codes = sum(sizes) + 2 * sum(rows), {}
+    wanted = [("int8" if levels(kind) else kind, shape) for _, shape, kind in table]
+    wanted += [("fp16", (shape[0], 1)) for _, shape, kind in table if levels(kind)]  # scales
+    counts = {kind: sum(math.prod(shape) for stream, shape in wanted if stream == kind) for kind in STREAMS}
+    counts["int8"] *= words is None
+    ends = [0, *itertools.accumulate(counts[kind] * KINDS[kind][1] for kind in STREAMS)]
+    whole, codes = ends[-1], {}
     if words is not None and whole <= len(data):
         codes, read = decode_codes(table, data[whole:], words)
         whole += read
     if whole != len(data):
         raise ArtifactError("artifact is damaged: its streams are shorter or longer than its table")
-    planes = np.frombuffer(data[sum(sizes) : sum(sizes) + 2 * sum(rows)], dtype=np.uint8).reshape(2, -1)
-    scales = torch.from_numpy(planes[::-1].T.copy().view("<f2").astype(np.float16)).split(rows)
-    tensors, offset = {}, 0
-    for (name, shape, kind), size, scale in zip(table, sizes, scales, strict=True):
-        if name in codes:
-            values = torch.from_numpy(codes[name].copy())
-        else:
-            values = torch.frombuffer(bytearray(data[offset : offset + size]), dtype=KINDS[kind][0]).view(shape)
-        offset += size
+    streams = {kind: from_planes(data[a:b], STREAMS[kind]) for kind, a, b in zip(STREAMS, ends, ends[1:], strict=False)}
+    if codes:
+        streams["int8"] = np.concatenate([codes[name].ravel() for name, _, _ in table if name in codes])
+    used = dict.fromkeys(STREAMS, 0)
+
+    def take(stream: str, shape: Sequence[int]) -> Tensor:
+        start = used[stream]
+        used[stream] += math.prod(shape)
+        return torch.from_numpy(streams[stream][start : used[stream]].reshape(shape).copy())
+
+    taken, tensors = [take(*place) for place in wanted], {}
+    scales = iter(taken[len(table) :])
+    for (name, _, kind), values in zip(table, taken, strict=False):
         limit = levels(kind)
+        scale = next(scales) if limit else None
         if limit and (int(values.max()) > limit or int(values.min()) < -limit):
             raise ArtifactError(f"artifact is damaged: codes of {name} lie outside {kind}")
         if not (scale if limit else values).isfinite().all() or (limit and (scale < 0).any()):
             raise ArtifactError(f"artifact is damaged: {name} holds values that are not finite")
-        tensors[name] = Stored(kind, values, scale if limit else None)
+        tensors[name] = Stored(kind, values, scale)
     return tensors
 
 
@@ -2542,7 +2569,7 @@ def shares_of(blob: bytes, header: dict, tensors: Mapping[str, Stored]) -> list[
     parts = []
     for (kind_of_tensor, kind), members in groups.items():
         weights, entropy = sum(t.data.numel() for t in members.values()), None
-        data = b"".join(t.data.contiguous().numpy().tobytes() for t in members.values())
+        data = byte_planes([t.data.numpy() for t in members.values()], STREAMS["int8" if levels(kind) else kind])
         if levels(kind):
             codes = np.frombuffer(data, dtype=np.int8).astype(np.int64)
             entropy = entropy_bits(np.bincount(codes + 128)) / len(codes)
@@ -2552,11 +2579,9 @@ def shares_of(blob: bytes, header: dict, tensors: Mapping[str, Stored]) -> list[
         else:
             size = alone(data)
         parts.append(Share(f"{kind_of_tensor} {kind}", len(members), weights, entropy, size))
-    scales = b"".join(t.scale.numpy().astype("<f2").tobytes() for t in tensors.values() if t.scale is not None)
-    rows = len(scales) // 2
-    parts.append(
-        Share("row scales fp16", sum(t.scale is not None for t in tensors.values()), rows, None, alone(scales))
-    )
+    scales = [t.scale.numpy() for t in tensors.values() if t.scale is not None]
+    size = alone(byte_planes(scales, STREAMS["fp16"]))
+    parts.append(Share("row scales fp16", len(scales), sum(map(len, scales)), None, size))
     text = json.dumps(header, separators=(",", ":"), sort_keys=True).encode()
     parts.append(Share("header", 0, 0, None, alone(text) + PREFIX_BYTES))
     factor = len(blob) / sum(part.bytes for part in parts)

@@ -4,6 +4,7 @@ import ast
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import json
 import random
 import struct
@@ -47,7 +48,7 @@ def make_blob(compressor: str = "stored", hp: pg.Hyperparameters | None = None) 
 
 def seal(compressor: int, body: bytes, payload_bytes: int) -> bytes:
     """A file around this body whose length and checksum are right."""
-    prefix = struct.pack("<5sBBBQQ", b"PGOLF", 1, compressor, 0, len(body), payload_bytes % 2**64)
+    prefix = struct.pack("<5sBBBQQ", b"PGOLF", pg.FORMAT_VERSION, compressor, 0, len(body), payload_bytes % 2**64)
     return prefix + hashlib.sha256(prefix + body).digest() + body
 
 
@@ -270,7 +271,7 @@ def test_resealed_random_bytes_are_artifact_errors():
 @pytest.mark.parametrize("compressor", COMPRESSORS)
 def test_foreign_files_and_versions_are_artifact_errors(compressor):
     blob = make_blob(compressor)
-    for forged in (b"", b"PGOLF", b"PK\3\4" + blob, blob[:5] + b"\2" + blob[6:], blob[:6] + b"\3" + blob[7:]):
+    for forged in (b"", b"PGOLF", b"PK\3\4" + blob, blob[:5] + b"\1" + blob[6:], blob[:6] + b"\3" + blob[7:]):
         assert read(forged) is None
         assert read(reseal(forged)) is None or forged == blob
 
@@ -455,20 +456,23 @@ def test_an_equivalent_header_in_another_spelling_reads_the_same():
 # Forged streams
 
 
-def stream_offset(blob: bytes, kind: str) -> int:
-    """Where the first tensor of this kind starts in the streams."""
-    offset = 0
-    for _, shape, stored_as in json.loads(split_payload(blob)[0])["tensors"]:
-        if stored_as == kind:
-            return offset
-        offset += int(np.prod(shape)) * pg.KINDS[stored_as][1]
-    raise AssertionError(kind)
+def stream_starts(blob: bytes) -> tuple[dict[str, int], dict[str, int]]:
+    """Where the streams of codes, fp16 (scales last) and fp32 start, and how many values each has."""
+    counts = dict(codes=0, fp16=0, fp32=0)
+    for _, shape, kind in json.loads(split_payload(blob)[0])["tensors"]:
+        counts[kind if kind in counts else "codes"] += int(np.prod(shape))
+        counts["fp16"] += shape[0] if kind.startswith("int") else 0
+    return dict(codes=0, fp16=counts["codes"], fp32=counts["codes"] + 2 * counts["fp16"]), counts
 
 
-def with_streams(blob: bytes, offset: int, new: bytes) -> bytes:
+def with_value(blob: bytes, stream: str, index: int, value: bytes) -> bytes:
+    """One value of a stream replaced by these little-endian bytes, which lie in as many planes, the highest first."""
     header, streams = split_payload(blob)
-    streams = streams[:offset] + new + streams[offset + len(new) :]
-    return with_payload(blob, struct.pack("<I", len(header)) + header + streams)
+    starts, counts = stream_starts(blob)
+    forged = bytearray(streams)
+    for plane, byte in enumerate(reversed(value)):
+        forged[starts[stream] + plane * counts[stream] + index % counts[stream]] = byte
+    return with_payload(blob, struct.pack("<I", len(header)) + header + bytes(forged))
 
 
 def test_a_tensor_told_twice_with_the_data_to_match_is_an_artifact_error():
@@ -479,9 +483,7 @@ def test_a_tensor_told_twice_with_the_data_to_match_is_an_artifact_error():
     assert kind == "fp32"
     header["tensors"].append([name, shape, kind])
     text, again = json.dumps(header).encode(), bytes(4 * int(np.prod(shape)))
-    data_end = len(streams) - 2 * sum(s[0] for _, s, k in header["tensors"] if k in ("int6", "int8"))
-    streams = streams[:data_end] + again + streams[data_end:]
-    assert read(with_payload(blob, struct.pack("<I", len(text)) + text + streams)) is None
+    assert read(with_payload(blob, struct.pack("<I", len(text)) + text + streams + again)) is None
 
 
 @pytest.mark.parametrize(
@@ -499,9 +501,11 @@ def test_a_tensor_told_twice_with_the_data_to_match_is_an_artifact_error():
 )
 def test_values_outside_their_kind_are_artifact_errors(kind, new):
     blob = make_blob()
-    offset = stream_offset(blob, kind)
-    assert read(with_streams(blob, offset, bytes(len(new)))) is not None
-    assert read(with_streams(blob, offset, new)) is None
+    stream = kind if kind.startswith("fp") else "codes"
+    before = itertools.takewhile(lambda row: row[2] != kind, json.loads(split_payload(blob)[0])["tensors"])
+    index = sum(int(np.prod(shape)) for _, shape, _ in before) if stream == "codes" else 0
+    assert read(with_value(blob, stream, index, bytes(len(new)))) is not None
+    assert read(with_value(blob, stream, index, new)) is None
 
 
 @pytest.mark.parametrize("high", [0x7C, 0x7E, 0xFC, 0xBC])
@@ -509,10 +513,9 @@ def test_scales_that_are_not_finite_or_negative_are_artifact_errors(high):
     blob = make_blob()
     table = json.loads(split_payload(blob)[0])["tensors"]
     rows = sum(shape[0] for _, shape, kind in table if kind in ("int6", "int8"))
-    first_high = len(split_payload(blob)[1]) - 2 * rows
-    assert read(with_streams(blob, first_high, b"\x3c")) is not None
-    for row in (0, rows - 1):
-        assert read(with_streams(blob, first_high + row, bytes([high]))) is None
+    assert read(with_value(blob, "fp16", -1, b"\0\x3c")) is not None
+    for row in (-rows, -1):
+        assert read(with_value(blob, "fp16", row, bytes([0, high]))) is None
 
 
 @pytest.mark.parametrize("compressor", COMPRESSORS)
