@@ -13,6 +13,7 @@ second term, which is what a better quantizer lowers. All in fp32: bf16 activati
 
 import argparse
 import dataclasses
+import functools
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -42,7 +43,6 @@ class Bench:
         )  # fmt: skip
         self.model = self.run.build(hp.eval_seq_len)
         self.windows = pg.plan_windows(val.targets, hp.eval_seq_len, hp.eval_seq_len)
-        self.calibrations: dict[tuple[bool, bool], pg.Calibration] = {}
 
     def bpb(self, weights: Mapping[str, Tensor]) -> float:
         self.model.load_state_dict(weights)
@@ -50,15 +50,18 @@ class Bench:
         val, context = self.run.val, self.hp.eval_seq_len
         return pg.total(pg.score(self.model, val.tokens, self.windows, context, batch, self.run.ranks), val.bytes).bpb
 
+    @functools.cached_property
+    def calibration(self) -> pg.Calibration:
+        """With all that any settings need, in one pass."""
+        run = self.run._replace(hp=dataclasses.replace(self.hp, gptq_enabled=True, quant="rd"))
+        return pg.calibrate(run, self.weights, pg.calibration_texts(run))
+
     def exporter(self, settings: Mapping[str, str]) -> pg.Exporter:
         """With these settings in place of the defaults."""
         hp = pg.Hyperparameters.from_env(settings, dataclasses.asdict(self.hp))
-        run, needs = self.run._replace(hp=hp), (hp.gptq_enabled, hp.quant == "rd")
-        if needs not in self.calibrations:
-            self.calibrations[needs] = pg.Calibration({}, {})
-            if hp.calibrates:
-                self.calibrations[needs] = pg.calibrate(run, self.weights, pg.calibration_texts(run))
-        return pg.Exporter(run, self.weights, self.calibrations[needs])
+        calibration = self.calibration if hp.calibrates else pg.Calibration({}, {})
+        given = calibration if hp.gptq_enabled else calibration._replace(hessians={})
+        return pg.Exporter(self.run._replace(hp=hp), self.weights, given)
 
     def lost(self, blob: bytes, base: float) -> tuple[float, float]:
         """Thousandths of a bpb that the artifact's weights w + d lose, and their mirror images w - d."""
