@@ -996,6 +996,30 @@ def test_run_holds_hostile_scripts(tmp_path, monkeypatch, name):
     assert sorted(folder.rglob("*")) == before
 
 
+def test_run_leaves_no_process_behind(tmp_path):
+    """Also none that has left its group and its parent."""
+    beat = tmp_path / "beat"
+    source = f"""
+import os, time
+if os.fork() == 0:
+    os.setsid()
+    if os.fork() == 0:
+        for _ in range(200):
+            with open({str(beat)!r}, "a") as file:
+                file.write(".")
+            time.sleep(0.05)
+    os._exit(0)
+while not os.path.exists({str(beat)!r}):
+    time.sleep(0.01)
+"""
+    found = check.check_run(build(source=source).write(tmp_path / "f"))
+    if any("did not allow" in f.what for f in found):
+        pytest.skip("the kernel does not allow namespaces of one's own")
+    beats = beat.stat().st_size
+    time.sleep(0.5)
+    assert beat.stat().st_size <= beats + 1
+
+
 def test_run_has_no_network(tmp_path):
     source = "import socket\nsocket.create_connection(('127.0.0.1', PORT), 2)\n"
     import socket

@@ -17,14 +17,26 @@ from records.submission.foreign import MAX_FOLDER, Finding, Note, clean_text, lo
 
 RUN_SECONDS = 120
 RUN_MEMORY = 16 << 30  # of addresses: torch alone maps several GiB
-# The subprocess: gives up the network and its limits before anything foreign runs, then imports and reports.
+# The subprocess: gives up the network and sets its limits before anything foreign runs, then imports and reports. Where
+# the kernel allows it, the import happens in a process namespace whose first process is ours: with that one all end,
+# also what the script has detached from its group, and it ends with its parent.
 IMPORTER = """
 import ctypes, importlib.util, json, os, resource, sys, time
 report, path, memory, seconds, preload = int(sys.argv[1]), sys.argv[2], *map(int, sys.argv[3:])
 try:
-    offline = ctypes.CDLL(None).unshare(0x10000000 | 0x40000000) == 0  # CLONE_NEWUSER | CLONE_NEWNET
+    libc = ctypes.CDLL(None)
+    offline = libc.unshare(0x10000000 | 0x40000000) == 0  # CLONE_NEWUSER | CLONE_NEWNET
+    alone = offline and libc.unshare(0x20000000) == 0  # CLONE_NEWPID
 except (OSError, AttributeError):
-    offline = False
+    offline = alone = False
+for first in (True, False) if alone else ():
+    if child := os.fork():
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        if first and code > 128:
+            os.kill(os.getpid(), code - 128)  # as the import ended
+        os._exit(128 - code if code < 0 else code)
+    if first:
+        libc.prctl(1, 9)  # PR_SET_PDEATHSIG, SIGKILL
 for limit, most in ((resource.RLIMIT_AS, memory), (resource.RLIMIT_CPU, seconds), (resource.RLIMIT_FSIZE, 1 << 26),
                     (resource.RLIMIT_CORE, 0), (resource.RLIMIT_NOFILE, 256)):
     resource.setrlimit(limit, (most, most))
