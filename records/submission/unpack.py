@@ -44,10 +44,6 @@ class Unwrapped:
     problems: list[Problem]
     files: list[str]
 
-    @property
-    def packed(self) -> bool:
-        return len(self.layers) > 1
-
 
 class Unfoldable(Exception):
     """An expression that is not a constant as far as this module can tell; the text says why."""
