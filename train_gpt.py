@@ -1887,8 +1887,8 @@ def choose_steps(
     if hp.quant != "rd" or not steps:
         return steps
     blended = {name: sensitivity[name] + 0.5 * sensitivity[name].mean() for name in steps}
-    least = 1e-6 * torch.cat(list(blended.values())).mean()
-    halves = {name: 0.5 * h.clamp(min=least).log() for name, h in blended.items()}
+    floor = 1e-6 * torch.cat(list(blended.values())).mean()
+    halves = {name: 0.5 * h.clamp(min=floor).log() for name, h in blended.items()}
     level, size = 0.0, 0
     for name, step in steps.items():
         told = (step > 0)[:, 0]  # rows of zeros have no say
