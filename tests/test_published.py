@@ -26,8 +26,8 @@ SMALL = dict(
     AUDIT_TOKENS="600",
     EVAL_MAX_SECONDS="0",
     TTT_LR="0.01",
-    FIT_TO_CAP="0",
-)  # fmt: skip  (so small, any model takes the finest steps)
+    FIT_TO_CAP="0",  # so small, any model takes the finest steps
+)
 SMALL.pop("SWA_ENABLED")
 
 
