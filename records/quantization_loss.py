@@ -9,6 +9,9 @@ to the bytes that the first needs, unless --unfitted.
 A rounding error d moves the loss by g·d + ½ d·H·d + …. The first term has no sign of its own: on a fixed text it may
 hide what is lost, or feign a gain. The loss at w + d and at w - d has it with opposite signs, so their mean is the
 second term, which is what a better quantizer lowers. All in fp32: bf16 activations move a score as much as int6 does.
+
+With --landings N nothing is scored: N copies of the weights, each with 2 % of noise, are fitted to 0.7, 0.9 and 1.05 of
+the bytes that a row needs unfitted, and the distances below those caps are printed.
 """
 
 import argparse
@@ -63,6 +66,19 @@ class Bench:
         given = calibration if hp.gptq_enabled else calibration._replace(hessians={})
         return pg.Exporter(self.run._replace(hp=hp), self.weights, given)
 
+    def landings(self, settings: Mapping[str, str], copies: int) -> list[int]:
+        """Bytes left below the cap by every fit of perturbed weights; negative above it."""
+        generator, left, whole = torch.Generator().manual_seed(0), [], self.weights
+        for _ in range(copies):
+            noise = {name: 1 + 0.02 * torch.randn(w.shape, generator=generator) for name, w in whole.items()}
+            self.weights = {name: w * noise[name] for name, w in whole.items()}
+            exporter = self.exporter(settings)
+            unfitted = len(exporter.pack(1.0))
+            rooms = [int(share * unfitted) for share in (0.7, 0.9, 1.05)]
+            left += [room - len(exporter.fit(room)[1]) for room in rooms]
+        self.weights = whole
+        return left
+
     def lost(self, blob: bytes, base: float) -> tuple[float, float]:
         """Thousandths of a bpb that the artifact's weights w + d lose, and their mirror images w - d."""
         there = {name: t.dequantize() for name, t in pg.unpack_artifact(blob)[1].items()}
@@ -76,11 +92,18 @@ def main() -> int:
     parser.add_argument("settings", nargs="+", help="of a row, such as 'QUANT=rd COMPRESSOR=ans'")
     parser.add_argument("--data", required=True)
     parser.add_argument("--unfitted", action="store_true", help="do not fit the later rows to the first one's bytes")
+    parser.add_argument("--landings", type=int, metavar="N", help="fit N perturbed copies instead of scoring")
     parser.add_argument("--calibration-tokens", type=int, default=262_144)
     arguments = parser.parse_args()
     try:
         bench = Bench(arguments.weights, arguments.data, arguments.calibration_tokens)
         rows = [dict(word.split("=", 1) for word in settings.split()) for settings in arguments.settings]
+        for text, settings in zip(arguments.settings, rows, strict=True) if arguments.landings else ():
+            left = bench.landings(settings, arguments.landings)
+            inside = sum(0 <= bytes_left <= pg.FIT_WINDOW for bytes_left in left)
+            print(f"| `{text}` | {inside} of {len(left)} inside | {min(left)} to {max(left)} bytes left |", flush=True)
+        if arguments.landings:
+            return 0
         base = bench.bpb(bench.weights)
         print(f"float {base:.6f} bpb; lost: thousandths of a bpb")
         print("| settings | factor | bytes | left | lost at w + d | lost at w - d | mean | less |\n|" + 8 * "---|")

@@ -96,5 +96,8 @@ def test_quantization_loss_is_the_mean_of_both_sides_at_equal_bytes(tiny_data, t
     unfitted = table(coarse, "QUANT=clip_search", "--unfitted")
     assert [row[1] for row in unfitted] == ["1.000", "1.000"]
     assert 0 < float(unfitted[1][6]) < 0.7 * float(unfitted[0][6]), "a bit more halves the error"
+    argv = ["quantization_loss.py", str(weights), "QUANT=sdclip", "--data", str(tiny_data), "--landings", "2"]
+    monkeypatch.setattr(sys, "argv", argv)
+    assert quantization_loss.main() == 0 and "| 6 of 6 inside |" in capsys.readouterr().out
     monkeypatch.setattr(sys, "argv", ["quantization_loss.py", "nowhere", "QUANT=rd", "--data", str(tiny_data)])
     assert quantization_loss.main() == 2 and "error: cannot read nowhere" in capsys.readouterr().err

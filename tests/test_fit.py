@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import time
 
 import pytest
 import torch
@@ -14,8 +15,12 @@ SMALL = dict(model_dim=96, num_heads=4, num_layers=3, vocab_size=256, bigram_voc
 
 
 def exporter(seed: int, tail: float = 1.0, sensitivity: dict | None = None, **settings) -> pg.Exporter:
-    """Of a model whose weights look trained: heavy-tailed, rows and matrices of unlike size, nothing zero."""
-    hp = tiny_hp(**SMALL | settings)
+    """Of a small model whose weights look trained."""
+    return exporter_of(tiny_hp(**SMALL | settings), seed, tail, sensitivity)
+
+
+def exporter_of(hp: pg.Hyperparameters, seed: int, tail: float, sensitivity: dict | None = None) -> pg.Exporter:
+    """Heavy-tailed weights, rows and matrices of unlike size, nothing zero."""
     generator, weights = torch.Generator().manual_seed(seed), {}
     for name, w in build_model(hp).state_dict().items():
         noise = torch.randn(w.shape, generator=generator)
@@ -110,3 +115,16 @@ def test_code_counts(tmp_path):
     run = run._replace(hp=dataclasses.replace(run.hp, artifact_cap_bytes=170_000))
     blob = pg.export(run, one.weights)
     assert 0 <= 170_000 - 30_000 - len(blob) <= pg.FIT_WINDOW
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("quant", ["sdclip", "rd"])
+def test_a_model_of_full_size_lands_just_below_sixteen_megabytes(quant):
+    """27 million weights, as the default settings make them; the window is a four-thousandth of the file."""
+    hp = pg.Hyperparameters(quant=quant, compressor="ans", device="cpu", dtype="fp32")
+    one = exporter_of(hp, seed=0, tail=1.2)
+    room, start = hp.artifact_cap_bytes - 250_000, time.perf_counter()
+    left = landed(one, room)
+    attempts = [line for line in one.run.log if line.startswith("fit:")]
+    print(*attempts, f"{left} bytes left, {time.perf_counter() - start:.0f} s", sep="\n")
+    assert 0 <= left <= pg.FIT_WINDOW and len(attempts) <= 4
