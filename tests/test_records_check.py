@@ -1096,3 +1096,14 @@ def test_against_ignores_what_came_later(repository):
 def test_the_hash_shown_is_the_file_s(tmp_path):
     sha = hashlib.sha256(SCRIPT.encode()).hexdigest()[:16]
     assert any(f.check == "source" and sha in f.what for f in findings(build().write(tmp_path / "f")))
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.floats(0.5, 4.0), min_size=1, max_size=5))
+def test_a_mean_of_unrounded_scores_is_that_of_the_rounded_ones_in_the_log(scores):
+    """Both are rounded to eight decimals: the mean of 2.038075090 and 2.037010203 is not that of what the logs show."""
+    logged = [round(score, 8) for score in scores]
+    mean = check.Mean(statistics.fmean(logged), len(logged), check.EXACT_DIGITS)
+    claim = round(statistics.fmean(scores), 8)
+    assert mean.gives(claim) and mean.gives(round(claim, 4))
+    assert not mean.gives(claim + 3e-8) and not mean.gives(round(claim + 2e-4, 4))

@@ -270,11 +270,14 @@ class Mean(NamedTuple):
     n: int
     tolerance: float
 
+    def reach(self, claim: Any) -> float:
+        """How far the claim may lie from the mean: both were rounded, the claim and what the log has."""
+        return (0.5 * 10.0 ** -score_digits(claim) + self.tolerance) * (1 + 1e-6) + 1e-12
+
     def gives(self, claim: Any) -> bool:
-        """Whether the mean is the claim, to the claim's digits or to those of the log where it has fewer."""
+        """Whether the mean is the claim."""
         claimed = number(claim)
-        reach = max(0.5 * 10.0 ** -score_digits(claim), self.tolerance) * (1 + 1e-6) + 1e-12
-        return claimed is not None and abs(claimed - self.value) <= reach
+        return claimed is not None and abs(claimed - self.value) <= self.reach(claim)
 
 
 def means(s: Submission, index: int) -> dict[str, Mean]:
@@ -316,9 +319,8 @@ def check_headline(s: Submission) -> Iterator[Note]:
         if label is not None:
             mean = found[label]
             what = f"{key} {claim}; the mean of {mean.n} x {label} is {mean.value:.8f}"
-            reach = max(0.5 * 10.0 ** -score_digits(claim), mean.tolerance)
             if label in matching and mean.n == len(s.runs):
-                yield Note("pass", f"{what}, tolerance {reach:.1g}")
+                yield Note("pass", f"{what}, tolerance {mean.reach(claim):.1g}")
             elif label in matching:
                 yield Note("warn", f"{what}, but {len(s.runs) - mean.n} logs lack the line")
             else:
@@ -604,7 +606,7 @@ def deviations(s: Submission) -> Iterator[Note]:
                     columns.setdefault(name, []).append(found[index])
         fits = [name for name, mean in means(s, index).items() if mean.gives(score)] if label is None else [label]
         values = [columns[name] for name in fits if len(columns.get(name, ())) > 1]
-        half = max(0.5 * 10.0 ** -decimals(claim), EXACT_DIGITS) * 1.001
+        half = 0.5 * 10.0 ** -decimals(claim) + 1.5 * EXACT_DIGITS  # the scores in the log are rounded too
         if not values:
             if number(claim) != 0 and all(len(column) < 2 for column in columns.values()):
                 yield Note("FAIL", f"{key}_std {claim}, but no line has two seeds")
