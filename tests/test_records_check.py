@@ -1104,6 +1104,5 @@ def test_a_mean_of_unrounded_scores_is_that_of_the_rounded_ones_in_the_log(score
     """Both are rounded to eight decimals: the mean of 2.038075090 and 2.037010203 is not that of what the logs show."""
     logged = [round(score, 8) for score in scores]
     mean = check.Mean(statistics.fmean(logged), len(logged), check.EXACT_DIGITS)
-    claim = round(statistics.fmean(scores), 8)
-    assert mean.gives(claim) and mean.gives(round(claim, 4))
-    assert not mean.gives(claim + 3e-8) and not mean.gives(round(claim + 2e-4, 4))
+    claim = Decimal(f"{statistics.fmean(scores):.8f}")
+    assert mean.gives(claim) and not mean.gives(claim + Decimal("0.00000003"))
