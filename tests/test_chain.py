@@ -97,7 +97,8 @@ def test_every_phase_has_its_seconds(chain):
 
 
 def test_no_line_names_a_format_or_step_that_was_not_used(chain):
-    assert "zstd" not in chain.out and "stopping_early" not in chain.out and "int8" not in chain.out
+    assert "zstd" not in chain.out and "stopping_early" not in chain.out and "int7" not in chain.out
+    assert [line for line in chain.out.splitlines() if "int8" in line] == re.findall(r"grids: .*", chain.out)
 
 
 def test_the_file_has_the_console_and_the_source_and_all_settings(chain, source):
@@ -108,7 +109,9 @@ def test_the_file_has_the_console_and_the_source_and_all_settings(chain, source)
     (line,) = re.findall(r"^settings (\{.*\})$", before, re.MULTILINE)
     expected = pg.Hyperparameters.from_env(TINY_ENV | dict(RUN_ID="first", SAVE_WEIGHTS="1"))
     assert json.loads(line) | dict(data_path="") == dataclasses.asdict(expected) | dict(data_path="")
-    assert (before + after).replace(f"settings {line}\n", "") == chain.out
+    grids = re.compile(r"^grid:\S+ int[68] step:\S+ entropy:\S+\n", re.MULTILINE)
+    assert len(grids.findall(after)) == 3 * 6 + 3 and not grids.search(chain.out)
+    assert grids.sub("", before + after).replace(f"settings {line}\n", "") == chain.out
     assert "import " not in chain.out and "settings {" not in chain.out
 
 
