@@ -1,0 +1,4380 @@
+#!/usr/bin/env python3
+"""Parameter golf in one file: text shards in, a scored artifact of at most 16,000,000 bytes (code included) out.
+
+A run trains an 11-layer GPT with Parallel Muon, averages its weights (EMA, tight SWA), quantizes them to int6/int8 on
+the grid that late QAT trained for, writes one compressed artifact, reads that artifact back from disk and scores it on
+the validation split in bits per byte: plain windows, sliding windows, and legal score-first test-time training (TTT).
+
+    python train_gpt.py                                               CPU, or one GPU where there is one
+    torchrun --standalone --nproc_per_node=8 train_gpt.py             eight GPUs (NCCL) or eight CPU processes (gloo)
+    torchrun --nnodes=2 --node_rank=$N --nproc_per_node=8 \\
+             --rdzv_backend=c10d --rdzv_endpoint=$HOST:29500 train_gpt.py          two hosts; N is 0 or 1
+    python train_gpt.py --settings                                    every setting, as a Markdown table
+    python train_gpt.py --inspect runs/ID/artifact.pgolf [--png]      where an artifact's bytes go
+    EVAL_ONLY=1 ARTIFACT_PATH=runs/ID/artifact.pgolf python train_gpt.py           repeat an artifact's scores
+
+Every setting is an environment variable. The last line of the log is `result {json}`. Exit codes: 0 done, 2 the user
+can fix it (one `error:` line), 3 a limit was broken (artifact over the cap, non-finite loss).
+
+Shapes are written with B batch, T tokens, D model width, H heads, K head width, V vocabulary, L layers.
+"""
+
+import contextlib
+import copy
+import dataclasses
+import hashlib
+import itertools
+import json
+import lzma
+import math
+import os
+import queue
+import re
+import shutil
+import signal
+import statistics
+import struct
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+BOS_ID = 1  # every document starts with it; SentencePiece itself never emits it
+
+
+class Interrupted(BaseException):
+    """SIGTERM or SIGINT; the exit code is 128 plus its number."""
+
+    label = "interrupted"
+
+    def __init__(self, number: int):
+        super().__init__(signal.Signals(number).name)
+        self.code = 128 + number
+
+
+class UserError(Exception):
+    """Something the user can fix. Printed as one `error:` line; exit code 2."""
+
+    label = "error"
+    agreed = False  # raised on every rank alike: the main rank alone prints it
+
+
+class LimitError(Exception):
+    """A limit of the challenge or of arithmetic was broken during the run. One `limit:` line; exit code 3."""
+
+    label = "limit"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Settings
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def opt(section: str, default: Any, doc: str, lo: float | None = None, hi: float | None = None, choices: Sequence = ()):
+    """One setting: its type is its default's type; lo and hi are inclusive."""
+    return dataclasses.field(default=default, metadata=dict(section=section, doc=doc, lo=lo, hi=hi, choices=choices))
+
+
+@dataclasses.dataclass(frozen=True)
+class Hyperparameters:
+    """Every setting once. The environment variable is the field's name in capitals; the defaults are `pr714.env`."""
+
+    data_path: str = opt("run", "data/datasets/fineweb10B_sp1024", "folder of fineweb_{train,val}_*.bin")
+    tokenizer_path: str = opt("run", "", "SentencePiece model; empty: the one .model in DATA_PATH")
+    run_id: str = opt("run", "", "names the log and the folder of results; empty: date, time and seed")
+    out_dir: str = opt("run", ".", "where logs/ and runs/ go")
+    seed: int = opt("run", 1337, "initial weights", lo=0)
+    device: str = opt("run", "auto", "where to run", choices=("auto", "cuda", "cpu"))
+    dtype: str = opt("run", "auto", "activations, Newton-Schulz, gradient banks", choices=("auto", "bf16", "fp32"))
+    compile: str = opt("run", "auto", "torch.compile; auto: on for CUDA, off for CPU", choices=("auto", "0", "1"))
+    attention: str = opt(
+        "run", "auto", "kernel; auto: the first that works", choices=("auto", "fa3", "fa2", "sdpa", "matmul")
+    )
+    train_log_every: int = opt("run", 500, "steps between training lines, after the first ten; 0: none", lo=0)
+    val_loss_every: int = opt("run", 4000, "steps between validations of the raw weights; 0: only after the last", lo=0)
+    eval_only: bool = opt("run", False, "score ARTIFACT_PATH again; needs no training data")
+    artifact_path: str = opt("run", "", "the artifact that EVAL_ONLY reads")
+    checkpoint_every: float = opt("run", 0.0, "seconds of training between checkpoints; 0: none", lo=0)
+    resume: str = opt("run", "", "go on from a checkpoint: its path, or auto for the newest of RUN_ID")
+    audit: bool = opt("run", False, "after the scores, prove on a slice of the split that they keep the rules")
+    audit_tokens: int = opt("run", 0, "targets of that slice; 0: a tenth of the split, at most 65,536", lo=0)
+    save_weights: bool = opt("run", False, "also keep the averaged float weights (weights.pgolf)")
+    export_only: bool = opt("run", False, "quantize, write and score WEIGHTS_PATH again, without training")
+    weights_path: str = opt("run", "", "the saved weights that EXPORT_ONLY reads")
+
+    vocab_size: int = opt("model", 1024, "V, the tokenizer's pieces", lo=8, hi=65536)
+    num_layers: int = opt("model", 11, "L, transformer blocks", lo=1, hi=128)
+    model_dim: int = opt("model", 512, "D, width of the residual stream", lo=8, hi=16384)
+    num_heads: int = opt("model", 8, "H, query heads", lo=1)
+    num_kv_heads: int = opt("model", 4, "key/value heads (grouped-query attention)", lo=1)
+    mlp_mult: float = opt("model", 3.0, "MLP hidden width, in multiples of D", lo=0.01, hi=64)
+    mlp_kind: str = opt("model", "leaky_relu2", "MLP nonlinearity", choices=("leaky_relu2", "swiglu", "star_relu"))
+    leaky_relu_slope: float = opt("model", 0.5, "leaky_relu2's negative slope; 0: relu squared", lo=0, hi=1)
+    tie_embeddings: bool = opt("model", True, "the head is the token embedding")
+    rope_base: float = opt("model", 10000.0, "rotary base frequency", lo=1)
+    rope_dims: int = opt("model", 16, "rotated dimensions of each head, even; 0: all K", lo=0)
+    logit_softcap: float = opt("model", 30.0, "logits pass c*tanh(z/c)", lo=1)
+    qk_gain_init: float = opt("model", 1.5, "initial gain of each query head", lo=0)
+    ln_scale: bool = opt("model", True, "block l scales its normalized inputs by 1/sqrt(l+1)")
+    unet_skips: bool = opt("model", True, "second half adds the outputs of the first half in reverse order")
+    xsa_last_n: int = opt("model", 4, "last n layers remove the own value's direction from attention outputs", lo=0)
+    value_residual: bool = opt("model", False, "later layers add a learned share of the first layer's value")
+    gated_attention: bool = opt("model", False, "a learned gate of the input on each head's output")
+    num_loops: int = opt("model", 0, "extra passes over layers LOOP_START…LOOP_END with the same weights", lo=0, hi=16)
+    loop_start: int = opt("model", 3, "first layer of the loop", lo=0)
+    loop_end: int = opt("model", 5, "last layer of the loop", lo=0)
+    smear_gate_enabled: bool = opt("model", True, "blend each position's embedding with its predecessor's")
+    bigram_vocab_size: int = opt("model", 3072, "rows of the hashed bigram table; 0: none", lo=0, hi=1 << 24)
+    bigram_dim: int = opt("model", 128, "width of the bigram table", lo=1, hi=16384)
+    ve_enabled: bool = opt("model", True, "value embeddings: a token table added to the values of VE_LAYERS")
+    ve_dim: int = opt("model", 128, "width of the value table", lo=1, hi=16384)
+    ve_layers: str = opt("model", "9,10", "layers that add value embeddings, separated by commas")
+    train_seq_len: int = opt("model", 2048, "training context; rotary frequencies belong to it", lo=2, hi=1 << 20)
+
+    iterations: int = opt("training", 9000, "steps at most", lo=1)
+    max_wallclock_seconds: float = opt("training", 600.0, "training clock; 0: no limit", lo=0)
+    warmdown_iters: int = opt("training", 3500, "steps of linear learning-rate decay at the end", lo=0)
+    warmup_steps: int = opt("training", 20, "untimed steps per graph that compile and are undone", lo=0)
+    train_batch_tokens: int = opt("training", 786432, "targets per step over all ranks", lo=2)
+    micro_batch_tokens: int = opt("training", 0, "targets per forward pass of a rank; 0: as many as fit 98,304", lo=0)
+    embed_lr: float = opt("training", 0.6, "AdamW, tables of an untied model", lo=0)
+    head_lr: float = opt("training", 0.008, "AdamW, untied head", lo=0)
+    tied_embed_lr: float = opt("training", 0.035, "AdamW, tables (token, bigram, value) of a tied model", lo=0)
+    tied_embed_init_std: float = opt("training", 0.005, "initial deviation of the token table", lo=0)
+    matrix_lr: float = opt("training", 0.025, "Muon, block matrices", lo=0)
+    decoder_lr_mult: float = opt("training", 1.0, "MATRIX_LR of the second half of the layers, times this", lo=0)
+    scalar_lr: float = opt("training", 0.025, "AdamW, gains, scales, gates and small projections", lo=0)
+    muon_momentum: float = opt("training", 0.99, "Muon's final momentum", lo=0, hi=0.9999)
+    muon_momentum_warmup_start: float = opt("training", 0.92, "Muon's first momentum", lo=0, hi=0.9999)
+    muon_momentum_warmup_steps: int = opt("training", 1500, "steps from the first to the final momentum", lo=0)
+    muon_backend_steps: int = opt("training", 5, "Newton-Schulz iterations", lo=1, hi=20)
+    muon_wd: float = opt("training", 0.04, "Muon's decoupled weight decay", lo=0)
+    adam_wd: float = opt("training", 0.04, "AdamW's weight decay", lo=0)
+    beta1: float = opt("training", 0.9, "AdamW", lo=0, hi=0.9999)
+    beta2: float = opt("training", 0.95, "AdamW", lo=0, hi=0.99999)
+    adam_eps: float = opt("training", 1e-8, "AdamW", lo=0)
+    grad_clip_norm: float = opt("training", 0.3, "norm of the averaged gradient; 0: no clipping", lo=0)
+    enable_looping_at: float = opt(
+        "training", 0.35, "share of the steps or of the clock after which loops run", lo=0, hi=0.9
+    )
+
+    ema_enabled: bool = opt("averaging", True, "exponential moving average of all weights")
+    ema_decay: float = opt("averaging", 0.997, "reached through the ramp (1+t)/(10+t)", lo=0, hi=0.99999)
+    swa_enabled: bool = opt("averaging", False, "tight SWA: mean of snapshots while the rate scale is below 0.2")
+    swa_every: int = opt("averaging", 50, "steps between snapshots", lo=1)
+    swa_source: str = opt("averaging", "raw", "what a snapshot takes: EMA or raw weights", choices=("raw", "ema"))
+
+    qat_enabled: bool = opt("quantization", False, "fake quantization from the first step")
+    late_qat: bool = opt("quantization", True, "fake quantization once the learning-rate scale is below the threshold")
+    late_qat_threshold: float = opt("quantization", 0.57, "learning-rate scale that switches late QAT on", lo=0, hi=1)
+    attn_bits: int = opt("quantization", 6, "of the matrices q, k and v", lo=5, hi=8)
+    attn_out_bits: int = opt("quantization", 6, "of the attention's output matrix", lo=5, hi=8)
+    mlp_bits: int = opt("quantization", 6, "of the MLP's matrices", lo=5, hi=8)
+    embed_bits: int = opt("quantization", 8, "of the tables and an untied head; 16: fp16", lo=5, hi=16)
+    gptq_enabled: bool = opt("quantization", False, "full GPTQ of the block matrices, calibrated on training text")
+    gptq_calibration_tokens: int = opt("quantization", 262_144, "training tokens that it sees", lo=2)
+    gptq_reserve_seconds: float = opt("quantization", 0.0, "of the training clock, for calibration; 0: measured", lo=0)
+    gptq_percdamp: float = opt("quantization", 0.01, "damping, in mean diagonals of the Hessian", lo=1e-6, hi=10)
+    gptq_block_size: int = opt("quantization", 128, "columns between updates of all later ones", lo=1)
+    crown_q: float = opt("quantization", 0.0, "weight of CROWN-Q's penalty in the warmdown; 0: none", lo=0)
+    compressor: str = opt("quantization", "lzma", "of the artifact", choices=("lzma", "zstd", "ans"))
+    artifact_cap_bytes: int = opt("quantization", 16_000_000, "code plus artifact; above it the exit code is 3", lo=1)
+
+    eval_seq_len: int = opt("evaluation", 2048, "context when scoring; beyond TRAIN_SEQ_LEN: NTK", lo=2, hi=1 << 20)
+    eval_stride: int = opt("evaluation", 64, "targets per sliding window; 0: no sliding pass", lo=0)
+    val_batch_size: int = opt("evaluation", 524288, "tokens per scoring batch over all ranks (a memory limit)", lo=1)
+    eval_max_seconds: float = opt("evaluation", 600.0, "evaluation clock; TTT stops adapting in time; 0: none", lo=0)
+    ttt_enabled: bool = opt("evaluation", True, "score-first test-time training after the sliding pass")
+    ttt_params: str = opt(
+        "evaluation", "all", "what adapts: weights, control tensors, LoRA", choices=("all", "scales", "lora")
+    )
+    ttt_optimizer: str = opt("evaluation", "sgd", "of test-time training", choices=("sgd", "adamw"))
+    ttt_lr: float = opt("evaluation", 0.002, "learning rate, cosine over the chunks (LoRA: constant)", lo=0)
+    ttt_warmup_chunks: int = opt("evaluation", 0, "chunks over which the learning rate first rises", lo=0)
+    ttt_max_chunks: int = opt("evaluation", 0, "chunks to learn from, then only score; 0: all but the last", lo=0)
+    ttt_sam_rho: float = opt("evaluation", 0.0, "SAM: gradients are taken this far uphill; 0: none", lo=0)
+    ttt_epochs: int = opt("evaluation", 3, "passes over each scored chunk", lo=1)
+    ttt_chunk_tokens: int = opt("evaluation", 32768, "scored targets per chunk, at least", lo=1)
+    ttt_freeze_blocks: int = opt("evaluation", 0, "first blocks that stay fixed", lo=0)
+    ttt_momentum: float = opt("evaluation", 0.9, "SGD's momentum or AdamW's beta1, carried", lo=0, hi=0.9999)
+    ttt_batch_seqs: int = opt("evaluation", 32, "sequences per step over all ranks", lo=1)
+    ttt_grad_clip: float = opt("evaluation", 1.0, "gradient norm of a step (LoRA: per document); 0: none", lo=0)
+    ttt_lora_rank: int = opt("evaluation", 8, "of the adapters on q, v and the head", lo=1, hi=1024)
+    ttt_lora_alpha: float = opt("evaluation", 8.0, "adapters are scaled by alpha/rank", lo=0)
+    ttt_lora_chunk: int = opt("evaluation", 256, "targets of a document per step", lo=1)
+    ttt_lora_reset: bool = opt("evaluation", True, "new adapters for each document; 0: carried, one by one")
+    ttt_temperature: bool = opt("evaluation", False, "the softmax temperature that fitted the scored chunks best")
+    hedge_enabled: bool = opt("evaluation", False, "mix the model with n-grams of scored text (no ruling covers it)")
+    hedge_eta: float = opt("evaluation", 0.3, "learning rate of the mixture's weights", lo=0, hi=100)
+    hedge_alpha: float = opt("evaluation", 4.0, "n-grams: counts that the shorter context is worth", lo=1e-6)
+    hedge_temperature: float = opt("evaluation", 1.5, "of the model's second vote", lo=0.1, hi=10)
+
+    def __post_init__(self) -> None:
+        for f in dataclasses.fields(self):
+            check_value(f, getattr(self, f.name))
+        for broken, message in self.illegal_combinations():
+            if broken:
+                raise UserError(message)
+
+    def illegal_combinations(self) -> Iterator[tuple[bool, str]]:
+        """Pairs (is it broken, what to say). Lazy: a later rule may rely on the earlier ones."""
+        s = self
+        yield s.model_dim % s.num_heads != 0, f"NUM_HEADS={s.num_heads} must divide MODEL_DIM={s.model_dim}"
+        yield s.num_heads % s.num_kv_heads != 0, f"NUM_KV_HEADS={s.num_kv_heads} must divide NUM_HEADS={s.num_heads}"
+        yield s.head_dim % 2 != 0 or s.head_dim < 4, f"MODEL_DIM/NUM_HEADS={s.head_dim} must be even and at least 4"
+        yield (
+            s.rope_dims != 0 and not (4 <= s.rope_dims <= s.head_dim and s.rope_dims % 2 == 0),
+            f"ROPE_DIMS={s.rope_dims} must be 0 or an even number from 4 to the head width {s.head_dim}",
+        )
+        yield s.bigram_vocab_size == 1, "BIGRAM_VOCAB_SIZE=1 leaves no row to hash into; use 0 (none) or at least 2"
+        yield s.xsa_last_n > s.num_layers, f"XSA_LAST_N={s.xsa_last_n} exceeds NUM_LAYERS={s.num_layers}"
+        yield (
+            s.num_loops > 0 and not s.loop_start <= s.loop_end < s.num_layers,
+            f"LOOP_START={s.loop_start} and LOOP_END={s.loop_end} must be layers in order, the last at most "
+            f"{s.num_layers - 1} (NUM_LAYERS={s.num_layers})",
+        )
+        yield s.num_loops > s.model_dim, f"NUM_LOOPS={s.num_loops} exceeds MODEL_DIM={s.model_dim}"
+        yield (
+            s.ve_enabled and not re.fullmatch(r"\s*\d{1,3}\s*(,\s*\d{1,3}\s*)*", s.ve_layers[:1024]),
+            f"VE_LAYERS={s.ve_layers[:32]!r} must be layer numbers separated by commas, such as 9,10",
+        )
+        yield (
+            s.ve_enabled and (len(s.ve_layers) > 1024 or max(s.ve_layer_ids) >= s.num_layers),
+            f"VE_LAYERS={s.ve_layers} names a layer beyond the last, {s.num_layers - 1} (NUM_LAYERS={s.num_layers})",
+        )
+        yield (
+            s.swa_enabled and s.swa_source == "ema" and not s.ema_enabled,
+            "SWA_SOURCE=ema needs EMA_ENABLED=1; use SWA_SOURCE=raw or SWA_ENABLED=0",
+        )
+        yield 8 < s.embed_bits < 16, f"EMBED_BITS={s.embed_bits} must be from 5 to 8, or 16"
+        yield (
+            s.gptq_enabled and s.gptq_reserve_seconds >= s.max_wallclock_seconds > 0,
+            f"GPTQ_RESERVE_SECONDS={s.gptq_reserve_seconds:g} leaves nothing of "
+            f"MAX_WALLCLOCK_SECONDS={s.max_wallclock_seconds:g} to train in",
+        )
+        yield (
+            s.gptq_enabled and s.gptq_calibration_tokens < s.train_seq_len,
+            f"GPTQ_CALIBRATION_TOKENS={s.gptq_calibration_tokens} is less than one sequence, "
+            f"TRAIN_SEQ_LEN={s.train_seq_len}",
+        )
+        yield s.eval_stride > s.eval_seq_len, f"EVAL_STRIDE={s.eval_stride} exceeds EVAL_SEQ_LEN={s.eval_seq_len}"
+        yield s.ttt_enabled and s.eval_stride == 0, "TTT_ENABLED=1 needs sliding windows: EVAL_STRIDE of 1 or more"
+        yield (
+            s.ttt_freeze_blocks > s.num_layers,
+            f"TTT_FREEZE_BLOCKS={s.ttt_freeze_blocks} exceeds NUM_LAYERS={s.num_layers}",
+        )
+        yield (
+            not s.ttt_enabled and (s.ttt_params != "all" or s.ttt_temperature or s.hedge_enabled),
+            "TTT_PARAMS, TTT_TEMPERATURE and HEDGE_ENABLED belong to test-time training: TTT_ENABLED=1",
+        )
+        yield (
+            s.ttt_params == "lora"
+            and bool(s.ttt_sam_rho or s.ttt_warmup_chunks or s.ttt_max_chunks or s.ttt_freeze_blocks),
+            "TTT_PARAMS=lora takes one plain step per piece of a document; leave out TTT_SAM_RHO, TTT_WARMUP_CHUNKS, "
+            "TTT_MAX_CHUNKS and TTT_FREEZE_BLOCKS",
+        )
+        yield (
+            s.ttt_params == "lora" and (s.ttt_temperature or s.hedge_enabled),
+            "TTT_PARAMS=lora scores documents side by side; TTT_TEMPERATURE and HEDGE_ENABLED need the stream's order",
+        )
+        yield (
+            s.ttt_params == "lora" and s.eval_seq_len % s.ttt_lora_chunk != 0,
+            f"TTT_LORA_CHUNK={s.ttt_lora_chunk} must divide EVAL_SEQ_LEN={s.eval_seq_len}",
+        )
+        yield s.eval_only and s.export_only, "EVAL_ONLY=1 and EXPORT_ONLY=1 exclude each other"
+        yield s.eval_only and not s.artifact_path, "EVAL_ONLY=1 needs ARTIFACT_PATH"
+        yield s.export_only and not s.weights_path, "EXPORT_ONLY=1 needs WEIGHTS_PATH (what SAVE_WEIGHTS=1 wrote)"
+        yield (
+            bool(s.resume) and (s.eval_only or s.export_only),
+            "RESUME goes on with training; leave out EVAL_ONLY and EXPORT_ONLY",
+        )
+        yield s.resume == "auto" and not s.run_id, "RESUME=auto needs the RUN_ID to go on with"
+        yield bool(s.artifact_path) and not s.eval_only, "ARTIFACT_PATH is read only with EVAL_ONLY=1"
+        yield bool(s.weights_path) and not s.export_only, "WEIGHTS_PATH is read only with EXPORT_ONLY=1"
+        yield (
+            not re.fullmatch(r"[\w.-]{0,128}", s.run_id) or s.run_id.startswith("."),
+            f"RUN_ID={s.run_id!r} must be a file name of letters, digits, '_', '-' and '.'",
+        )
+
+    @property
+    def head_dim(self) -> int:
+        return self.model_dim // self.num_heads
+
+    @property
+    def mlp_dim(self) -> int:
+        """Hidden width; a gated MLP has a third matrix and two thirds of the width, so as many weights."""
+        return max(1, round(self.mlp_mult * self.model_dim * (1 if self.mlp_kind == "leaky_relu2" else 2 / 3)))
+
+    @property
+    def ve_layer_ids(self) -> list[int]:
+        return sorted({int(x) for x in self.ve_layers.split(",")}) if self.ve_enabled else []
+
+    def section(self, *names: str) -> dict[str, Any]:
+        """The settings of these sections, by field name."""
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.metadata["section"] in names}
+
+    def changed(self) -> dict[str, Any]:
+        """What differs from the defaults, by environment name."""
+        return {f.name.upper(): v for f in dataclasses.fields(self) if (v := getattr(self, f.name)) != f.default}
+
+    def settings_hash(self) -> str:
+        """The same for runs of one configuration: seed, names and paths do not enter."""
+        ignored = ("seed", "run_id", "out_dir", "data_path", "tokenizer_path", "artifact_path", "weights_path")
+        ignored += ("audit", "audit_tokens", "checkpoint_every", "resume")
+        kept = {k: v for k, v in dataclasses.asdict(self).items() if k not in ignored}
+        return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
+
+    def micro_batch(self, world_size: int) -> int:
+        """Targets per forward pass of one rank; raises UserError where the batch cannot be split that way.
+
+        Apart from the other rules because an artifact is scored at any world size, whatever batch trained it.
+        """
+        if self.train_batch_tokens % (world_size * self.train_seq_len):
+            raise UserError(
+                f"TRAIN_BATCH_TOKENS={self.train_batch_tokens} must be a multiple of WORLD_SIZE={world_size} "
+                f"x TRAIN_SEQ_LEN={self.train_seq_len}"
+            )
+        per_rank = self.train_batch_tokens // world_size
+        if self.micro_batch_tokens % self.train_seq_len:
+            raise UserError(
+                f"MICRO_BATCH_TOKENS={self.micro_batch_tokens} must be a multiple of TRAIN_SEQ_LEN={self.train_seq_len}"
+            )
+        if self.micro_batch_tokens:
+            if per_rank % self.micro_batch_tokens:
+                raise UserError(f"MICRO_BATCH_TOKENS={self.micro_batch_tokens} must divide a rank's {per_rank} tokens")
+            return self.micro_batch_tokens
+        sequences = per_rank // self.train_seq_len
+        largest = max(1, min(sequences, 98_304 // self.train_seq_len))
+        return next(n for n in range(largest, 0, -1) if sequences % n == 0) * self.train_seq_len
+
+    @classmethod
+    def from_env(cls, environ: Mapping[str, str], base: Mapping[str, Any] | None = None) -> "Hyperparameters":
+        """Read the environment over `base` (an artifact's own settings), over the defaults. Raises UserError."""
+        known = {f.name.upper(): f for f in dataclasses.fields(cls)}
+        values = dict(base or {})
+        given: dict[str, str] = {}
+        for name, text in sorted(environ.items()):
+            if name in NOT_HERE:
+                off, advice = NOT_HERE[name]
+                if text.strip().lower() not in off:
+                    raise UserError(f"{name}={text} is not offered here: {advice}; leave it out or set {off[0]}")
+                continue
+            target = PUBLIC_NAMES.get(name, name)
+            if target not in known:
+                if close := near_miss(name, known):
+                    raise UserError(f"unknown setting {name}; did you mean {close}?")
+                continue
+            if given.setdefault(target, text) != text:
+                raise UserError(f"{name}={text} contradicts another spelling of {target}={given[target]}; keep one")
+            values[known[target].name] = parse_value(known[target], text)
+        return cls(**values)
+
+
+# Names that public scripts use for a setting we have under another name.
+PUBLIC_NAMES = {
+    "QAT_THRESHOLD": "LATE_QAT_THRESHOLD",
+    "SMEAR_GATE": "SMEAR_GATE_ENABLED",
+    "MUON_WEIGHT_DECAY": "MUON_WD",
+    "USE_GPTQ": "GPTQ_ENABLED",
+}
+
+# Names of published commands that this script does not offer: (accepted off values, what to do instead).
+NOT_HERE = {
+    "MTP_NUM_HEADS": (("0",), "multi-token prediction was measured as a loss by its authors"),
+    "MTP_LOSS_WEIGHT": (("0", "0.0", "0.1", "0.2"), "there are no multi-token prediction heads"),
+    "LAWA_ENABLED": (("0", "false"), "use SWA_ENABLED=1 with SWA_SOURCE=raw"),
+    "LAWA_K": (("0", "10"), "use SWA_ENABLED=1"),
+    "LAWA_FREQ": (("0", "100"), "use SWA_EVERY"),
+    "DTG_ENABLED": (("0", "false"), "there is no dynamic token gate"),
+    "TRIGRAM": (("0", "false"), "trigram tables were measured as a loss by their authors"),
+    "MUON_BETA2": (("0.95",), "Muon keeps no second moment (public scripts declare it and never read it)"),
+}
+
+# Other programs' variables, never taken for a misspelt setting.
+FOREIGN_PREFIXES = tuple(
+    "TORCH CUDA NCCL GLOO OMP_ MKL_ GOMP_ KMP_ PYTHON PYTEST HF_ LC_ XDG_ SSH_ CI_ GIT NVIDIA_".split()
+)
+
+
+def parse_value(f: dataclasses.Field, text: str) -> Any:
+    """Text of the environment to the type of the setting's default."""
+    kind, text = type(f.default), text.strip()
+    if kind is bool:
+        if text.lower() not in ("0", "1", "true", "false"):
+            raise UserError(f"{f.name.upper()}={text} must be 0, 1, true or false")
+        return text.lower() in ("1", "true")
+    try:
+        return kind(text)
+    except ValueError:
+        wanted = {int: "a whole number", float: "a number"}[kind]
+        raise UserError(f"{f.name.upper()}={text} must be {wanted}") from None
+
+
+def check_value(f: dataclasses.Field, value: Any) -> None:
+    """Type, choices and bounds of one setting. Raises UserError."""
+    name, meta = f.name.upper(), f.metadata
+    if type(value) is not type(f.default):
+        raise UserError(f"{name}={value!r} must be of type {type(f.default).__name__}")
+    if meta["choices"] and value not in meta["choices"]:
+        raise UserError(f"{name}={value} must be one of {', '.join(meta['choices'])}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{name}={value} must be finite")
+    if meta["lo"] is not None and value < meta["lo"]:
+        raise UserError(f"{name}={value} must be at least {meta['lo']}")
+    if meta["hi"] is not None and value > meta["hi"]:
+        raise UserError(f"{name}={value} must be at most {meta['hi']}")
+
+
+def edit_distance(a: str, b: str) -> int:
+    """Insertions, deletions and substitutions between two names (Levenshtein)."""
+    row = list(range(len(b) + 1))
+    for i, x in enumerate(a, 1):
+        diagonal, row[0] = row[0], i
+        for j, y in enumerate(b, 1):
+            diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (x != y))
+    return row[-1]
+
+
+def near_miss(name: str, known: Mapping[str, Any]) -> str | None:
+    """The setting that an unknown variable probably means, or None."""
+    if name != name.upper() or name.startswith(FOREIGN_PREFIXES):
+        return None
+    names = [k for k in (*known, *PUBLIC_NAMES) if len(k) >= 7 and abs(len(k) - len(name)) <= 2]
+    distance, close = min(((edit_distance(name, k), k) for k in names), default=(99, ""))
+    return close if distance <= 2 else None
+
+
+def settings_table() -> str:
+    """The Markdown table that README holds; `python train_gpt.py --settings` prints it."""
+    lines, section = [], None
+    for f in dataclasses.fields(Hyperparameters):
+        meta = f.metadata
+        if meta["section"] != section:
+            section = meta["section"]
+            lines += ["", f"| {section} | default | what it is |", "|---|---|---|"]
+        default = int(f.default) if isinstance(f.default, bool) else f.default
+        limits = [f"{word} {meta[key]:g}" for key, word in (("lo", "from"), ("hi", "to")) if meta[key] not in (None, 0)]
+        extra = f" ({' · '.join(meta['choices'])})" if meta["choices"] else f" ({' '.join(limits)})" if limits else ""
+        lines.append(f"| `{f.name.upper()}` | {f'`{default}`' if default != '' else ''} | {meta['doc']}{extra} |")
+    return "\n".join(lines[1:])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Runtime: ranks, log, phases, clock
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class Ranks:
+    """This process among all of torchrun's. Every collective call of the project goes through here.
+
+    At world size 1 there is no process group and every call is the identity, so all callers have one code path.
+    """
+
+    def __init__(self, hp: Hyperparameters, environ: Mapping[str, str]):
+        self.rank, self.size = int(environ.get("RANK", 0)), int(environ.get("WORLD_SIZE", 1))
+        local_rank = int(environ.get("LOCAL_RANK", 0))
+        wants_cuda = hp.device == "cuda" or (hp.device == "auto" and torch.cuda.is_available())
+        if wants_cuda and not torch.cuda.is_available():
+            raise UserError("DEVICE=cuda, but torch sees no CUDA device; use DEVICE=cpu or a CUDA build of torch")
+        local_size = int(environ.get("LOCAL_WORLD_SIZE", local_rank + 1))
+        if wants_cuda and local_size > torch.cuda.device_count():
+            count = torch.cuda.device_count()
+            raise UserError(f"{local_size} processes on a host with {count} GPUs; lower --nproc_per_node to {count}")
+        self.device = torch.device("cuda", local_rank) if wants_cuda else torch.device("cpu")
+        if wants_cuda:
+            torch.cuda.set_device(self.device)
+        if self.size > 1:
+            dist.init_process_group("nccl" if wants_cuda else "gloo")
+            if wants_cuda:
+                dist.barrier(device_ids=[local_rank])  # the communicator is built here, not in the first timed step
+        # torch 2.13 renames the flat collectives; older versions know only the first names.
+        self._gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+        self._scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def sum_(self, x: Tensor) -> Tensor:
+        """x, summed over ranks in place."""
+        self.start_sum(x).wait()
+        return x
+
+    def start_sum(self, x: Tensor):
+        """Start summing x over ranks in place; returns a handle whose wait() completes it."""
+        return dist.all_reduce(x, dist.ReduceOp.SUM, async_op=True) if self.size > 1 else _Done()
+
+    def largest(self, x: float) -> float:
+        """The largest x of all ranks."""
+        if self.size == 1:
+            return x
+        box = torch.tensor(x, dtype=torch.float64, device=self.device)
+        dist.all_reduce(box, dist.ReduceOp.MAX)
+        return box.item()
+
+    def broadcast_(self, x: Tensor) -> Tensor:
+        """x, overwritten with the main rank's."""
+        if self.size > 1:
+            dist.broadcast(x, src=0)
+        return x
+
+    def start_reduce_scatter(self, shard: Tensor, full: Tensor):
+        """shard (n/size, …) ← this rank's rows of the sum of full (n, …) over ranks; returns a handle."""
+        return self._scatter(shard, full, op=dist.ReduceOp.SUM, async_op=True) if self.size > 1 else _Done()
+
+    def start_all_gather(self, full: Tensor, shard: Tensor):
+        """full (n, …) ← every rank's shard (n/size, …); returns a handle."""
+        return self._gather(full, shard, async_op=True) if self.size > 1 else _Done()
+
+    def broadcast_object(self, x: Any) -> Any:
+        """The main rank's object, on every rank."""
+        if self.size == 1:
+            return x
+        box = [x]
+        dist.broadcast_object_list(box, src=0, device=self.device)
+        return box[0]
+
+    def agree(self, work: Callable[[], Any]) -> Any:
+        """Run `work` on every rank; a UserError on any rank is raised on all, so that none waits for another."""
+        result, problem = None, None
+        try:
+            result = work()
+        except UserError as error:
+            problem = str(error)
+        if self.size > 1:
+            problems = [None] * self.size
+            dist.all_gather_object(problems, problem)
+            problem = next((p for p in problems if p), None)
+        if problem:
+            error = UserError(problem)
+            error.agreed = True
+            raise error
+        return result
+
+    def part(self, items: np.ndarray) -> np.ndarray:
+        """This rank's contiguous part of an array's rows; the parts of all ranks make the whole."""
+        n = len(items)
+        return items[n * self.rank // self.size : n * (self.rank + 1) // self.size]
+
+    def lost_peer(self, error: RuntimeError) -> bool:
+        """Whether a collective failed because another process is gone."""
+        return self.size > 1 and (
+            isinstance(error, dist.DistError) or re.search("gloo|NCCL|c10d", str(error)) is not None
+        )
+
+    def close(self) -> None:
+        if self.size > 1:
+            dist.destroy_process_group()
+
+
+class _Done:
+    """The handle of a communication that one rank need not make."""
+
+    def wait(self) -> None:
+        pass
+
+
+class Log:
+    """Console and logs/<RUN_ID>.txt, on the main rank only. One line per call, written through at once."""
+
+    def __init__(self, path: Path | None):
+        self.path = path
+        self.fresh = path is None or not path.exists()  # else a run goes on
+        self._file = path.open("a", encoding="utf-8") if path else None
+
+    def __call__(self, line: str, console: bool = True) -> None:
+        if self.path is None:
+            return
+        if self._file is not None:
+            try:
+                self._file.write(line + "\n")
+                self._file.flush()
+            except OSError as error:  # a full disk must not end a run that could still be saved
+                self._file = None
+                print(
+                    f"warning: {self.path}: {error.strerror}; the log goes on here alone", file=sys.stderr, flush=True
+                )
+        if console:
+            with contextlib.suppress(OSError):  # a console that is gone; the file has the line
+                if sys.stderr.isatty():
+                    from tqdm import tqdm
+
+                    tqdm.write(line)  # does not tear the bar
+                else:
+                    print(line, flush=True)
+
+
+def progress_bar(total: int, label: str, log: Log, initial: int = 0):
+    """A tqdm bar where the main rank has a terminal, else None: pipes and log files get plain lines only."""
+    if log.path is None or not sys.stderr.isatty():
+        return None
+    from tqdm import tqdm
+
+    return tqdm(total=total, initial=initial, desc=label, leave=False, smoothing=0.05)
+
+
+class Phases:
+    """Seconds spent in each named phase of a run, devices drained at both ends."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.seconds = device, {}
+
+    @contextlib.contextmanager
+    def __call__(self, name: str):
+        synchronize(self.device)
+        start = time.perf_counter()
+        yield
+        synchronize(self.device)
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+
+LOWER_RATES = "a lower MATRIX_LR, SCALAR_LR or TIED_EMBED_LR"
+
+
+class Signals:
+    """SIGTERM and SIGINT end the run at once or, while `deferred`, are noted for the training loop to act on.
+
+    Repeated ones are ignored: torchrun passes on to its workers what the terminal has sent them already.
+    """
+
+    def __init__(self):
+        self.caught, self.deferred = 0, False
+        self.advice = "there is no checkpoint to go on from"  # what to tell whoever ends the run
+
+    def __enter__(self):
+        self.before = {}
+        if threading.current_thread() is threading.main_thread():
+            self.before = {s: signal.signal(s, self.handle) for s in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def resume_from(self, checkpoint: Path) -> None:
+        self.advice = f"go on with the same command and RESUME={checkpoint}"
+
+    def handle(self, number: int, _) -> None:
+        first, self.caught = not self.caught, self.caught or number
+        if first and not self.deferred:
+            raise Interrupted(number)
+
+
+class Clock:
+    """Training time, agreed over ranks (maximum) once a step and read one step later.
+
+    Learning rate, QAT, SWA, checkpoints and the stop are functions of the agreed number alone, so all ranks decide
+    alike. Reading a step late keeps the device busy: the host waits for the step before, never for the one just
+    launched. The same message carries what else concerns all ranks: the loss, whether loss and gradient are finite,
+    bad data, a signal.
+    """
+
+    def __init__(self, ranks: Ranks, signals: Signals):
+        self.ranks, self.signals = ranks, signals
+        self.elapsed_ms = 0.0  # agreed
+        self.reserve_ms = 0.0  # what has to fit behind the last step
+        self.durations: deque[float] = deque(maxlen=20)
+        self.step, self.loss = 0, math.nan  # steps collected, and the mean loss of the last of them
+        self.interrupted = False
+        self.problem: str | None = None  # of this rank's data
+        self._before, self._since = 0.0, None
+        self._pending: Callable[[], list[float]] | None = None
+
+    def restore(self, step: int, loss: float, elapsed_ms: float, durations: Sequence[float]) -> None:
+        """Go on from another process's clock."""
+        self.step, self.loss, self.elapsed_ms, self._before = step, loss, elapsed_ms, elapsed_ms
+        self.durations.extend(durations)
+
+    def resume(self) -> None:
+        synchronize(self.ranks.device)
+        self._since = time.perf_counter()
+
+    def pause(self) -> None:
+        """Stop, with the device drained: the agreed time is exact here, not a step old."""
+        self.collect()
+        synchronize(self.ranks.device)
+        self._before, self._since = self.local_ms(), None
+        self.elapsed_ms = self.ranks.largest(self._before)
+
+    def local_ms(self) -> float:
+        return self._before + (1000 * (time.perf_counter() - self._since) if self._since is not None else 0.0)
+
+    @property
+    def step_ms(self) -> float | None:
+        """Median of the last 20 steps; None before there are five: switches latch, and a slow first step is no measure
+        of the others."""
+        return statistics.median(self.durations) if len(self.durations) >= 5 else None
+
+    def post(self, loss: Tensor, gradient_norm: Tensor) -> None:
+        """End of a step: adopt what was agreed on the step before, and start agreeing on this one.
+
+        loss is this rank's part of the mean, the norm that of the averaged gradient; both are () on the device.
+        """
+        self.collect()
+        told = torch.zeros(4 + self.ranks.size, dtype=torch.float64)
+        told[2], told[3] = self.problem is not None, self.signals.caught != 0
+        told[4 + self.ranks.rank] = self.local_ms()
+        told = told.to(loss.device, non_blocking=True)
+        told[0], told[1] = loss.detach(), ~(loss.detach() + gradient_norm).isfinite()
+        self._pending = start_read(self.ranks.sum_(told))
+
+    def collect(self) -> None:
+        """Wait for the posted step and adopt it.
+
+        Raises, on all ranks alike, LimitError if any rank's loss was not finite and UserError if its data was bad.
+        """
+        if self._pending is None:
+            return
+        loss, broken, problem, signalled, *elapsed = self._pending()
+        self._pending = None
+        self.durations.append(max(elapsed) - self.elapsed_ms)
+        self.elapsed_ms = max(elapsed)
+        self.interrupted |= signalled > 0
+        self.step += 1
+        if problem:
+            self.ranks.agree(self._raise_problem)
+        if broken:
+            raise LimitError(
+                f"loss or gradient of step {self.step} is no longer finite; the loss before it was {self.loss:.4f}; "
+                f"a new run needs {LOWER_RATES}"
+            )
+        self.loss = loss
+
+    def _raise_problem(self) -> None:
+        if self.problem:
+            raise UserError(self.problem)
+
+
+def start_read(x: Tensor) -> Callable[[], list[float]]:
+    """Start copying x to the host. The result waits for that copy, not for what is launched after it, and gives it."""
+    if x.device.type != "cuda":
+        return x.tolist
+    host, copied = x.to("cpu", non_blocking=True), torch.cuda.Event()
+    copied.record()
+
+    def read() -> list[float]:
+        copied.synchronize()
+        return host.tolist()
+
+    return read
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"cpu {torch.backends.cpu.get_cpu_capability()}"
+
+
+def peak_memory_mib(device: torch.device) -> tuple[int, int]:
+    """(allocated, reserved) at their peak: of the device, or of this process on CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) >> 20, torch.cuda.max_memory_reserved(device) >> 20
+    import resource  # not on Windows
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB on Linux, bytes on macOS
+    peak >>= 20 if sys.platform == "darwin" else 10
+    return peak, peak
+
+
+def activation_dtype(name: str, device: torch.device) -> torch.dtype:
+    """DTYPE=auto is bf16 where the device has instructions for it."""
+    if name == "auto":
+        fast = (
+            torch.cuda.is_bf16_supported(including_emulation=False)
+            if device.type == "cuda"
+            else torch.cpu._is_avx512_bf16_supported()
+        )
+        name = "bf16" if fast else "fp32"
+    return {"bf16": torch.bfloat16, "fp32": torch.float32}[name]
+
+
+def write_atomic(path: Path, parts: Iterable[bytes]) -> None:
+    """Write, fsync, rename: under its final name a file is whole or absent."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with partial.open("wb") as file:
+            for part in parts:
+                file.write(part)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Data: shards, loader, byte accounting
+# ----------------------------------------------------------------------------------------------------------------------
+
+SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES = 20240520, 1, 256 * 4
+
+
+def read_shard(path: Path) -> np.ndarray:
+    """Memory map of a shard's tokens (n,) uint16. Raises UserError for anything that is not a whole shard.
+
+    SHARD: 256 little-endian int32 (magic, version, number of tokens, zeros), then that many little-endian uint16.
+    """
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            header = np.frombuffer(file.read(12), dtype="<i4")
+    except OSError as error:
+        raise UserError(f"cannot read shard {path}: {error.strerror}") from None
+    if size < SHARD_HEADER_BYTES or header[0] != SHARD_MAGIC or header[1] != SHARD_VERSION:
+        raise UserError(f"{path} is no token shard (wrong magic or version); build shards with data/prepare.py")
+    promised = SHARD_HEADER_BYTES + 2 * int(header[2])
+    if size != promised:
+        raise UserError(f"{path} is {size} bytes, but its header promises {promised}; fetch or build it again")
+    if header[2] == 0:
+        raise UserError(f"{path} holds no tokens; build it again")
+    return np.memmap(path, dtype="<u2", mode="r", offset=SHARD_HEADER_BYTES)
+
+
+def find_shards(hp: Hyperparameters, split: str) -> list[Path]:
+    """Sorted shards of a split. Byte side files (fineweb_val_bytes_*) match the same pattern and are not shards."""
+    folder = Path(hp.data_path)
+    paths = sorted(p for p in folder.glob(f"fineweb_{split}_*.bin") if "_bytes_" not in p.name)
+    if not paths:
+        raise UserError(
+            f"no fineweb_{split}_*.bin in DATA_PATH={folder}; prepare data first: `python data/prepare.py fineweb` "
+            "(published shards) or `python data/prepare.py offline` (no download), then set DATA_PATH"
+        )
+    return paths
+
+
+def data_fingerprint(paths: Sequence[Path]) -> str:
+    """SHA-256 over the shards' headers, lengths and three sampled spans each (first, middle, last 64 KiB)."""
+    digest, span = hashlib.sha256(), 65536
+    for path in paths:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            digest.update(size.to_bytes(8, "little") + file.read(SHARD_HEADER_BYTES))
+            for offset in (SHARD_HEADER_BYTES, size // 2, max(SHARD_HEADER_BYTES, size - span)):
+                file.seek(offset)
+                digest.update(file.read(span))
+    return digest.hexdigest()
+
+
+class TokenStream:
+    """The shards of a split as one circular stream of tokens."""
+
+    def __init__(self, paths: Sequence[Path], vocab_size: int):
+        self.paths, self.vocab_size = list(paths), vocab_size
+        self.ends = np.cumsum([len(read_shard(path)) for path in paths])
+        self.fingerprint = data_fingerprint(paths)
+
+    def __len__(self) -> int:
+        return int(self.ends[-1])
+
+    def read(self, start: int, count: int) -> np.ndarray:
+        """`count` tokens (count,) uint16 from stream position `start`, wrapping at the end. Raises UserError."""
+        parts = []
+        while count:
+            position = start % len(self)
+            index = int(np.searchsorted(self.ends, position, side="right"))
+            offset = position - (int(self.ends[index - 1]) if index else 0)
+            part = self.read_part(index, offset, min(count, int(self.ends[index]) - position))
+            parts.append(part)
+            start, count = start + len(part), count - len(part)
+        return np.concatenate(parts)
+
+    def read_part(self, index: int, offset: int, count: int) -> np.ndarray:
+        """Tokens of one shard, read anew: a memory map of a file that shrinks kills the process without a word."""
+        path = self.paths[index]
+        try:
+            tokens = np.fromfile(path, dtype="<u2", count=count, offset=SHARD_HEADER_BYTES + 2 * offset)
+        except OSError as error:
+            raise UserError(f"cannot read shard {path} any more: {error.strerror}; put it back") from None
+        if len(tokens) < count:
+            raise UserError(f"shard {path} became shorter while it was in use; fetch or build it again")
+        if (largest := int(tokens.max())) >= self.vocab_size:
+            raise UserError(
+                f"{path} holds token id {largest}, but VOCAB_SIZE={self.vocab_size}; "
+                "set VOCAB_SIZE to the tokenizer's size or use shards made with it"
+            )
+        return tokens
+
+
+class BatchLoader:
+    """Step i's batch is the same TRAIN_BATCH_TOKENS targets for every world size; a rank takes its part by arithmetic.
+
+    A thread reads one batch ahead. Where the data are bad, a rank gets zeros and says why in `problem`: it still has to
+    finish the step with the others, and the clock then ends the run for all.
+    """
+
+    def __init__(self, stream: TokenStream, hp: Hyperparameters, ranks: Ranks, log: Log, step: int = 0):
+        self.stream, self.ranks, self.log = stream, ranks, log
+        self.batch, self.length = hp.train_batch_tokens, hp.train_seq_len
+        self.per_rank = self.batch // ranks.size
+        self.step, self.problem = step, None
+        self._batches: queue.Queue = queue.Queue(maxsize=1)
+        threading.Thread(target=self._read_ahead, daemon=True, name="loader").start()
+
+    def _read_ahead(self) -> None:
+        for step in itertools.count(self.step):
+            start, problem = step * self.batch + self.ranks.rank * self.per_rank, None
+            try:
+                tokens = self.stream.read(start, self.per_rank + 1)
+            except Exception as error:  # whatever it is, the run must hear of it and not wait for a dead thread
+                problem = str(error) if isinstance(error, UserError) else f"reading training data failed: {error!r}"
+                tokens = np.zeros(self.per_rank + 1)
+            batch = torch.from_numpy(tokens.astype(np.int64))
+            self._batches.put((batch.pin_memory() if self.ranks.device.type == "cuda" else batch, problem))
+
+    def next(self) -> tuple[Tensor, Tensor]:
+        """Inputs and targets of this rank for the next step, each (sequences, TRAIN_SEQ_LEN) int64 on the device."""
+        tokens, self.problem = self._batches.get()
+        epoch = (self.step + 1) * self.batch // len(self.stream)
+        if epoch > self.step * self.batch // len(self.stream):
+            self.log(f"train_loader:wrapped epoch:{epoch} step:{self.step} stream_tokens:{len(self.stream)}")
+        self.step += 1
+        tokens = tokens.to(self.ranks.device, non_blocking=True)
+        return tokens[:-1].view(-1, self.length), tokens[1:].view(-1, self.length)
+
+
+def find_tokenizer(hp: Hyperparameters) -> Path:
+    """TOKENIZER_PATH, else the one .model beside the shards, else the challenge's default place. Raises UserError."""
+    if hp.tokenizer_path:
+        path = Path(hp.tokenizer_path)
+        if not path.is_file():
+            raise UserError(f"TOKENIZER_PATH={path} does not exist")
+        return path
+    beside = sorted(Path(hp.data_path).glob("*.model"))
+    if len(beside) > 1:
+        raise UserError(f"{len(beside)} .model files in DATA_PATH={hp.data_path}; name one with TOKENIZER_PATH")
+    default = Path("data/tokenizers/fineweb_1024_bpe.model")
+    if not beside and not default.is_file():
+        raise UserError(f"no .model in DATA_PATH={hp.data_path} and no {default}; set TOKENIZER_PATH")
+    return beside[0] if beside else default
+
+
+class TokenBytes:
+    """UTF-8 bytes that each token stands for: the denominator of bits per byte, and the only place that counts them.
+
+    A token's bytes are those of its piece, `▁` being one space. A leading `▁` counts unless the token before is a
+    boundary (control, unknown, unused), where decoding drops that space. Byte tokens count 1, control tokens 0.
+    Raises UserError for tokenizers whose text cannot be counted exactly this way.
+    """
+
+    def __init__(self, path: Path, vocab_size: int):
+        import sentencepiece
+
+        try:
+            model = sentencepiece.SentencePieceProcessor(model_file=str(path))
+        except (OSError, RuntimeError) as error:
+            raise UserError(f"{path} is no SentencePiece model: {str(error).splitlines()[0]}") from None
+        n = model.get_piece_size()
+        if n != vocab_size:
+            raise UserError(f"tokenizer {path} has {n} pieces, not VOCAB_SIZE={vocab_size}; set VOCAB_SIZE={n}")
+        pieces = [model.id_to_piece(i) for i in range(n)]
+        is_byte = np.array([model.is_byte(i) for i in range(n)])
+        self.boundary = np.array([model.is_control(i) or model.is_unknown(i) or model.is_unused(i) for i in range(n)])
+        ordinary = ~(is_byte | self.boundary)
+        if not any(p == "▁" and ordinary[i] for i, p in enumerate(pieces)):
+            raise UserError(f"tokenizer {path} has no `▁` piece of its own: a space would become three byte tokens")
+        if int(is_byte.sum()) != 256:
+            raise UserError(
+                f"tokenizer {path} has no byte fallback: rare characters become a lossy <unk>; train it with one"
+            )
+        if not (pieces[BOS_ID] and model.is_control(BOS_ID)):
+            raise UserError(f"tokenizer {path} has no control token with id {BOS_ID} to start a document")
+        self.unknown_id = model.unk_id()
+        self.leading_space = np.array([p.startswith("▁") for p in pieces]) & ordinary
+        lengths = [len(p.removeprefix("▁").replace("▁", " ").encode()) for p in pieces]
+        self.base = np.where(is_byte, 1, np.where(ordinary, lengths, 0)).astype(np.int64)
+        self.sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+
+    def count(self, tokens: np.ndarray) -> np.ndarray:
+        """Bytes (n-1,) int64 of tokens[1:], each given its predecessor; tokens is (n,) of any integer type."""
+        previous, target = tokens[:-1], tokens[1:]
+        return self.base[target] + (self.leading_space[target] & ~self.boundary[previous])
+
+
+class Validation(NamedTuple):
+    tokens: np.ndarray  # (n+1,) uint16, the whole split
+    bytes: np.ndarray  # (n,) int64, of each target
+    fingerprint: str
+    tokenizer_path: Path
+    tokenizer_sha256: str
+
+    @property
+    def targets(self) -> int:
+        return len(self.tokens) - 1
+
+
+def load_validation(hp: Hyperparameters) -> Validation:
+    """The whole validation split, every id checked, and the bytes of each target. Raises UserError."""
+    shards, path = find_shards(hp, "val"), find_tokenizer(hp)
+    counter = TokenBytes(path, hp.vocab_size)
+    stream = TokenStream(shards, hp.vocab_size)
+    tokens = stream.read(0, len(stream))
+    problems = {
+        "has fewer than two tokens": len(tokens) < 2,
+        f"does not start with BOS ({BOS_ID})": tokens[0] != BOS_ID,
+        "holds <unk>, so its text is lost": (tokens == counter.unknown_id).any(),
+        "holds no text": counter.count(tokens).sum() == 0,
+    }
+    for problem, found in problems.items():
+        if found:
+            raise UserError(
+                f"the validation split in DATA_PATH={hp.data_path} {problem}; build it with data/prepare.py"
+            )
+    return Validation(tokens, counter.count(tokens), stream.fingerprint, path, counter.sha256)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Model
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+NORM_EPS = torch.finfo(torch.float32).eps  # for bf16 too: the mean square of a fresh token table is only 2.5e-5
+
+
+class RMSNorm(torch.autograd.Function):
+    """x / sqrt(mean(x²) + eps) over the last dimension, without weights; statistics in fp32.
+
+    Its own backward reuses the output: half the passes over memory of the composite one, a tenth of an eager CPU step.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+        inverse = (norm.square() / x.size(-1) + NORM_EPS).rsqrt()
+        y = (x * inverse).to(x.dtype)
+        ctx.save_for_backward(y, inverse)
+        return y
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        y, inverse = ctx.saved_tensors
+        along = (gradient * y).mean(-1, keepdim=True, dtype=torch.float32).to(y.dtype)
+        return torch.addcmul(gradient, y, along, value=-1) * inverse.to(y.dtype)
+
+
+rms_norm = RMSNorm.apply
+
+
+class CastedLinear(nn.Module):
+    """y = x Wᵀ with an fp32 master weight (out, in) cast to the activations' dtype: the one seam of the model.
+
+    Fake quantization lives here, and whatever else has to see or change what a matrix does. The switch is an attribute
+    of the instance: torch.compile guards instance attributes, while it folds a class attribute into the first graph.
+    """
+
+    def __init__(self, in_dim: int, out_dim: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out_dim, in_dim))
+        self.register_buffer("row_scale", None, persistent=False)  # (out, 1) fp32, set when QAT is prepared
+        self.fake_quant, self.q_max = False, 0
+        self.lora: LoRA | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight
+        if self.fake_quant:
+            grid = quantize_rows(weight.detach(), self.row_scale, self.q_max) * self.row_scale
+            weight = grid + (weight - weight.detach())  # value: the grid's, exactly; gradient: straight through
+        y = F.linear(x, weight.to(x.dtype))
+        return y if self.lora is None else y + self.lora(x)
+
+
+class LoRA:
+    """(x Aᵀ) Bᵀ · alpha/rank (Hu et al., 2021), an A (rank, in) and a B (out, rank) for each sequence of a batch.
+
+    B starts at zero, A the same for every sequence: a score depends on its document, not on its place in a batch. No
+    module: the model it is hung into keeps its parameters' names.
+    """
+
+    def __init__(self, sequences: int, in_dim: int, out_dim: int, hp: Hyperparameters, device: torch.device):
+        generator = torch.Generator().manual_seed(0)
+        self.initial = torch.randn(hp.ttt_lora_rank, in_dim, generator=generator).div(math.sqrt(in_dim)).to(device)
+        self.a = self.initial.repeat(sequences, 1, 1).requires_grad_()
+        self.b = torch.zeros(sequences, out_dim, hp.ttt_lora_rank, device=device, requires_grad=True)
+        self.scale = hp.ttt_lora_alpha / hp.ttt_lora_rank
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """(B, T, in) -> (B, T, out)"""
+        return self.scale * torch.bmm(torch.bmm(x, self.a.to(x.dtype).mT), self.b.to(x.dtype).mT)
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        self.a.copy_(self.initial.expand_as(self.a))
+        self.b.zero_()
+
+
+class BigramHash(nn.Module):
+    """A hashed table of token pairs, added to the embedding. Row M-1 stands for 'no predecessor'."""
+
+    def __init__(self, rows: int, dim: int, model_dim: int):
+        super().__init__()
+        self.table = nn.Embedding(rows, dim, _weight=torch.empty(rows, dim))
+        self.proj = CastedLinear(dim, model_dim)
+        self.scale = nn.Parameter(torch.empty(()))
+
+    def forward(self, tokens: Tensor, starts: Tensor, dtype: torch.dtype) -> Tensor:
+        """tokens (B, T) int, starts (B, T) bool: the first position and every BOS -> (B, T, D)."""
+        rows = self.table.num_embeddings
+        now = tokens.to(torch.int32)
+        pair = torch.bitwise_xor(36313 * now, 27191 * now.roll(1, dims=1)).remainder(rows - 1)
+        index = torch.where(starts, rows - 1, pair)
+        return self.proj(self.table(index).to(dtype)) * self.scale.to(dtype)
+
+
+class SmearGate(nn.Module):
+    """x_i + sigmoid(g) (x_{i-1} - x_i) per channel; nothing crosses into the first position or a BOS."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.gate = nn.Parameter(torch.empty(dim))
+
+    def forward(self, x: Tensor, starts: Tensor) -> Tensor:
+        previous = F.pad(x, (0, 0, 1, -1))
+        return torch.where(starts[..., None], x, torch.lerp(x, previous, self.gate.sigmoid().to(x.dtype)))
+
+
+class ValueEmbedding(nn.Module):
+    """A second token table whose vectors are added to the values of some layers."""
+
+    def __init__(self, vocab_size: int, dim: int, kv_dim: int):
+        super().__init__()
+        self.table = nn.Embedding(vocab_size, dim, _weight=torch.empty(vocab_size, dim))
+        self.proj = CastedLinear(dim, kv_dim)
+        self.scale = nn.Parameter(torch.empty(()))
+
+    def forward(self, tokens: Tensor, dtype: torch.dtype) -> Tensor:
+        """(B, T) -> (B, T, Hkv*K)"""
+        return self.proj(self.table(tokens).to(dtype)) * self.scale.to(dtype)
+
+
+class Rotary(nn.Module):
+    """Rotates the first `dims` of each head's dimensions; tables for one context, computed once.
+
+    NTK rule: a context r times longer than TRAIN_SEQ_LEN multiplies the base by r^(d/(d-2)). Tables cached lazily
+    inside a scoring pass would be inference tensors that the next backward cannot use.
+    """
+
+    def __init__(self, dims: int, base: float, context: int, train_seq_len: int):
+        super().__init__()
+        ratio = max(1.0, context / train_seq_len)
+        base = base * ratio ** (dims / (dims - 2))
+        frequencies = base ** (-torch.arange(0, dims, 2, dtype=torch.float32) / dims)
+        angles = torch.outer(torch.arange(context, dtype=torch.float32), frequencies)[:, None]  # (context, 1, dims/2)
+        self.dims = dims
+        self.register_buffer("cos", angles.cos(), persistent=False)
+        self.register_buffer("sin", angles.sin(), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, H, K) -> the same shape; half-split pairs (x1 c + x2 s, -x1 s + x2 c)."""
+        cos, sin = self.cos[: x.size(1)].to(x.dtype), self.sin[: x.size(1)].to(x.dtype)
+        x1, x2, rest = x.split((self.dims // 2, self.dims // 2, x.size(-1) - self.dims), dim=-1)
+        return torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin, rest), dim=-1)
+
+
+class Attention(nn.Module):
+    """Causal grouped-query attention with normalized queries and keys, partial rotary and a gain per query head."""
+
+    def __init__(self, hp: Hyperparameters, layer: int, rotary: Rotary, attend: Callable):
+        super().__init__()
+        kv_dim = hp.num_kv_heads * hp.head_dim
+        self.q = CastedLinear(hp.model_dim, hp.model_dim)
+        self.k = CastedLinear(hp.model_dim, kv_dim)
+        self.v = CastedLinear(hp.model_dim, kv_dim)
+        self.out = CastedLinear(hp.model_dim, hp.model_dim)
+        self.q_gain = nn.Parameter(torch.empty(hp.num_heads))
+        self.ve_scale = nn.Parameter(torch.empty(())) if layer in hp.ve_layer_ids else None
+        # Not in the first layer, whose value it is: a parameter without a gradient.
+        self.first_share = nn.Parameter(torch.empty(())) if hp.value_residual and layer else None
+        self.gate = HeadGate(hp.model_dim, hp.num_heads) if hp.gated_attention else None
+        self.exclude_self = layer >= hp.num_layers - hp.xsa_last_n
+        self.head_dim, self.rotary, self.attend = hp.head_dim, rotary, attend
+
+    def forward(self, x: Tensor, value_embedding: Tensor | None, first_value: Tensor | None) -> tuple[Tensor, Tensor]:
+        """x (B, T, D) -> (output (B, T, D), this layer's own value (B, T, Hkv*K)); the arguments are of that shape.
+
+        first_value is the first layer's own value: value residual (Zhou et al., 2024) adds a share of it to v.
+        """
+        heads = (*x.shape[:2], -1, self.head_dim)
+        v = own_value = self.v(x)
+        if self.first_share is not None:
+            v = v + first_value * self.first_share.to(x.dtype)
+        if self.ve_scale is not None:
+            v = v + value_embedding * self.ve_scale.to(x.dtype)
+        q, k, v = self.q(x).view(heads), self.k(x).view(heads), v.view(heads)
+        q = self.rotary(rms_norm(q)) * self.q_gain.to(x.dtype)[:, None]
+        k = self.rotary(rms_norm(k))
+        y = self.attend(q, k, v)
+        if self.exclude_self:
+            y = exclude_own_value(y, v)
+        if self.gate is not None:
+            y = y * self.gate(x)[..., None]
+        return self.out(y.reshape(x.shape)), own_value
+
+
+class HeadGate(nn.Module):
+    """2 sigmoid(w_h · x + b_h) per head: 1 at the start (after the gated attention of Qiu et al., 2025)."""
+
+    def __init__(self, dim: int, heads: int):
+        super().__init__()
+        self.proj = CastedLinear(dim, heads)
+        self.bias = nn.Parameter(torch.empty(heads))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, D) -> (B, T, H)"""
+        return 2 * torch.sigmoid(self.proj(x) + self.bias.to(x.dtype))
+
+
+def exclude_own_value(y: Tensor, v: Tensor) -> Tensor:
+    """XSA: y (B, T, H, K) without its component along this position's value v (B, T, Hkv, K) of the head's group."""
+    own = F.normalize(v, dim=-1).unsqueeze(3)  # (B, T, Hkv, 1, K)
+    grouped = y.view(*v.shape[:3], -1, y.size(-1))  # (B, T, Hkv, H/Hkv, K)
+    return (grouped - (grouped * own).sum(-1, keepdim=True) * own).view_as(y)
+
+
+class MLP(nn.Module):
+    """W_down · f(x). f is leaky_relu(W_up x)², whose square keeps the sign-blind strength of both sides, or gated:
+    silu(W_gate x) ⊙ W_up x (SwiGLU, Shazeer 2020), or the same with relu(z)² in place of silu (star_relu)."""
+
+    def __init__(self, hp: Hyperparameters):
+        super().__init__()
+        self.up = CastedLinear(hp.model_dim, hp.mlp_dim)
+        self.gate = CastedLinear(hp.model_dim, hp.mlp_dim) if hp.mlp_kind != "leaky_relu2" else None
+        self.down = CastedLinear(hp.mlp_dim, hp.model_dim)
+        self.kind, self.slope = hp.mlp_kind, hp.leaky_relu_slope
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.up(x)
+        if self.gate is None:
+            return self.down(F.leaky_relu(hidden, self.slope).square())
+        gate = self.gate(x)
+        return self.down((F.silu(gate) if self.kind == "swiglu" else gate.relu().square()) * hidden)
+
+
+class Block(nn.Module):
+    """Pre-norm attention and MLP on a mix of the stream x and the first embedding x0."""
+
+    def __init__(self, hp: Hyperparameters, layer: int, rotary: Rotary, attend: Callable):
+        super().__init__()
+        self.attn, self.mlp = Attention(hp, layer, rotary, attend), MLP(hp)
+        self.resid_mix = nn.Parameter(torch.empty(2, hp.model_dim))
+        self.attn_scale = nn.Parameter(torch.empty(hp.model_dim))
+        self.mlp_scale = nn.Parameter(torch.empty(hp.model_dim))
+        self.norm_scale = 1 / math.sqrt(layer + 1) if hp.ln_scale else 1.0
+
+    def forward(
+        self, x: Tensor, x0: Tensor, value_embedding: Tensor | None, first_value: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """(output (B, T, D), this layer's own value (B, T, Hkv*K))"""
+        mix = self.resid_mix.to(x.dtype)
+        x = mix[0] * x + mix[1] * x0
+        y, own_value = self.attn(rms_norm(x) * self.norm_scale, value_embedding, first_value)
+        x = x + self.attn_scale.to(x.dtype) * y
+        return x + self.mlp_scale.to(x.dtype) * self.mlp(rms_norm(x) * self.norm_scale), own_value
+
+
+def layer_passes(hp: Hyperparameters, loops: int) -> tuple[tuple[int, int | None], ...]:
+    """(layer, number of the extra loop that begins with it, else None) of every pass through a block, in order.
+
+    Depth recurrence (Universal Transformers, Dehghani et al., 2018): layers LOOP_START…LOOP_END run once and then
+    `loops` times more with the same weights.
+    """
+    once = [(layer, None) for layer in range(hp.num_layers)]
+    again = [(layer, loop if layer == hp.loop_start else None)
+             for loop in range(loops) for layer in range(hp.loop_start, hp.loop_end + 1)]  # fmt: skip
+    return (*once[: hp.loop_end + 1], *again, *once[hp.loop_end + 1 :])
+
+
+class GPT(nn.Module):
+    """The whole model for one context length. Parameters are uninitialized until init_weights or load_state_dict.
+
+    It reads only the model section of the settings and knows no learning rate, rank, clock or tokenizer.
+    """
+
+    def __init__(self, hp: Hyperparameters, context: int, attend: Callable, dtype: torch.dtype):
+        super().__init__()
+        dim = hp.model_dim
+        self.tok_emb = nn.Embedding(hp.vocab_size, dim, _weight=torch.empty(hp.vocab_size, dim))
+        self.bigram = BigramHash(hp.bigram_vocab_size, hp.bigram_dim, dim) if hp.bigram_vocab_size else None
+        self.smear = SmearGate(dim) if hp.smear_gate_enabled else None
+        self.value_embedding = None
+        if hp.ve_enabled:
+            self.value_embedding = ValueEmbedding(hp.vocab_size, hp.ve_dim, hp.num_kv_heads * hp.head_dim)
+        rotary = Rotary(hp.rope_dims or hp.head_dim, hp.rope_base, context, hp.train_seq_len)
+        self.blocks = nn.ModuleList(Block(hp, layer, rotary, attend) for layer in range(hp.num_layers))
+        self.plain, self.looped = layer_passes(hp, 0), layer_passes(hp, hp.num_loops)
+        self.looping = hp.num_loops > 0  # training may switch it on later
+        self.loop_vectors = nn.Parameter(torch.empty(hp.num_loops, dim)) if hp.num_loops else None
+        self.unet_skips = hp.unet_skips
+        skips = len(self.looped) // 2 if hp.unet_skips else 0
+        self.skip_weights = nn.Parameter(torch.empty(skips, dim)) if skips else None
+        self.lm_head = None if hp.tie_embeddings else CastedLinear(dim, hp.vocab_size)
+        self.head_lora: LoRA | None = None
+        self.softcap, self.dtype = hp.logit_softcap, dtype
+
+    def trunk(self, tokens: Tensor) -> Tensor:
+        """(B, T) int -> (B, T, D): normalized output of the last block. Nothing but attention crosses a BOS."""
+        starts = tokens == BOS_ID
+        starts[:, 0] = True
+        x = self.tok_emb(tokens).to(self.dtype)
+        if self.bigram is not None:
+            x = x + self.bigram(tokens, starts, self.dtype)
+        x = rms_norm(x)
+        if self.smear is not None:
+            x = self.smear(x, starts)
+        x0, skips, first_value = x, [], None
+        ve = self.value_embedding(tokens, self.dtype) if self.value_embedding is not None else None
+        passes = self.looped if self.looping else self.plain
+        encoder = len(passes) // 2 if self.unet_skips else 0
+        for place, (layer, loop) in enumerate(passes):
+            if place >= encoder and skips:  # each weight belongs to the output that it scales
+                x = x + self.skip_weights[len(skips) - 1].to(x.dtype) * skips.pop()
+            if loop is not None:
+                x = x + self.loop_vectors[loop].to(x.dtype)
+            x, own_value = self.blocks[layer](x, x0, ve, first_value)
+            first_value = own_value if first_value is None else first_value
+            if place < encoder:
+                skips.append(x)
+        return rms_norm(x)
+
+    def head(self, x: Tensor) -> Tensor:
+        """(B, T, D) -> softcapped logits (B, T, V) fp32."""
+        z = self.lm_head(x) if self.lm_head is not None else F.linear(x, self.tok_emb.weight.to(x.dtype))
+        if self.head_lora is not None:
+            z = z + self.head_lora(x)
+        return self.softcap * torch.tanh(z.float() / self.softcap)
+
+    def logits(self, tokens: Tensor) -> Tensor:
+        """(B, T) int -> (B, T, V) fp32"""
+        return self.head(self.trunk(tokens))
+
+    def forward(self, tokens: Tensor, targets: Tensor, temperatures: tuple[float, ...] = ()) -> Tensor:
+        """Nats (B, S) fp32, unreduced, of the last S targets. tokens is (B, T) int, targets (B, S) int64, S <= T.
+
+        Sliding windows score only their last positions: the head runs on those alone. With temperatures, the nats are
+        those of softmax(logits / t) for each t: (B, S, temperatures).
+        """
+        x = self.trunk(tokens)[:, tokens.size(1) - targets.size(1) :]
+        logits, wanted = self.head(x).flatten(0, 1), targets.flatten()
+        if not temperatures:
+            return F.cross_entropy(logits, wanted, reduction="none").view_as(targets)
+        nats = [F.cross_entropy(logits / t, wanted, reduction="none") for t in temperatures]
+        return torch.stack(nats, dim=-1).view(*targets.shape, len(temperatures))
+
+
+# Every parameter belongs to exactly one class. The class decides optimizer row and storage, never the size.
+TENSOR_CLASSES = {
+    "attention": r"blocks\.\d+\.attn\.(q|k|v)\.weight",
+    "attention_out": r"blocks\.\d+\.attn\.out\.weight",
+    "mlp": r"blocks\.\d+\.mlp\.(up|gate|down)\.weight",
+    "embedding": r"(tok_emb|bigram\.table|value_embedding\.table)\.weight",
+    "head": r"lm_head\.weight",
+    "gate": r"blocks\.\d+\.attn\.gate\.proj\.weight",
+    "projection": r"(bigram|value_embedding)\.proj\.weight",
+    "control": r"blocks\.\d+\.(attn\.(q_gain|ve_scale|first_share|gate\.bias)|resid_mix|attn_scale|mlp_scale)"
+    r"|skip_weights|loop_vectors|smear\.gate|(bigram|value_embedding)\.scale",
+}
+
+
+MATRICES = ("attention", "attention_out", "mlp")  # of the blocks: what Muon moves, QAT prepares and GPTQ quantizes
+
+
+def one_match(name: str, patterns: Mapping[str, str], what: str) -> str:
+    """The key of the only pattern that matches a parameter's name; none or two is a defect of the program."""
+    keys = [key for key, pattern in patterns.items() if re.fullmatch(pattern, name)]
+    if len(keys) != 1:
+        raise RuntimeError(f"parameter {name} has {len(keys)} {what}: {keys}")
+    return keys[0]
+
+
+def tensor_class(name: str) -> str:
+    return one_match(name, TENSOR_CLASSES, "tensor classes")
+
+
+def init_weights(model: GPT, hp: Hyperparameters) -> None:
+    """Initial values by name, from SEED, the same on every device and rank (drawn on CPU).
+
+    Orthogonal inputs and zero outputs: every block starts as the identity and every matrix has a gradient by step two.
+    """
+    generator = torch.Generator().manual_seed(hp.seed)
+    initial = {
+        "orthogonal": lambda w: nn.init.orthogonal_(w, generator=generator),
+        "token table": lambda w: nn.init.normal_(w, std=hp.tied_embed_init_std, generator=generator),
+        "value table": lambda w: nn.init.normal_(w, std=0.01, generator=generator),
+        "zero": nn.init.zeros_,
+        "one": nn.init.ones_,
+        "gain": lambda w: nn.init.constant_(w, hp.qk_gain_init),
+        "mix": lambda w: w.copy_(torch.tensor([[1.0], [0.0]]).expand_as(w)),
+        "bigram scale": lambda w: nn.init.constant_(w, 0.05),
+        "value scale": lambda w: nn.init.constant_(w, 0.1),
+    }
+    rules = {
+        "orthogonal": r"blocks\.\d+\.(attn\.(q|k|v)|mlp\.(up|gate))\.weight|loop_vectors"
+        r"|(bigram|value_embedding)\.proj\.weight",
+        "token table": r"tok_emb\.weight",
+        "value table": r"value_embedding\.table\.weight",
+        "zero": r"blocks\.\d+\.(attn\.out|mlp\.down|attn\.gate\.proj)\.weight|lm_head\.weight|bigram\.table\.weight"
+        r"|smear\.gate|blocks\.\d+\.attn\.(gate\.bias|first_share)",
+        "one": r"blocks\.\d+\.(attn_scale|mlp_scale|attn\.ve_scale)|skip_weights",
+        "gain": r"blocks\.\d+\.attn\.q_gain",
+        "mix": r"blocks\.\d+\.resid_mix",
+        "bigram scale": r"bigram\.scale",
+        "value scale": r"value_embedding\.scale",
+    }
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            drawn = torch.empty(parameter.shape)
+            initial[one_match(name, rules, "initial values")](drawn)
+            parameter.copy_(drawn)
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """torch's own causal attention in the layout of the flash kernels: q (B, T, H, K), k and v (B, T, Hkv, K)."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.size(1) != k.size(1)).transpose(1, 2)
+
+
+def matmul_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The same attention as three batched products, for short contexts on CPUs with bf16 instructions.
+
+    There it takes half the time of SDPA, whose CPU kernel is made for long ones; memory grows with T² instead.
+    """
+    batch, length, heads, width = q.shape
+    groups = k.size(2)
+    q = q.view(batch, length, groups, -1, width).permute(0, 2, 3, 1, 4).reshape(batch * groups, -1, width)
+    k, v = (x.transpose(1, 2).reshape(batch * groups, length, width) for x in (k, v))
+    future = torch.full((length, length), -math.inf, dtype=q.dtype, device=q.device).triu_(1)
+    mask = future.repeat(heads // groups, 1).expand(batch * groups, -1, -1)
+    y = torch.baddbmm(mask, q, k.mT, alpha=width**-0.5).softmax(-1) @ v
+    return y.view(batch, groups, -1, length, width).permute(0, 3, 1, 2, 4).reshape(batch, length, heads, width)
+
+
+def load_flash(kind: str) -> Callable:
+    """The causal kernel of FlashAttention 3 or 2 on (B, T, H, K); raises ImportError where it is not installed."""
+    if kind == "fa3":
+        from flash_attn_interface import flash_attn_func
+    else:
+        from flash_attn import flash_attn_func
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        y = flash_attn_func(q.bfloat16(), k.bfloat16(), v.bfloat16(), causal=True)
+        return (y[0] if isinstance(y, tuple) else y).to(q.dtype)  # some FA3 versions also return the log-sum-exp
+
+    return attend
+
+
+def choose_attention(hp: Hyperparameters, device: torch.device, dtype: torch.dtype) -> tuple[str, Callable]:
+    """(what the log says, attend). A flash kernel asked for by name works or is a UserError; auto takes the first of
+    FA3, FA2, SDPA that works on CUDA, and on CPU the faster of SDPA and plain products."""
+    plain = {"sdpa": sdpa, "matmul": matmul_attention}
+    if hp.attention in plain:
+        return hp.attention, plain[hp.attention]
+    if hp.attention == "auto" and device.type == "cpu":
+        short = max(hp.train_seq_len, hp.eval_seq_len) <= 512 and dtype == torch.bfloat16
+        return ("matmul", matmul_attention) if short else ("sdpa", sdpa)
+    reasons = []
+    for kind in ("fa3", "fa2") if hp.attention == "auto" else (hp.attention,):
+        if device.type != "cuda":
+            reason = "needs CUDA"
+        elif kind == "fa3" and torch.cuda.get_device_capability(device)[0] != 9:
+            reason = "needs a Hopper GPU"
+        elif dtype != torch.bfloat16:
+            reason = "needs DTYPE=bf16"
+        elif hp.head_dim % 8:
+            reason = f"needs a head width divisible by 8, not {hp.head_dim}"
+        else:
+            try:
+                return kind, load_flash(kind)
+            except ImportError as error:
+                reason = f"cannot be imported ({error})"
+        if hp.attention == kind:
+            raise UserError(f"ATTENTION={kind} {reason}; use ATTENTION=auto or sdpa")
+        reasons.append(f"{kind} {reason}")
+    return f"sdpa ({'; '.join(reasons)})", sdpa
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Optimizers and schedule
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def newton_schulz(x: Tensor, steps: int) -> Tensor:
+    """Nearly orthogonal factor of each matrix of x (n, rows, cols), in x's dtype (Jordan et al., Muon, 2024).
+
+    The quintic's coefficients maximize the slope at zero; singular values land in about 0.7 … 1.2, not at 1.
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)  # the first gradients of q, k, v and up are exactly zero
+    tall = x.size(-2) > x.size(-1)
+    x = x.mT if tall else x
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x.mT if tall else x
+
+
+class Bank:
+    """One contiguous (n, rows, cols) fp32 tensor that all matrices of one shape are views of, and its Muon state.
+
+    n is padded to a multiple of the world size; padding rows have zero gradients and never move.
+    """
+
+    def __init__(self, parameters: list[nn.Parameter], rates: list[float], ranks: Ranks, dtype: torch.dtype):
+        """rates are multiples of the learning rate, one for each matrix."""
+        self.parameters, self.ranks = parameters, ranks
+        rows, cols = parameters[0].shape
+        device, n = parameters[0].device, -(-len(parameters) // ranks.size) * ranks.size
+        self.weight = torch.zeros(n, rows, cols, device=device)
+        self.gradient = torch.zeros(n, rows, cols, device=device, dtype=dtype)
+        self.update = torch.zeros(n, rows, cols, device=device, dtype=dtype)
+        self.mine = mine = slice(n * ranks.rank // ranks.size, n * (ranks.rank + 1) // ranks.size)
+        # At world size 1 a shard is the whole bank and the collectives are the identity.
+        self.update_shard = self.update[mine]
+        self.gradient_shard = self.gradient if ranks.size == 1 else torch.zeros_like(self.gradient[mine])
+        self.momentum = torch.zeros(self.gradient_shard.shape, device=device)
+        self.step_size = math.sqrt(max(1.0, rows / cols))
+        self.rates = None
+        if set(rates) != {1.0}:
+            self.rates = torch.ones(n, 1, 1, device=device)
+            self.rates[: len(rates), 0, 0] = torch.tensor(rates)
+        self.name = f"{rows}x{cols}"
+        for i, parameter in enumerate(parameters):
+            self.weight[i].copy_(parameter.data)
+            parameter.data = self.weight[i]
+
+    def reduce_gradient(self):
+        """Sum this shape's gradients over ranks into the owners' shards; returns a handle."""
+        torch._foreach_copy_(list(self.gradient.unbind())[: len(self.parameters)], [p.grad for p in self.parameters])
+        return self.ranks.start_reduce_scatter(self.gradient_shard, self.gradient)
+
+    def orthogonalize(self, momentum: float, clip: Tensor, steps: int, polar: Callable):
+        """Nesterov momentum and Newton-Schulz on this rank's shard; returns the handle of the gather of all updates."""
+        gradient = self.gradient_shard.float().mul_(clip)
+        self.momentum.mul_(momentum).add_(gradient)
+        nesterov = gradient.add_(self.momentum, alpha=momentum)
+        self.update_shard.copy_(polar(nesterov.to(self.update.dtype), steps))
+        return self.ranks.start_all_gather(self.update, self.update_shard)
+
+    def whole_momentum(self) -> Tensor:
+        """(matrices, rows, cols) fp32 gathered from all ranks, without padding."""
+        whole = torch.empty_like(self.weight) if self.ranks.size > 1 else self.momentum
+        self.ranks.start_all_gather(whole, self.momentum).wait()
+        return whole[: len(self.parameters)]
+
+    def load_momentum(self, whole: Tensor) -> None:
+        padded = torch.zeros_like(self.weight)
+        padded[: len(whole)] = whole
+        self.momentum.copy_(padded[self.mine])
+
+    def apply(self, lr: float, weight_decay: float) -> None:
+        if self.rates is None:
+            self.weight.mul_(1 - lr * weight_decay).add_(self.update, alpha=-lr * self.step_size)
+        else:
+            rates = lr * self.rates
+            self.weight.mul_(1 - rates * weight_decay).sub_(self.update * (rates * self.step_size))
+
+
+class Optimizers:
+    """Muon for the block matrices, AdamW for everything else; every parameter in exactly one row of `rows`.
+
+    One step, with gradients already divided by the global token count:
+      1. per bank, largest first: copy gradients in, start a reduce-scatter; meanwhile all-reduce the small gradients;
+      2. one scalar sum gives the norm of the averaged gradient, hence the clip factor, which stays on the device;
+      3. AdamW; then per bank Newton-Schulz on this rank's shard, its all-gather overlapping the next bank's work.
+    """
+
+    def __init__(self, model: GPT, hp: Hyperparameters, ranks: Ranks, dtype: torch.dtype, compile: bool):
+        self.hp, self.ranks = hp, ranks
+        self.rows = {  # tensor classes: (optimizer, learning rate, weight decay)
+            MATRICES: ("muon", hp.matrix_lr, hp.muon_wd),
+            ("embedding",): ("adamw", hp.tied_embed_lr if hp.tie_embeddings else hp.embed_lr, hp.adam_wd),
+            ("control", "projection", "gate"): ("adamw", hp.scalar_lr, hp.adam_wd),
+            ("head",): ("adamw", hp.head_lr, hp.adam_wd),
+        }
+        by_shape: dict[tuple[int, ...], list[tuple[nn.Parameter, float]]] = {}
+        groups = []
+        claimed = 0
+        for classes, (kind, lr, weight_decay) in self.rows.items():
+            members = {name: p for name, p in model.named_parameters() if tensor_class(name) in classes}
+            claimed += len(members)
+            if kind == "muon":
+                for name, parameter in members.items():
+                    decoder = int(name.split(".")[1]) >= hp.num_layers // 2
+                    rate = hp.decoder_lr_mult if decoder else 1.0
+                    by_shape.setdefault(tuple(parameter.shape), []).append((parameter, rate))
+            elif members:
+                groups.append(dict(params=[*members.values()], lr=lr, base_lr=lr, weight_decay=weight_decay))
+        count = len(list(model.parameters()))
+        if claimed != count:
+            raise RuntimeError(f"{claimed} parameters in optimizer rows, {count} in the model")
+        self.banks = [Bank(*map(list, zip(*members, strict=True)), ranks, dtype) for members in by_shape.values()]
+        self.banks.sort(key=lambda bank: sum(p.numel() for p in bank.parameters), reverse=True)
+        self.adam = torch.optim.AdamW(groups, betas=(hp.beta1, hp.beta2), eps=hp.adam_eps, fused=True)
+        self.small = [p for group in groups for p in group["params"]]
+        self.polar = torch.compile(newton_schulz, dynamic=False) if compile else newton_schulz
+
+    def step(self, lr_scale: float, momentum: float) -> Tensor:
+        """One update of all weights from the ranks' accumulated gradients, which are dropped; returns the norm of the
+        averaged gradient before clipping, (), on the device."""
+        handles = [bank.reduce_gradient() for bank in self.banks]
+        small = [p for p in self.small if p.grad is not None]  # a loop that is not on yet has vectors without one
+        flat = torch.cat([p.grad.flatten() for p in small])
+        handles.append(self.ranks.start_sum(flat))
+        for handle in handles:
+            handle.wait()
+        norm = self.gradient_norm(flat)
+        limit = self.hp.grad_clip_norm
+        clip = (limit / (norm + 1e-6)).clamp(max=1.0) if limit else torch.ones_like(norm)
+        flat.mul_(clip)
+        for parameter, gradient in zip(small, flat.split([p.numel() for p in small]), strict=True):
+            parameter.grad = gradient.view_as(parameter)
+        for group in self.adam.param_groups:
+            group["lr"] = group["base_lr"] * lr_scale
+        self.adam.step()
+        steps, lr, decay = self.hp.muon_backend_steps, self.hp.matrix_lr * lr_scale, self.hp.muon_wd
+        gathers = [bank.orthogonalize(momentum, clip, steps, self.polar) for bank in self.banks]
+        for bank, gather in zip(self.banks, gathers, strict=True):
+            gather.wait()
+            bank.apply(lr, decay)
+        self.zero_grad()
+        return norm
+
+    def gradient_norm(self, flat: Tensor) -> Tensor:
+        """Norm of the averaged gradient; each entry counts on one rank. flat holds the small gradients, all summed."""
+        squares = torch.stack([bank.gradient_shard.float().square().sum() for bank in self.banks]).sum()
+        if self.ranks.is_main:
+            squares = squares + flat.square().sum()
+        return self.ranks.sum_(squares).sqrt()
+
+    def moments(self, parameter: nn.Parameter) -> dict[str, Tensor]:
+        """AdamW's live state of a parameter, made where no step has been taken."""
+        state = self.adam.state[parameter]
+        if not state:
+            state["step"] = torch.zeros((), device=parameter.device)
+            state |= dict(exp_avg=torch.zeros_like(parameter.data), exp_avg_sq=torch.zeros_like(parameter.data))
+        return state
+
+    def zero_grad(self) -> None:
+        self.adam.zero_grad(set_to_none=True)
+        for bank in self.banks:
+            for parameter in bank.parameters:
+                parameter.grad = None
+
+    def reset(self) -> None:
+        """Forget every step taken: AdamW's moments and counters, and Muon's sharded momentum too."""
+        self.adam.state.clear()
+        for bank in self.banks:
+            bank.momentum.zero_()
+        self.zero_grad()
+
+
+def lr_scale(step: int, hp: Hyperparameters, elapsed_ms: float, step_ms: float | None) -> float:
+    """min(1, steps left / WARMDOWN_ITERS, time left / their time): whichever end comes first rules."""
+    if hp.warmdown_iters == 0:
+        return 1.0
+    scale = min(1.0, (hp.iterations - step) / hp.warmdown_iters)
+    if hp.max_wallclock_seconds and step_ms:
+        left_ms = max(0.0, 1000 * hp.max_wallclock_seconds - elapsed_ms)
+        scale = min(scale, left_ms / (hp.warmdown_iters * step_ms))
+    return scale
+
+
+def muon_momentum(step: int, hp: Hyperparameters) -> float:
+    """Linear from MUON_MOMENTUM_WARMUP_START to MUON_MOMENTUM."""
+    share = min(1.0, step / hp.muon_momentum_warmup_steps) if hp.muon_momentum_warmup_steps else 1.0
+    return (1 - share) * hp.muon_momentum_warmup_start + share * hp.muon_momentum
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Weight averaging
+# ----------------------------------------------------------------------------------------------------------------------
+
+SWA_BELOW = 0.2  # learning-rate scale under which tight SWA takes snapshots
+
+
+class Averages:
+    """EMA and tight SWA of every parameter, fp32. What is exported: the SWA mean of two snapshots or more, else the
+    EMA, else the raw weights. That order is a rule, never a choice made on validation scores."""
+
+    def __init__(self, model: GPT, hp: Hyperparameters):
+        self.hp, self.live = hp, [p.data for p in model.parameters()]
+        self.ema = [w.clone() for w in self.live] if hp.ema_enabled else None
+        self.swa: list[Tensor] | None = None
+        self.swa_samples = 0
+
+    @torch.no_grad()
+    def update(self, step: int, scale: float) -> bool:
+        """After step `step`; True when it took the first SWA snapshot."""
+        if self.ema is not None:
+            decay = min(self.hp.ema_decay, (1 + step) / (10 + step))  # without the ramp a short run returns its init
+            torch._foreach_lerp_(self.ema, self.live, 1 - decay)
+        if not self.hp.swa_enabled or scale >= SWA_BELOW or step % self.hp.swa_every:
+            return False
+        source = self.ema if self.hp.swa_source == "ema" else self.live
+        if self.swa is None:
+            self.swa = [w.clone() for w in source]
+        else:
+            torch._foreach_lerp_(self.swa, source, 1 / (self.swa_samples + 1))
+        self.swa_samples += 1
+        return self.swa_samples == 1
+
+    def exported(self) -> tuple[str, list[Tensor]]:
+        """(swa | ema | raw, weights in the order of model.parameters())."""
+        if self.swa_samples >= 2:
+            return "swa", self.swa
+        return ("ema", self.ema) if self.ema is not None else ("raw", self.live)
+
+    @contextlib.contextmanager
+    def swapped_in(self, weights: list[Tensor]):
+        """The model holds these weights inside the block, and its own again after it."""
+        own = [w.clone() for w in self.live]
+        torch._foreach_copy_(self.live, weights)
+        try:
+            yield
+        finally:
+            torch._foreach_copy_(self.live, own)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Quantization
+# ----------------------------------------------------------------------------------------------------------------------
+
+CLIP_QUANTILES = (0.999, 0.9995, 0.9999, 0.99999)
+QAT_REFRESH_STEPS = 16  # the scale search in every forward would cost about a third of a step
+
+# What each tensor class may be stored as, the default first. The order is also that of the artifact's streams: like
+# beside like.
+GRIDS = ("int6", "int5", "int7", "int8")
+STORAGE = {
+    "attention": GRIDS,
+    "attention_out": GRIDS,
+    "mlp": GRIDS,
+    "embedding": ("int8", "int5", "int6", "int7", "fp16"),
+    "head": ("int8", "int5", "int6", "int7", "fp16"),
+    "gate": ("int8",),
+    "projection": ("fp16",),
+    "control": ("fp32",),
+}
+
+
+def storage_kinds(hp: Hyperparameters) -> dict[str, str]:
+    """How each tensor class is stored under these settings."""
+    bits = dict(attention=hp.attn_bits, attention_out=hp.attn_out_bits, mlp=hp.mlp_bits)
+    bits |= dict(embedding=hp.embed_bits, head=hp.embed_bits)
+    chosen = {name: "fp16" if n == 16 else f"int{n}" for name, n in bits.items()}
+    return {name: chosen.get(name, kinds[0]) for name, kinds in STORAGE.items()}
+
+
+def levels(kind: str) -> int:
+    """The largest code of a grid; 0 for fp16 and fp32."""
+    return (1 << int(kind[3:]) - 1) - 1 if kind.startswith("int") else 0
+
+
+class Stored(NamedTuple):
+    """A tensor as the artifact holds it: codes of a grid (int5 … int8) with one fp16 scale per row, or fp16/fp32."""
+
+    kind: str
+    data: Tensor  # int8 codes (rows, cols), or fp16/fp32 of any shape
+    scale: Tensor | None  # fp16 (rows, 1)
+
+    def dequantize(self) -> Tensor:
+        """fp32, of the original shape."""
+        return self.data.float() if self.scale is None else self.data.float() * self.scale.float()
+
+
+def quantize_rows(w: Tensor, scale: Tensor, q_max: int) -> Tensor:
+    """Codes of w (rows, cols) on the grid scale (rows, 1) * {-q_max … q_max}, as floats; rows of scale 0 become 0."""
+    return torch.where(scale > 0, (w / scale).round().clamp(-q_max, q_max), 0.0)
+
+
+def fp16_scale(clip: Tensor, q_max: int) -> Tensor:
+    """clip / q_max, rounded to fp16 before anything uses it, as fp32. No floor: tiny rows keep all their levels."""
+    return (clip / q_max).half().float()
+
+
+def clip_candidates(w: Tensor, kind: str) -> list[Tensor]:
+    """Scales (rows, 1) worth trying for w (rows, cols) fp32, the maximum first; 255 levels need no clipping."""
+    q_max, cols = levels(kind), w.size(1)
+    # The largest entries hold all quantiles from 0.999 up: descending order, index j is rank cols-1-j.
+    top = w.abs().topk(min(cols, math.ceil((1 - CLIP_QUANTILES[0]) * (cols - 1)) + 1), dim=1).values
+    clips = [top[:, :1]]
+    for quantile in CLIP_QUANTILES if kind != "int8" else ():
+        position = (1 - quantile) * (cols - 1)  # from the top, linear between entries
+        low = int(position)
+        clips.append(torch.lerp(top[:, low : low + 1], top[:, min(low + 1, top.size(1) - 1)][:, None], position - low))
+    return [fp16_scale(clip, q_max) for clip in clips]
+
+
+def least(candidates: Sequence[Tensor], errors: Sequence[Tensor]) -> Tensor:
+    """Row by row the candidate (rows, ·) with the least error (rows, 1); the first of equals."""
+    best, stacked = torch.stack(list(errors)).argmin(0, keepdim=True), torch.stack(list(candidates))
+    return stacked.take_along_dim(best.expand(1, *stacked.shape[1:]), 0)[0]
+
+
+def search_row_scales(w: Tensor, kind: str) -> Tensor:
+    """GPTQ-lite: the clip among four quantiles of |w| and the maximum with the least squared error, row by row.
+
+    w is (rows, cols) fp32, the result (rows, 1) fp32 with fp16 values.
+    """
+    scales = clip_candidates(w, kind)
+    errors = [(quantize_rows(w, s, levels(kind)) * s - w).square().sum(1, keepdim=True) for s in scales]
+    return least(scales, errors)
+
+
+def round_to_nearest(w: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+    """(scale (rows, 1), codes (rows, cols)) of w on the grid that search_row_scales finds; codes are whole floats."""
+    scale = search_row_scales(w, kind)
+    return scale, quantize_rows(w, scale, levels(kind))
+
+
+def output_error(w: Tensor, approximation: Tensor, hessian: Tensor) -> Tensor:
+    """(rows, 1): squared error of the layer's outputs over the calibration text, Σ ((w - approximation) x)²."""
+    difference = w - approximation
+    return (difference @ hessian * difference).sum(1, keepdim=True)
+
+
+class GPTQ:
+    """Rounds a matrix column by column and lets the later columns make up for each error (Frantar et al., 2022).
+
+    hessian is (cols, cols) fp32, Σ x xᵀ of the layer's inputs. Columns go in descending order of its diagonal.
+    """
+
+    def __init__(self, hessian: Tensor, hp: Hyperparameters):
+        self.hessian, self.block = hessian, hp.gptq_block_size
+        damped, diagonal = hessian.double(), hessian.double().diagonal()
+        damped = damped + torch.diag(hp.gptq_percdamp * diagonal.mean() + (diagonal == 0).double())
+        self.order = diagonal.argsort(descending=True, stable=True)
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped[self.order][:, self.order]))
+        self.factor = torch.linalg.cholesky(inverse, upper=True).float()
+
+    def quantize(self, w: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+        """(scale, codes) like round_to_nearest, of the clip with the least error of the layer's outputs."""
+        scales = clip_candidates(w, kind)
+        codes = self.codes(w.repeat(len(scales), 1), torch.cat(scales), levels(kind)).split(len(w))
+        errors = [output_error(w, c * scale, self.hessian) for c, scale in zip(codes, scales, strict=True)]
+        return least(scales, errors), least(codes, errors)
+
+    def codes(self, w: Tensor, scale: Tensor, q_max: int) -> Tensor:
+        """Codes (rows, cols) of w on the grid of scale (rows, 1)."""
+        w, cols = w[:, self.order], w.size(1)
+        codes = torch.empty_like(w)
+        for start in range(0, cols, self.block):
+            end = min(start + self.block, cols)
+            errors = torch.empty_like(w[:, start:end])
+            for j in range(start, end):
+                column = w[:, j : j + 1]
+                codes[:, j : j + 1] = quantize_rows(column, scale, q_max)
+                error = (column - codes[:, j : j + 1] * scale) / self.factor[j, j]
+                w[:, j:end] -= error * self.factor[j, j:end]
+                errors[:, j - start : j - start + 1] = error
+            w[:, end:] -= errors @ self.factor[start:end, end:]
+        return codes[:, self.order.argsort()]
+
+
+@torch.no_grad()
+def calibrate(run: "Run", weights: Mapping[str, Tensor], texts: np.ndarray) -> dict[str, Tensor]:
+    """Σ x xᵀ (in, in) fp32 of the inputs x of every block matrix, by its name, over texts (n, TRAIN_SEQ_LEN).
+
+    On a copy of the model in fp32 weights: casting the live ones for calibration cost a published run 0.3 bpb. The
+    sums are over all ranks.
+    """
+    device = run.ranks.device
+    model = run.build(run.hp.train_seq_len).to(device)
+    model.load_state_dict(weights)
+    layers = {f"{name}.weight": m for name, m in model.named_modules() if isinstance(m, CastedLinear)}
+    layers = {name: layer for name, layer in layers.items() if tensor_class(name) in MATRICES}
+    hessians = {n: torch.zeros(m.weight.size(1), m.weight.size(1), device=device) for n, m in layers.items()}
+
+    def accumulate(name: str) -> Callable:
+        def hook(_, inputs: tuple[Tensor]) -> None:
+            x = inputs[0].flatten(0, 1).float()
+            hessians[name].addmm_(x.T, x)
+
+        return hook
+
+    for name, layer in layers.items():
+        layer.register_forward_pre_hook(accumulate(name))
+    mine, rows = run.ranks.part(texts), calibration_rows(run)
+    for i in range(0, len(mine), rows):
+        model.trunk(torch.from_numpy(mine[i : i + rows].astype(np.int64)).to(device))
+    for name, hessian in hessians.items():
+        if not run.ranks.sum_(hessian).diagonal().sum() > 0:
+            raise LimitError(f"{name} saw no input in calibration; nothing was exported")
+    return hessians
+
+
+def calibration_rows(run: "Run") -> int:
+    """Sequences of one calibration forward of a rank."""
+    return max(1, SCORE_TOKENS[run.ranks.device.type] // run.hp.train_seq_len)
+
+
+def calibration_texts(run: "Run") -> np.ndarray:
+    """(n, TRAIN_SEQ_LEN) uint16: GPTQ_CALIBRATION_TOKENS of the training text, evenly spaced. Raises UserError."""
+    length = run.hp.train_seq_len
+    count, last = run.hp.gptq_calibration_tokens // length, max(0, len(run.stream) - length)
+    starts = [last * i // max(1, count - 1) for i in range(count)]
+    return np.stack([run.stream.read(start, length) for start in starts])
+
+
+def store(name: str, w: Tensor, kind: str, gptq: GPTQ | None = None) -> Stored:
+    """One weight as `kind`, on CPU. Raises LimitError where that form cannot hold it."""
+    w = w.detach().float()
+    if levels(kind):
+        scale, codes = gptq.quantize(w, kind) if gptq is not None else round_to_nearest(w, kind)
+        stored = Stored(kind, codes.to(torch.int8).cpu(), scale.half().cpu())
+    else:
+        stored = Stored(kind, w.half().cpu() if kind == "fp16" else w.cpu(), None)
+    if not (w.isfinite().all() and stored.dequantize().isfinite().all()):
+        raise LimitError(f"{name} holds weights that are not finite or too large for {kind}; nothing was exported")
+    return stored
+
+
+def quantize(
+    weights: Mapping[str, Tensor], hp: Hyperparameters, hessians: Mapping[str, Tensor] | None = None
+) -> dict[str, Stored]:
+    """All weights as the artifact holds them, in the artifact's order (class by class); block matrices by GPTQ where
+    there are Hessians."""
+    kinds, order, tensors = storage_kinds(hp), list(STORAGE), {}
+    for name in sorted(weights, key=lambda name: order.index(tensor_class(name))):  # stable: model order in a class
+        w, gptq = weights[name], None
+        if hessians is not None and tensor_class(name) in MATRICES:
+            gptq = GPTQ(hessians[name], hp)
+            w = w.to(gptq.hessian.device)
+        tensors[name] = store(name, w, kinds[tensor_class(name)], gptq)
+    return tensors
+
+
+def main_grid(tensors: Mapping[str, Stored]) -> str:
+    """The grid that most weights are on, for labels: that of the MLP's matrices."""
+    return tensors["blocks.0.mlp.down.weight"].kind
+
+
+def log_gptq(log: Log, weights: Mapping[str, Tensor], tensors: Mapping[str, Stored], hessians: Mapping) -> None:
+    """Each matrix's output error in shares of that of rounding to nearest; the matrices in the file alone."""
+    shares = []
+    for name, hessian in hessians.items():
+        w, kind = weights[name].to(hessian.device), tensors[name].kind
+        scale, codes = round_to_nearest(w, kind)
+        plain = output_error(w, codes * scale, hessian).sum().item()
+        error = output_error(w, tensors[name].dequantize().to(w.device), hessian).sum().item()
+        shares.append(error / plain if plain else 1.0)
+        log(f"gptq:{name} {kind} output_error:{error:.6g} of_rounding:{shares[-1]:.4f}", console=False)
+    worst, middle = max(shares), statistics.median(shares)
+    log(f"gptq:matrices:{len(shares)} output_error_of_rounding median:{middle:.4f} worst:{worst:.4f}")
+
+
+class QAT:
+    """Fake quantization of every block matrix on the exporter's own grid, switched per module instance."""
+
+    def __init__(self, model: GPT, hp: Hyperparameters):
+        self.on, self.layers, self.kinds = False, [], []
+        for name, module in model.named_modules():
+            if isinstance(module, CastedLinear) and (tensor := tensor_class(f"{name}.weight")) in MATRICES:
+                self.layers.append(module)
+                self.kinds.append(storage_kinds(hp)[tensor])
+        for layer, kind in zip(self.layers, self.kinds, strict=True):
+            layer.q_max = levels(kind)
+            layer.row_scale = torch.ones(layer.weight.size(0), 1, device=layer.weight.device)
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Search the row scales of the present weights, outside the graph, into the buffers that it reads."""
+        for layer, kind in zip(self.layers, self.kinds, strict=True):
+            layer.row_scale.copy_(search_row_scales(layer.weight, kind))
+
+    @torch.no_grad()
+    def penalize(self, weight: float) -> None:
+        """Add the gradient of weight * Σ mean(w² δ²/12) over the matrices, δ their present quantization steps.
+
+        CROWN-Q: δ²/12 is the variance of uniform rounding noise, w² a stand-in for the loss's curvature.
+        """
+        for layer in self.layers:
+            w = layer.weight
+            w.grad.addcmul_(w, layer.row_scale.square(), value=weight / (6 * w.numel()))
+
+    def switch(self, on: bool) -> None:
+        if on:
+            self.refresh()
+        self.set(on)
+
+    def set(self, on: bool) -> None:
+        """On or off with the scales as they are."""
+        self.on = on
+        for layer in self.layers:
+            layer.fake_quant = on
+
+    @contextlib.contextmanager
+    def switched(self, on: bool):
+        """This state inside the block, the present one after it."""
+        before = self.on
+        self.set(on)
+        try:
+            yield
+        finally:
+            self.set(before)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Entropy coding of codes
+# ----------------------------------------------------------------------------------------------------------------------
+
+# Trained weights are not one distribution: some rows and some input columns are larger than others. A code's context is
+# the sum of its row's and its column's class, both told in the file; each context of a tensor class has its own table.
+# Tables hold costs in eighths of a bit, one byte for each magnitude: codes are as often negative as positive. An ANS
+# coder (Duda, 2013; constriction, Bamler 2022) spends those costs to within a ten-thousandth.
+COST_WEIGHTS = np.array([round(2.0 ** (40 - c / 8)) for c in range(256)], dtype=np.int64)  # none near a half
+TABLE_TOTAL = 1 << 20
+CLASS_STEPS = (0.0, 0.5, 0.25)  # octaves of energy between classes; 0: one class
+
+
+def load_constriction():
+    """The coder of COMPRESSOR=ans. A missing one is an error, never another compressor."""
+    try:
+        import constriction
+    except ImportError:
+        raise UserError("COMPRESSOR=ans needs `pip install constriction`; or use COMPRESSOR=lzma") from None
+    return constriction.stream
+
+
+def entropy_model(costs: np.ndarray):
+    """constriction's model of symbols 0…n-1 of these costs (n,) uint8, in whole numbers: the same on every machine."""
+    weights = COST_WEIGHTS[costs]
+    shares = np.maximum(weights * TABLE_TOTAL // weights.sum(), 1)
+    shares[shares.argmax()] += TABLE_TOTAL - shares.sum()
+    return load_constriction().model.Categorical(shares / TABLE_TOTAL, perfect=False)
+
+
+def costs_of(counts: np.ndarray) -> np.ndarray:
+    """Costs (n,) uint8, in eighths of a bit, of symbols that occur so often."""
+    share = np.maximum(counts, 1e-12) / max(counts.sum(), 1)
+    return np.clip(np.round(-8 * np.log2(share)), 0, 255).astype(np.uint8)
+
+
+def mirrored(costs: np.ndarray) -> np.ndarray:
+    """Costs of the codes -q…q from those of the magnitudes 0…q; a sign is a bit."""
+    half = np.minimum(costs[1:].astype(int) + 8, 255).astype(np.uint8)
+    return np.concatenate([half[::-1], costs[:1], half])
+
+
+def entropy_bits(counts: np.ndarray) -> float:
+    """Bits of that many symbols of each kind at their own frequencies, over the last axis, summed."""
+    totals = np.maximum(counts.sum(-1), 1)
+    return float((totals * np.log2(totals)).sum() - (counts * np.log2(np.maximum(counts, 1))).sum())
+
+
+class CodeClasses(NamedTuple):
+    """Classes of the rows and columns of a tensor class's matrices, and the tables of their contexts."""
+
+    rows: list[np.ndarray]  # uint8 for each matrix
+    columns: list[np.ndarray]
+    tables: np.ndarray  # (contexts, q_max + 1) uint8 costs
+
+    @property
+    def side(self) -> tuple[np.ndarray, np.ndarray]:
+        """All row classes and all column classes, matrix by matrix."""
+        return np.concatenate(self.rows), np.concatenate(self.columns)
+
+    def contexts(self) -> np.ndarray:
+        """uint8 of every code, matrix by matrix."""
+        return np.concatenate([(r[:, None] + c).ravel() for r, c in zip(self.rows, self.columns, strict=True)])
+
+
+def classify(matrices: Sequence[np.ndarray], q_max: int) -> CodeClasses:
+    """The cheapest of a few ways to class rows and columns, side information and tables counted."""
+    magnitudes = np.concatenate([np.abs(m, dtype=np.int16).ravel() for m in matrices]).astype(np.int64)
+    energies = []  # log2 of mean magnitude: of rows, of columns beside the rows, of the whole matrix
+    for matrix in matrices:
+        size = np.abs(matrix.astype(np.float32)) + 0.25
+        row = size.mean(1)
+        energies.append((np.log2(row), np.log2((size / row[:, None]).mean(0)), np.log2(size.mean())))
+    best, least = None, math.inf
+    for row_step, column_step in itertools.product(CLASS_STEPS, CLASS_STEPS):
+        step = row_step or column_step or 1.0
+        rows = [np.round((r if row_step else np.full_like(r, m)) / step) for r, _, m in energies]
+        columns = [np.round(c / column_step) if column_step else np.zeros_like(c) for _, c, _ in energies]
+        low_row, low_column = (min(x.min() for x in side) for side in (rows, columns))
+        rows = [np.minimum(x - low_row, 127).astype(np.uint8) for x in rows]
+        columns = [np.minimum(x - low_column, 127).astype(np.uint8) for x in columns]
+        classes = CodeClasses(rows, columns, np.zeros((0, 0)))
+        counts = np.bincount(classes.contexts() * np.int64(q_max + 1) + magnitudes)
+        counts = np.pad(counts, (0, -len(counts) % (q_max + 1))).reshape(-1, q_max + 1)
+        bits = entropy_bits(counts) + sum(entropy_bits(np.bincount(side)) for side in classes.side)
+        bits += 4.0 * (q_max + 1) * len(counts)  # a table entry, compressed
+        if bits < least:
+            best, least = classes._replace(tables=np.stack([costs_of(row) for row in counts])), bits
+    return best
+
+
+def encode_codes(tensors: Mapping[str, Stored]) -> tuple[bytes, bytes]:
+    """(models, words) of all codes: what a decoder must know first, and the coder's words."""
+    coder, models, jobs = load_constriction().stack.AnsCoder(), [], []
+    for group in code_groups([(name, t.kind) for name, t in tensors.items()]).values():
+        matrices = [tensors[name].data.numpy() for name, _ in group]
+        q_max = levels(group[0][1])
+        classes = classify(matrices, q_max)
+        for side in classes.side:
+            costs = costs_of(np.bincount(side))
+            models.append(bytes([len(costs) - 1]) + costs.tobytes())
+            jobs.append((side.astype(np.int32), costs))
+        models.append(bytes([len(classes.tables) - 1]) + classes.tables.tobytes())
+        contexts = classes.contexts()
+        codes = np.concatenate([m.ravel() for m in matrices]).astype(np.int32) + q_max
+        order = np.argsort(contexts, kind="stable")
+        parts = np.split(codes[order], np.cumsum(np.bincount(contexts, minlength=len(classes.tables)))[:-1])
+        jobs += [(part, mirrored(costs)) for part, costs in zip(parts, classes.tables, strict=True)]
+    for symbols, costs in reversed(jobs):  # a stack: the decoder meets the last first
+        if len(costs) > 1 and len(symbols):
+            coder.encode_reverse(symbols, entropy_model(costs))
+    words = coder.get_compressed().astype("<u4").tobytes()
+    return struct.pack("<I", len(words) // 4) + b"".join(models), words
+
+
+def code_groups(kinds: Sequence[tuple[str, str]]) -> dict[tuple[str, str], list[tuple[str, str]]]:
+    """The (name, kind) of coded tensors by (tensor class, kind), in the file's order."""
+    groups: dict[tuple[str, str], list[tuple[str, str]]] = {}
+    for name, kind in kinds:
+        if levels(kind):
+            groups.setdefault((tensor_class(name), kind), []).append((name, kind))
+    return groups
+
+
+def decode_codes(table: Sequence, models: memoryview, words: bytes) -> tuple[dict[str, np.ndarray], int]:
+    """(int8 codes by name, bytes of `models` that were read) of a checked table. Raises ArtifactError."""
+    damaged = ArtifactError("artifact is damaged: its code tables or words are not whole")
+    asked = sum(math.prod(shape) for _, shape, kind in table if levels(kind))
+    if asked > min(MAX_PAYLOAD_BYTES, MAX_CODES_PER_BYTE * (len(models) + len(words))):
+        raise ArtifactError(f"artifact is damaged: {asked} codes are more than its words can hold")
+    if len(models) < 4 or len(words) != 4 * int.from_bytes(models[:4], "little"):
+        raise damaged
+    try:
+        coder = load_constriction().stack.AnsCoder(np.frombuffer(words, dtype="<u4").astype(np.uint32))
+    except ValueError:
+        raise damaged from None
+    read, shapes, codes = 4, {name: shape for name, shape, _ in table}, {}
+
+    def take(width: int) -> np.ndarray:
+        nonlocal read
+        rows = models[read] + 1 if read < len(models) else 1
+        part = models[read + 1 : read + 1 + rows * width]
+        if len(part) < rows * width:
+            raise damaged
+        read += 1 + rows * width
+        return np.frombuffer(part, dtype=np.uint8).reshape(rows, width)
+
+    def decode(costs: np.ndarray, count: int) -> np.ndarray:
+        if len(costs) == 1 or count == 0:
+            return np.zeros(count, dtype=np.int32)
+        return coder.decode(entropy_model(costs), count)
+
+    for group in code_groups([(name, kind) for name, _, kind in table]).values():
+        names, q_max = [name for name, _ in group], levels(group[0][1])
+        sides = []
+        for axis in (0, 1):
+            lengths = [shapes[name][axis] for name in names]
+            side = decode(take(1)[:, 0], sum(lengths)).astype(np.uint8)
+            sides.append(np.split(side, np.cumsum(lengths)[:-1]))
+        classes = CodeClasses(*sides, take(q_max + 1))
+        contexts = classes.contexts()
+        counts = np.bincount(contexts, minlength=len(classes.tables))
+        if len(counts) > len(classes.tables):
+            raise damaged
+        order, values = np.argsort(contexts, kind="stable"), np.empty(len(contexts), dtype=np.int8)
+        decoded = [decode(mirrored(costs), int(n)) for costs, n in zip(classes.tables, counts, strict=True)]
+        values[order] = np.concatenate(decoded) - q_max
+        sizes = [math.prod(shapes[name]) for name in names]
+        for name, part in zip(names, np.split(values, np.cumsum(sizes)[:-1]), strict=True):
+            codes[name] = part.reshape(shapes[name])
+    if not coder.is_empty():
+        raise damaged
+    return codes, read
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Artifact
+# ----------------------------------------------------------------------------------------------------------------------
+
+# ARTIFACT, little-endian.
+#   0   5  magic b"PGOLF"
+#   5   1  format version
+#   6   1  compressor: 0 stored, 1 lzma (raw LZMA2, dictionary from the payload's length), 2 zstd, 3 ans
+#   7   1  zero
+#   8   8  u64 length of the body
+#   16  8  u64 length of the payload
+#   24  32 SHA-256 of bytes 0…23 and the body
+#   56  …  body: the compressed payload; for ans u32 its length, it as lzma has it, and the coder's u32 words
+# Payload: u32 length of a compact JSON header, the header, then without padding
+#   the data of every tensor in the order of the header's table, row-major: codes one int8 each, fp16, fp32
+#   the fp16 row scales of the codes in the same order, all high bytes first, then all low bytes
+#   for ans: no codes above, but here u32 number of words, and for each class and kind of coded tensors three groups,
+#   each u8 number of rows less one and the rows: costs of row and of column classes (1 byte each), context tables
+# Header: {"kind": "artifact"|"weights", "architecture": {…}, "evaluation": {…}, "tokenizer_sha256": hex,
+#   "tensors": [[name, shape, "int5"|…|"int8"|"fp16"|"fp32"], …]}. Nothing in it depends on time, paths or run names.
+MAGIC, FORMAT_VERSION, PREFIX_BYTES = b"PGOLF", 1, 56
+MAX_PAYLOAD_BYTES, MAX_HEADER_BYTES = 1 << 30, 1 << 20
+MAX_CODES_PER_BYTE = 1024  # of an entropy-coded file: a few bytes must not ask for gigabytes
+COMPRESSORS = ("stored", "lzma", "zstd", "ans")
+KINDS = dict.fromkeys(GRIDS, (torch.int8, 1)) | {"fp16": (torch.float16, 2), "fp32": (torch.float32, 4)}
+
+
+class ArtifactError(UserError):
+    """The bytes are no whole artifact of ours."""
+
+
+def load_compressor(name: str):
+    """The module that `name` needs, if any. A missing compressor is an error, never another compressor."""
+    if name == "ans":
+        return load_constriction()
+    if name != "zstd":
+        return None
+    try:
+        import zstandard
+    except ImportError:
+        raise UserError("COMPRESSOR=zstd needs `pip install zstandard`; or use COMPRESSOR=lzma") from None
+    return zstandard
+
+
+def lzma_filters(payload_bytes: int) -> list[dict]:
+    """Codes are single bytes without alignment, so no position bits; the dictionary covers the payload."""
+    dictionary = min(max(1 << max(payload_bytes - 1, 1).bit_length(), 1 << 12), 1 << 26)
+    return [dict(id=lzma.FILTER_LZMA2, preset=9 | lzma.PRESET_EXTREME, dict_size=dictionary, lc=0, lp=0, pb=0)]
+
+
+def compress(payload: bytes, name: str) -> bytes:
+    if name == "lzma":
+        return lzma.compress(payload, lzma.FORMAT_RAW, filters=lzma_filters(len(payload)))
+    if name == "zstd":
+        return load_compressor(name).ZstdCompressor(level=22).compress(payload)
+    return payload
+
+
+def decompress(body: bytes, name: str, size: int) -> bytes:
+    """Exactly `size` bytes or an ArtifactError; never allocates more than that."""
+    try:
+        if name == "lzma":
+            stream = lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=lzma_filters(size))
+            payload = stream.decompress(body, max_length=size + 1)
+            trailing = stream.unused_data
+        elif name == "zstd":
+            zstandard = load_compressor(name)
+            if zstandard.frame_content_size(body) != size:
+                raise ArtifactError("artifact is damaged: the compressed body declares another length")
+            stream = zstandard.ZstdDecompressor(max_window_size=1 << 27).decompressobj()
+            payload = stream.decompress(body)
+            trailing = stream.unused_data
+        else:
+            payload, trailing = body, b""
+    except (lzma.LZMAError, EOFError, MemoryError) as error:
+        raise ArtifactError(f"artifact is damaged: its {name} body cannot be decompressed ({error})") from None
+    except Exception as error:
+        if type(error).__name__ != "ZstdError":
+            raise
+        raise ArtifactError(f"artifact is damaged: its {name} body cannot be decompressed ({error})") from None
+    if len(payload) != size or trailing:
+        raise ArtifactError("artifact is damaged: its body does not decompress to the declared length")
+    return payload
+
+
+def pack_artifact(header: dict, tensors: Mapping[str, Stored], compressor: str) -> bytes:
+    """The file's bytes, ready to be written. `header` lacks only the tensor table."""
+    table = [[name, list(t.data.shape), t.kind] for name, t in tensors.items()]
+    header_bytes = json.dumps({**header, "tensors": table}, separators=(",", ":"), sort_keys=True).encode()
+    coded, models, words = compressor == "ans", b"", b""
+    if coded:
+        models, words = encode_codes(tensors)
+    data = [t.data.contiguous().numpy().tobytes() for t in tensors.values() if not (coded and levels(t.kind))]
+    scales = b"".join(t.scale.numpy().astype("<f2").tobytes() for t in tensors.values() if t.scale is not None)
+    payload = b"".join([struct.pack("<I", len(header_bytes)), header_bytes, *data, scales[1::2], scales[::2], models])
+    body = compress(payload, "lzma" if coded else compressor)
+    if coded:
+        body = struct.pack("<I", len(body)) + body + words
+    prefix = struct.pack("<5sBBBQQ", MAGIC, FORMAT_VERSION, COMPRESSORS.index(compressor), 0, len(body), len(payload))
+    return prefix + hashlib.sha256(prefix + body).digest() + body
+
+
+def unpack_artifact(blob: bytes) -> tuple[dict, dict[str, Stored]]:
+    """(header, tensors) of pack_artifact's bytes, exactly. Raises ArtifactError for anything else; executes nothing."""
+    if len(blob) < PREFIX_BYTES or blob[:5] != MAGIC:
+        raise ArtifactError("not an artifact of this script (wrong magic or too short)")
+    _, version, compressor, zero, body_bytes, payload_bytes = struct.unpack("<5sBBBQQ", blob[:24])
+    if version != FORMAT_VERSION:
+        raise ArtifactError(f"artifact has format version {version}; this script reads {FORMAT_VERSION}")
+    if len(blob) != PREFIX_BYTES + body_bytes:
+        raise ArtifactError(
+            f"artifact is {len(blob)} bytes, not the {PREFIX_BYTES + body_bytes} it declares: truncated or padded"
+        )
+    if hashlib.sha256(blob[:24] + blob[PREFIX_BYTES:]).digest() != blob[24:PREFIX_BYTES]:
+        raise ArtifactError("artifact is damaged: its checksum does not match")
+    if compressor >= len(COMPRESSORS) or zero or not 4 <= payload_bytes <= MAX_PAYLOAD_BYTES:
+        raise ArtifactError("artifact names an unknown compressor or an impossible length")
+    name, body, words = COMPRESSORS[compressor], blob[PREFIX_BYTES:], None
+    if name == "ans":
+        end = 4 + int.from_bytes(body[:4], "little")
+        if len(body) < end or (len(body) - end) % 4:
+            raise ArtifactError("artifact is damaged: its code words are not whole")
+        name, body, words = "lzma", body[4:end], body[end:]
+    payload = decompress(body, name, payload_bytes)
+    header_bytes = int.from_bytes(payload[:4], "little")
+    if header_bytes > min(MAX_HEADER_BYTES, len(payload) - 4):
+        raise ArtifactError("artifact is damaged: its header is longer than the file allows")
+    header = parse_header(payload[4 : 4 + header_bytes])
+    return header, read_tensors(header["tensors"], memoryview(payload)[4 + header_bytes :], words)
+
+
+def parse_header(text: bytes) -> dict:
+    """The JSON header with its shape checked; settings in it pass the same checks as those of the environment."""
+    wanted = dict(kind=str, architecture=dict, evaluation=dict, tokenizer_sha256=str, tensors=list)
+    try:
+        header = json.loads(text)
+    except (ValueError, RecursionError):
+        raise ArtifactError("artifact is damaged: its header is no JSON") from None
+    if not isinstance(header, dict) or {k: type(v) for k, v in header.items()} != wanted:
+        raise ArtifactError("artifact is damaged: its header lacks a field or has one too many")
+    if header["kind"] not in ("artifact", "weights"):
+        raise ArtifactError("artifact is damaged: it is neither an artifact nor saved weights")
+    try:
+        hp = Hyperparameters(**header["architecture"], **header["evaluation"])
+    except (TypeError, UserError) as error:
+        raise ArtifactError(f"artifact is damaged: its settings are not valid ({error})") from None
+    evaluation = hp.section("evaluation") | dict(dtype=hp.dtype)
+    if header["architecture"] != hp.section("model") or header["evaluation"] != evaluation:
+        raise ArtifactError("artifact is damaged: it does not list each setting of model and evaluation")
+    with torch.device("meta"):  # shapes only: nothing is allocated on a header's word
+        expected = {name: list(p.shape) for name, p in GPT(hp, 2, sdpa, torch.float32).named_parameters()}
+    table = header["tensors"]
+    if not all(isinstance(row, list) and len(row) == 3 and isinstance(row[0], str) for row in table):
+        raise ArtifactError("artifact is damaged: its tensor table is malformed")
+    shapes = {name: shape for name, shape, _ in table}
+    whole = all(type(n) is int for shape in shapes.values() if isinstance(shape, list) for n in shape)  # 8.0 == 8
+    if len(table) != len(expected) or shapes != expected or not whole:
+        raise ArtifactError("artifact is damaged: its tensors are not those of its architecture")
+    for name, _, kind in table:
+        if kind not in (STORAGE[tensor_class(name)] if header["kind"] == "artifact" else ("fp32",)):
+            raise ArtifactError(f"artifact is damaged: {name} is stored as {kind!r}")
+    return header
+
+
+def read_tensors(table: list, data: memoryview, words: bytes | None) -> dict[str, Stored]:
+    """Tensors of a checked table from the payload after the header, codes from `words` where an entropy coder wrote
+    them. Lengths are compared before anything is made."""
+    sizes = [0 if words is not None and levels(kind) else math.prod(shape) * KINDS[kind][1] for _, shape, kind in table]
+    rows = [shape[0] if levels(kind) else 0 for _, shape, kind in table]
+    whole, codes = sum(sizes) + 2 * sum(rows), {}
+    if words is not None and whole <= len(data):
+        codes, read = decode_codes(table, data[whole:], words)
+        whole += read
+    if whole != len(data):
+        raise ArtifactError("artifact is damaged: its streams are shorter or longer than its table")
+    planes = np.frombuffer(data[sum(sizes) : sum(sizes) + 2 * sum(rows)], dtype=np.uint8).reshape(2, -1)
+    scales = torch.from_numpy(planes[::-1].T.copy().view("<f2").astype(np.float16)).split(rows)
+    tensors, offset = {}, 0
+    for (name, shape, kind), size, scale in zip(table, sizes, scales, strict=True):
+        if name in codes:
+            values = torch.from_numpy(codes[name].copy())
+        else:
+            values = torch.frombuffer(bytearray(data[offset : offset + size]), dtype=KINDS[kind][0]).view(shape)
+        offset += size
+        limit = levels(kind)
+        if limit and (int(values.max()) > limit or int(values.min()) < -limit):
+            raise ArtifactError(f"artifact is damaged: codes of {name} lie outside {kind}")
+        if not (scale if limit else values).isfinite().all() or (limit and (scale < 0).any()):
+            raise ArtifactError(f"artifact is damaged: {name} holds values that are not finite")
+        tensors[name] = Stored(kind, values, scale if limit else None)
+    return tensors
+
+
+def artifact_header(kind: str, hp: Hyperparameters, dtype: torch.dtype, tokenizer_sha256: str) -> dict:
+    """Everything needed to rebuild the model and to repeat its scores, and nothing else."""
+    evaluation = hp.section("evaluation") | dict(dtype="bf16" if dtype == torch.bfloat16 else "fp32")
+    return dict(kind=kind, architecture=hp.section("model"), evaluation=evaluation, tokenizer_sha256=tokenizer_sha256)
+
+
+def read_artifact_file(path: str, kind: str) -> tuple[bytes, dict, dict[str, Stored]]:
+    """(bytes, header, tensors) of a file of this kind. Raises UserError naming the file."""
+    try:
+        blob = Path(path).read_bytes()
+        header, tensors = unpack_artifact(blob)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    except ArtifactError as error:
+        raise UserError(f"{path}: {error}") from None
+    if header["kind"] != kind:
+        use = "EXPORT_ONLY=1 WEIGHTS_PATH" if header["kind"] == "weights" else "EVAL_ONLY=1 ARTIFACT_PATH"
+        raise UserError(f"{path} holds {header['kind']}; read it with {use}=…")
+    return blob, header, tensors
+
+
+class Share(NamedTuple):
+    """A part of an artifact: its name, tensors, weights, the entropy of its codes (bits per weight) and bytes."""
+
+    part: str
+    tensors: int
+    weights: int
+    entropy: float | None
+    bytes: float
+
+
+def shares_of(blob: bytes, header: dict, tensors: Mapping[str, Stored]) -> list[Share]:
+    """Where a file's bytes go, the largest part first. They are shared out by what each part needs when compressed by
+    itself; the sum is the file's length."""
+    compressor, groups = COMPRESSORS[blob[6]], {}
+    for name, t in tensors.items():
+        groups.setdefault((tensor_class(name), t.kind), {})[name] = t
+
+    def alone(data: bytes) -> int:
+        return len(compress(data, "lzma" if compressor == "ans" else compressor))
+
+    parts = []
+    for (kind_of_tensor, kind), members in groups.items():
+        weights, entropy = sum(t.data.numel() for t in members.values()), None
+        data = b"".join(t.data.contiguous().numpy().tobytes() for t in members.values())
+        if levels(kind):
+            codes = np.frombuffer(data, dtype=np.int8).astype(np.int64)
+            entropy = entropy_bits(np.bincount(codes + 128)) / len(codes)
+        if levels(kind) and compressor == "ans":
+            models, words = encode_codes(members)
+            size = alone(models) + len(words)
+        else:
+            size = alone(data)
+        parts.append(Share(f"{kind_of_tensor} {kind}", len(members), weights, entropy, size))
+    scales = b"".join(t.scale.numpy().astype("<f2").tobytes() for t in tensors.values() if t.scale is not None)
+    rows = len(scales) // 2
+    parts.append(
+        Share("row scales fp16", sum(t.scale is not None for t in tensors.values()), rows, None, alone(scales))
+    )
+    text = json.dumps(header, separators=(",", ":"), sort_keys=True).encode()
+    parts.append(Share("header", 0, 0, None, alone(text) + PREFIX_BYTES))
+    factor = len(blob) / sum(part.bytes for part in parts)
+    shared = [part._replace(bytes=part.bytes * factor) for part in parts]
+    return sorted(shared, key=lambda part: -part.bytes)
+
+
+def inspect_artifact(path: str, png: bool) -> int:
+    """Print the table of an artifact's bytes and, if asked, draw it beside the file. Raises UserError."""
+    blob, header, tensors = read_artifact_file(path, "artifact")
+    parts = shares_of(blob, header, tensors)
+    print("| part | tensors | weights | bits per weight | entropy | bytes | share |\n|---|---|---|---|---|---|---|")
+    for part, count, weights, entropy, size in parts:
+        cells = [part, count or "", f"{weights:,}" if weights else "", f"{8 * size / weights:.3f}" if weights else ""]
+        cells += [f"{entropy:.3f}" if entropy is not None else "", f"{size:,.0f}", f"{100 * size / len(blob):.2f} %"]
+        print("|", " | ".join(map(str, cells)), "|")
+    weights = sum(t.data.numel() for t in tensors.values())
+    bits = f"{8 * len(blob) / weights:.3f}"
+    print(f"| {COMPRESSORS[blob[6]]}, all | {len(tensors)} | {weights:,} | {bits} | | {len(blob):,} | |")
+    if png:
+        draw_shares(parts, Path(path).with_suffix(".png"))
+    return 0
+
+
+def draw_shares(parts: Sequence[Share], path: Path) -> None:
+    """Bars of the parts' bytes as a PNG."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UserError("--png needs `pip install matplotlib`; the table needs nothing") from None
+    figure = Figure(figsize=(8, 0.4 * len(parts) + 1), dpi=120, layout="constrained")
+    axes = figure.subplots()
+    bars = axes.barh([part.part for part in parts], [part.bytes / 1000 for part in parts], color="#4269d0")
+    axes.bar_label(bars, [f"{part.bytes / 1000:,.1f}" for part in parts], padding=3)
+    axes.invert_yaxis()
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_xlabel("kB")
+    try:
+        figure.savefig(path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from None
+    print(f"drawn: {path}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Checkpoints
+# ----------------------------------------------------------------------------------------------------------------------
+
+# CHECKPOINT, little-endian: magic, u64 length of a JSON header, the header, the tensors in the order of its table
+# ("tensors": [[name, shape, dtype], …]) without padding, SHA-256 of everything before. Nothing in it is executed.
+CHECKPOINT_MAGIC = b"PGCKPT\x01\n"
+
+CHECKPOINT_META = dict(run_id=str, settings=dict, code_sha256=str, data=list, dtype=str, step=int, loss=float)
+CHECKPOINT_META |= dict(elapsed_ms=float, durations=list, swa_samples=int, qat=bool, looping=bool, resumed_at=list)
+
+# Settings that neither move a weight by more than rounding nor a score: they may change when a run goes on.
+MAY_CHANGE = ("run_id", "out_dir", "data_path", "tokenizer_path", "resume", "checkpoint_every", "audit", "audit_tokens")
+MAY_CHANGE += ("train_log_every", "val_loss_every", "save_weights", "micro_batch_tokens")
+
+
+class Checkpoint(NamedTuple):
+    path: Path
+    meta: dict  # the header without its table
+    tensors: dict[str, Tensor]  # on the main rank; empty on the others
+
+
+def checkpoint_parts(meta: Mapping, tensors: Mapping[str, Tensor]) -> Iterator[bytes]:
+    """The file piece by piece: no second copy of the state is ever whole in memory."""
+    table = [[name, list(t.shape), str(t.dtype).removeprefix("torch.")] for name, t in tensors.items()]
+    header, digest = json.dumps({**meta, "tensors": table}).encode(), hashlib.sha256()
+    data = (np.ascontiguousarray(t.cpu().numpy()).reshape(-1).view(np.uint8) for t in tensors.values())
+    for part in itertools.chain((CHECKPOINT_MAGIC, struct.pack("<Q", len(header)), header), data):
+        digest.update(part)
+        yield part
+    yield digest.digest()
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """A whole checkpoint, or a UserError that says what is wrong with it."""
+    try:
+        blob = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot read the checkpoint {path}: {error.strerror}") from None
+    older = [p for p in find_checkpoints(path.parent) if p != path]
+    advice = f"; RESUME={older[-1]} is another one" if older else "; there is no other one"
+    start = len(CHECKPOINT_MAGIC) + 8
+    foreign = UserError(f"{path} is no checkpoint of this script{advice}")
+    if blob[: len(CHECKPOINT_MAGIC)] != CHECKPOINT_MAGIC or len(blob) < start + 32:
+        raise foreign
+    view = memoryview(blob)
+    if hashlib.sha256(view[:-32]).digest() != blob[-32:]:
+        raise UserError(f"the checkpoint {path} is damaged or not whole: its checksum does not match{advice}")
+    end = start + int.from_bytes(blob[start - 8 : start], "little")
+    try:
+        meta, tensors = json.loads(blob[start:end]), {}
+        for name, shape, dtype in meta.pop("tensors"):
+            if not all(type(n) is int and n >= 0 for n in shape):
+                raise foreign
+            size = math.prod(shape) * np.dtype(dtype).itemsize
+            data = np.frombuffer(view[end : min(end + size, len(blob) - 32)], dtype)
+            tensors[name] = torch.from_numpy(data.reshape(shape).copy())
+            end += size
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        raise foreign from None
+    if end != len(blob) - 32 or {k: type(v) for k, v in meta.items()} != CHECKPOINT_META:
+        raise foreign
+    return Checkpoint(path, meta, tensors)
+
+
+def find_checkpoints(folder: Path) -> list[Path]:
+    """Oldest first."""
+    found = (p for p in folder.glob("checkpoint-*.pgckpt") if re.fullmatch(r"checkpoint-\d+\.pgckpt", p.name))
+    return sorted(found, key=lambda path: int(path.stem.removeprefix("checkpoint-")))
+
+
+def find_resumed(hp: Hyperparameters, source: bytes) -> Checkpoint | None:
+    """The checkpoint that RESUME names, if any, made by this code with these settings. Raises UserError.
+
+    RESUME=auto without a checkpoint starts from the beginning: a job that is restarted until it ends needs one command.
+    """
+    if not hp.resume:
+        return None
+    path = Path(hp.resume)
+    if hp.resume == "auto":
+        folder = Path(hp.out_dir) / "runs" / hp.run_id
+        if (folder / "result.json").exists():
+            raise UserError(f"RUN_ID={hp.run_id} has ended: {folder / 'result.json'}; there is nothing to resume")
+        found = find_checkpoints(folder)
+        if not found:
+            return None
+        path = found[-1]
+    checkpoint = read_checkpoint(path)
+    if checkpoint.meta.get("code_sha256") != hashlib.sha256(source).hexdigest():
+        raise UserError(f"{path} was made by another train_gpt.py; the log of its run holds that source")
+    settings, theirs = dataclasses.asdict(hp), checkpoint.meta["settings"]
+    if settings.keys() != theirs.keys() or not re.fullmatch(r"\w[\w.-]{0,127}", checkpoint.meta["run_id"]):
+        raise UserError(f"{path} is no checkpoint of this script")
+    different = [
+        f"{name.upper()}={settings[name]} here, {value} there"
+        for name, value in theirs.items()
+        if name not in MAY_CHANGE and settings[name] != value
+    ]
+    if different:
+        raise UserError(f"{path} was made with other settings: {'; '.join(different)}")
+    return checkpoint
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Scoring
+# ----------------------------------------------------------------------------------------------------------------------
+
+# Tokens of one scoring forward of a rank: enough to fill the device; on CPU, small enough for its caches.
+SCORE_TOKENS = {"cuda": 131_072, "cpu": 16_384}
+TRAINING_PHASES = ("train", "average", "calibrate")  # what the training clock has to hold
+EVAL_MARGIN = 0.02  # of EVAL_MAX_SECONDS: test-time training stops this much earlier
+
+
+class Score(NamedTuple):
+    """Totals over scored targets; nats and bytes are sums."""
+
+    nats: float
+    tokens: int
+    bytes: int
+
+    @property
+    def loss(self) -> float:
+        """Nats per token."""
+        return self.nats / self.tokens
+
+    @property
+    def bpb(self) -> float:
+        """Bits per byte: the score of the challenge."""
+        return self.nats / math.log(2) / self.bytes
+
+    def as_json(self) -> dict[str, float | None]:
+        """Loss and bpb; None for a score that is not finite, which JSON cannot write."""
+        finite = math.isfinite(self.nats)
+        return dict(val_loss=self.loss if finite else None, val_bpb=self.bpb if finite else None)
+
+
+def plan_windows(n: int, context: int, stride: int) -> np.ndarray:
+    """Windows (W, 3) int64 of (start, first, end): a window reads tokens start…end-1 and scores targets first…end-1.
+
+    Target i is the token after token i. The first window scores all its targets, each next one its last `stride`; the
+    last window is the last `context` tokens and scores only what is left: every target once. stride = context is plain
+    evaluation without overlap.
+    """
+    if n <= context:
+        return np.array([[0, 0, n]], dtype=np.int64)
+    ends = np.append(np.arange(context, n, stride), n)
+    firsts = np.append(0, ends[:-1])
+    return np.stack([ends - context, firsts, ends], axis=1).astype(np.int64)
+
+
+def score_batch_windows(hp: Hyperparameters, ranks: Ranks, context: int) -> int:
+    """Windows of one scoring forward of one rank."""
+    return max(1, min(hp.val_batch_size // ranks.size, SCORE_TOKENS[ranks.device.type]) // context)
+
+
+@torch.no_grad()
+def score(
+    model: Callable,
+    tokens: np.ndarray,
+    windows: np.ndarray,
+    stride: int,
+    batch: int,
+    ranks: Ranks,
+    bar=None,
+    temperatures: tuple[float, ...] = (),
+) -> np.ndarray:
+    """Nats (m,) float32 of every target of the windows (W, 3), in their order, the same on every rank; with
+    temperatures (m, temperatures).
+
+    tokens reaches beyond the end of every window; the windows are as long as each other, and the first alone may score
+    more than `stride` targets. Every forward has `batch` windows (the last is padded by repeating), so that a score
+    does not depend on how many windows are asked for and no further graph is compiled. A window that scores at most
+    `stride` runs the head on those alone.
+    """
+    widths = windows[:, 2] - windows[:, 1]
+    columns = (temperatures,) if temperatures else ()
+    nats = torch.zeros(int(widths.sum()), *map(len, columns), device=ranks.device)
+    mine = ranks.part(np.column_stack([windows, np.cumsum(widths)]))
+    whole = mine[:, 2] - mine[:, 1] > stride  # only the stream's first window
+    for group, width in ((mine[whole], None), (mine[~whole], stride)):
+        for i in range(0, len(group), batch):
+            part = group[i : i + batch]
+            starts = np.concatenate([part[:, 0], np.repeat(part[-1, 0], batch - len(part))])
+            index = starts[:, None] + np.arange(part[0, 2] - part[0, 0] + 1)
+            text = torch.from_numpy(tokens[index].astype(np.int64)).to(ranks.device)
+            # Contiguous, as in training and warm-up: other strides would be another compiled graph.
+            inputs, targets = text[:, :-1].contiguous(), text[:, 1:][:, -(width or text.size(1)) :].contiguous()
+            scored = model(inputs, targets, *columns)[: len(part)]
+            widths = torch.from_numpy(part[:, 2] - part[:, 1]).to(ranks.device)
+            kept = torch.arange(scored.size(1), 0, -1, device=ranks.device) <= widths[:, None]
+            nats[part[0, 3] - part[0, 2] + part[0, 1] : part[-1, 3]] = scored[kept]
+            if bar is not None:
+                bar.update(len(part))
+    return ranks.sum_(nats).cpu().numpy()
+
+
+def total(nats: np.ndarray, target_bytes: np.ndarray) -> Score:
+    """float64 sum in stream order of (n,) float32 nats; the bytes of the same n targets."""
+    if len(nats) != len(target_bytes):
+        raise RuntimeError(f"{len(nats)} scores for {len(target_bytes)} targets")
+    return Score(float(nats.sum(dtype=np.float64)), len(nats), int(target_bytes.sum()))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Test-time training
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def plan_chunks(windows: np.ndarray, chunk_tokens: int) -> list[np.ndarray]:
+    """Cut a window plan into the shortest runs of whole windows with at least `chunk_tokens` scored targets."""
+    chunks, start, first = [], 0, 0
+    for i, (_, _, end) in enumerate(windows):
+        if end - first >= chunk_tokens or i == len(windows) - 1:
+            chunks.append(windows[start : i + 1])
+            start, first = i + 1, end
+    return chunks
+
+
+def check_chunks(hp: Hyperparameters, targets: int) -> None:
+    """TTT with one chunk would adapt on nothing: a UserError that names a chunk size that works, before any work."""
+    if not hp.ttt_enabled or hp.ttt_params == "lora":
+        return
+    windows = plan_windows(targets, hp.eval_seq_len, hp.eval_stride)
+    if len(windows) < 2:
+        raise UserError(
+            f"TTT_ENABLED=1 needs more than one window of EVAL_SEQ_LEN={hp.eval_seq_len}; here are {targets} targets"
+        )
+    if len(plan_chunks(windows, hp.ttt_chunk_tokens)) < 2:
+        fits = next(size for size in (max(1, targets // 4), 1) if len(plan_chunks(windows, size)) > 1)
+        raise UserError(
+            f"TTT_CHUNK_TOKENS={hp.ttt_chunk_tokens} makes one chunk of {targets} targets; use TTT_CHUNK_TOKENS={fits}"
+        )
+
+
+def ttt_updates(hp: Hyperparameters, chunks: int) -> int:
+    """Chunks that are learned from: never the last."""
+    return min(chunks - 1, hp.ttt_max_chunks or chunks)
+
+
+def ttt_lr(hp: Hyperparameters, k: int, chunks: int) -> float:
+    """Learning rate on chunk k: a half cosine over the chunks that are learned from, after a linear rise."""
+    rise = min(1.0, (k + 1) / hp.ttt_warmup_chunks) if hp.ttt_warmup_chunks else 1.0
+    return hp.ttt_lr * rise * 0.5 * (1 + math.cos(math.pi * k / ttt_updates(hp, chunks)))
+
+
+def ttt_optimizer(parameters: list[Tensor], hp: Hyperparameters) -> torch.optim.Optimizer:
+    """On fp32 weights, without weight decay: what is adapted should stay near what was trained."""
+    if hp.ttt_optimizer == "sgd":
+        return torch.optim.SGD(parameters, lr=hp.ttt_lr, momentum=hp.ttt_momentum, foreach=True)
+    return torch.optim.AdamW(parameters, lr=hp.ttt_lr, betas=(hp.ttt_momentum, 0.999), weight_decay=0.0, fused=True)
+
+
+class Adapter:
+    """SGD or AdamW over scored text: all weights, tables too, or the control tensors alone; but nothing of the first
+    TTT_FREEZE_BLOCKS blocks.
+
+    A step is TTT_BATCH_SEQS sequences over all ranks and its gradient Σ token gradients / Σ tokens whatever the split,
+    so every rank keeps the same weights.
+    """
+
+    def __init__(self, model: GPT, forward: Callable, hp: Hyperparameters, ranks: Ranks):
+        self.model, self.forward, self.hp, self.ranks = model, forward, hp, ranks
+        frozen = re.compile("|".join(rf"blocks\.{i}\..*" for i in range(hp.ttt_freeze_blocks)) or r"(?!)")
+        for name, parameter in model.named_parameters():
+            adapts = hp.ttt_params == "all" or tensor_class(name) == "control"
+            parameter.requires_grad_(adapts and not frozen.fullmatch(name))
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.optimizer = ttt_optimizer(self.parameters, hp)
+        self.length = min(hp.train_seq_len, hp.eval_seq_len)
+        step_rows = min(hp.ttt_batch_seqs, -(-hp.ttt_chunk_tokens // self.length))  # sequences of a step, all ranks
+        self.rows = max(1, min(SCORE_TOKENS[ranks.device.type] // self.length, -(-step_rows // ranks.size)))
+
+    def reset(self) -> None:
+        """Forget what was learned beside the weights."""
+        self.optimizer.state.clear()
+
+    def warm_up(self, synthetic: Callable) -> None:
+        """Forward and backward of a step's shape, to compile them."""
+        self.forward(*synthetic(self.rows, self.length)).sum().backward()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def adapt(self, tokens: np.ndarray, lr: float) -> None:
+        """TTT_EPOCHS passes over the targets tokens[1:], which have all been scored; tokens is (m+1,) uint16."""
+        targets = len(tokens) - 1
+        starts = np.arange(0, targets, self.length)
+        self.optimizer.param_groups[0]["lr"] = lr
+        for _ in range(self.hp.ttt_epochs):
+            for i in range(0, len(starts), self.hp.ttt_batch_seqs):
+                self.step(tokens, starts[i : i + self.hp.ttt_batch_seqs])
+
+    def step(self, tokens: np.ndarray, starts: np.ndarray) -> None:
+        """One step on the sequences that start at `starts`, each at most `length` targets long.
+
+        SAM (Foret et al., 2020) takes the gradient at w + rho·g/|g|, where the loss is worse.
+        """
+        flat = self.gradient(tokens, starts)
+        if self.hp.ttt_sam_rho:
+            weights = [p.detach().clone() for p in self.parameters]
+            uphill = flat * (self.hp.ttt_sam_rho / (flat.norm() + 1e-12))
+            with torch.no_grad():
+                torch._foreach_add_(self.parameters, self.by_parameter(uphill))
+                flat = self.gradient(tokens, starts)
+                torch._foreach_copy_(self.parameters, weights)
+        if self.hp.ttt_grad_clip:
+            flat.mul_((self.hp.ttt_grad_clip / (flat.norm() + 1e-6)).clamp(max=1.0))
+        for parameter, gradient in zip(self.parameters, self.by_parameter(flat), strict=True):
+            parameter.grad = gradient
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def by_parameter(self, flat: Tensor) -> list[Tensor]:
+        parts = flat.split([p.numel() for p in self.parameters])
+        return [part.view_as(p) for part, p in zip(parts, self.parameters, strict=True)]
+
+    @torch.enable_grad()
+    def gradient(self, tokens: np.ndarray, starts: np.ndarray) -> Tensor:
+        """Gradient of the mean loss over the sequences, of all adapted parameters in one row, the same on every rank.
+
+        Every forward has `rows` full sequences: what is missing is filled up with the last token and weighs nothing.
+        """
+        end, device = len(tokens) - 1, self.ranks.device
+        counted = int(np.minimum(starts + self.length, end).max() - starts[0])
+        mine = self.ranks.part(starts)
+        for i in range(0, len(mine), self.rows):
+            part = mine[i : i + self.rows]
+            padded = np.append(part, np.full(self.rows - len(part), end))
+            index = padded[:, None] + np.arange(self.length + 1)
+            weight = torch.from_numpy((index[:, 1:] <= end).astype(np.float32)).to(device)
+            text = torch.from_numpy(tokens[np.minimum(index, end)].astype(np.int64)).to(device)
+            nats = self.forward(text[:, :-1].contiguous(), text[:, 1:].contiguous())
+            ((nats * weight).sum() / counted).backward()
+        gradients = (torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters)  # None: no share
+        flat = torch.cat([gradient.flatten() for gradient in gradients])
+        self.optimizer.zero_grad(set_to_none=True)
+        return self.ranks.sum_(flat)
+
+
+class Piece(NamedTuple):
+    """The same piece of several documents: windows (n, 3) like a plan's, none longer than `length` tokens."""
+
+    windows: np.ndarray
+    length: int
+    last: np.ndarray  # (n,) bool: the document ends here
+
+
+def plan_documents(tokens: np.ndarray) -> np.ndarray:
+    """(D, 2) int64 of (start, end): a document reads tokens start…end-1, from its BOS on, and scores the target after
+    each. tokens is (n+1,) and starts with BOS."""
+    starts = np.flatnonzero(tokens[:-1] == BOS_ID)
+    return np.column_stack([starts, np.append(starts[1:], len(tokens) - 1)])
+
+
+def plan_pieces(documents: np.ndarray, context: int, chunk: int) -> Iterator[Piece]:
+    """Pieces of `chunk` targets of documents (D, 2), side by side: the first of all, the second of those that go on, …
+
+    A piece reads up to `context` tokens of its own document. All windows of a piece begin equally far into their
+    documents, so that one shape serves them.
+    """
+    for piece in itertools.count():
+        end = (piece + 1) * chunk
+        going_on = documents[documents[:, 1] - documents[:, 0] > end - chunk]
+        if len(going_on) == 0:
+            return
+        starts, ends = going_on[:, 0], going_on[:, 1]
+        windows = np.column_stack(
+            [starts + max(0, end - context), starts + end - chunk, np.minimum(ends, starts + end)]
+        )
+        yield Piece(windows, min(end, context), ends <= starts + end)
+
+
+class LoRAAdapter:
+    """Adapters on q, v and the head of a frozen model, one set per document of a batch.
+
+    The model runs as it is, not compiled: pieces come in EVAL_SEQ_LEN / TTT_LORA_CHUNK lengths, and a graph for each,
+    with its backward, would take more of the evaluation clock than it gives back.
+    """
+
+    def __init__(self, model: GPT, hp: Hyperparameters, ranks: Ranks):
+        self.model, self.hp, self.device = model, hp, ranks.device
+        model.requires_grad_(False)
+        self.rows = score_batch_windows(hp, ranks, hp.eval_seq_len) if hp.ttt_lora_reset else 1  # documents at once
+        places = [(model, "head_lora", hp.vocab_size)]
+        for layer in (layer for block in model.blocks for layer in (block.attn.q, block.attn.v)):
+            places.append((layer, "lora", layer.weight.size(0)))
+        self.adapters = {
+            (module, name): LoRA(self.rows, hp.model_dim, out_dim, hp, ranks.device) for module, name, out_dim in places
+        }
+        self.parameters = [p for lora in self.adapters.values() for p in (lora.a, lora.b)]
+        self.optimizer = ttt_optimizer(self.parameters, hp)
+
+    def reset(self) -> None:
+        for lora in self.adapters.values():
+            lora.reset()
+        self.optimizer.state.clear()
+
+    @contextlib.contextmanager
+    def attached(self):
+        """The model with its adapters inside the block, the plain one after it: other batches are no documents."""
+        try:
+            for (module, name), lora in self.adapters.items():
+                setattr(module, name, lora)
+            yield
+        finally:
+            for module, name in self.adapters:
+                setattr(module, name, None)
+
+    def inputs(self, tokens: np.ndarray, piece: Piece) -> tuple[Tensor, Tensor, Tensor]:
+        """(inputs (rows, length), targets (rows, chunk), which of them count); what is missing is filled with BOS."""
+        n, chunk = len(piece.windows), self.hp.ttt_lora_chunk
+        index = piece.windows[:, :1] + np.arange(piece.length + 1)
+        text = np.full((self.rows, piece.length + 1), BOS_ID, dtype=np.int64)
+        text[:n] = np.where(index <= piece.windows[:, 2:], tokens[np.minimum(index, piece.windows[:, 2:])], BOS_ID)
+        counted = np.zeros((self.rows, chunk), dtype=bool)
+        counted[:n] = index[:, -chunk - 1 : -1] < piece.windows[:, 2:]
+        text, counted = torch.from_numpy(text).to(self.device), torch.from_numpy(counted).to(self.device)
+        return text[:, :-1].contiguous(), text[:, -chunk:].contiguous(), counted
+
+    def score(self, tokens: np.ndarray, piece: Piece) -> tuple[np.ndarray, Tensor]:
+        """(nats (m,) float32 of the piece's targets, document by document; the mean loss of each row, with its graph:
+        one forward serves both, since the score is taken before the step)."""
+        inputs, targets, counted = self.inputs(tokens, piece)
+        nats = self.model(inputs, targets)
+        losses = (nats * counted).sum(1) / counted.sum(1).clamp(min=1)
+        return nats.detach()[counted].cpu().numpy(), losses
+
+    def learn(self, losses: Tensor, wanted: np.ndarray) -> None:
+        """One step of the wanted documents (n,) bool, each on its own loss."""
+        (losses[: len(wanted)] * torch.from_numpy(wanted).to(losses)).sum().backward()
+        if self.hp.ttt_grad_clip:
+            norms = torch.stack([p.grad.flatten(1).norm(dim=1) for p in self.parameters]).norm(dim=0)
+            clip = (self.hp.ttt_grad_clip / (norms + 1e-6)).clamp(max=1.0)
+            for parameter in self.parameters:
+                parameter.grad.mul_(clip[:, None, None])
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+
+TEMPERATURES = tuple(math.exp(j * math.log(1.25) / 8) for j in range(-8, 9))  # 0.8 … 1.25
+
+
+class Counts:
+    """How often each key was added, exactly: sorted runs, merged when a run is no longer much shorter than the one
+    before it, so that adding and looking up cost logarithms of what is there."""
+
+    def __init__(self):
+        self.runs: list[tuple[np.ndarray, np.ndarray]] = []  # (sorted distinct keys int64, counts int64)
+
+    def add(self, keys: np.ndarray) -> None:
+        self.runs.append(np.unique(keys, return_counts=True))
+        while len(self.runs) > 1 and len(self.runs[-2][0]) < 2 * len(self.runs[-1][0]):
+            keys, counts = (np.concatenate(parts) for parts in zip(*self.runs[-2:], strict=True))
+            distinct, place = np.unique(keys, return_inverse=True)
+            self.runs[-2:] = [(distinct, np.bincount(place, counts).astype(np.int64))]
+
+    def __call__(self, keys: np.ndarray) -> np.ndarray:
+        """int64 counts of keys (n,)."""
+        asked, back = np.unique(keys, return_inverse=True)  # in order: each search begins where the last one ended
+        total = np.zeros(len(asked), dtype=np.int64)
+        for known, counts in self.runs:
+            place = np.minimum(np.searchsorted(known, asked), len(known) - 1)
+            total += np.where(known[place] == asked, counts[place], 0)
+        return total[back]
+
+
+class NGrams:
+    """Unigram, bigram and trigram of counted text, each smoothed by the shorter one: p_n(x|c) = (count(c, x) +
+    alpha p_{n-1}(x)) / (count(c) + alpha), p_0 = 1/V. Exact counts: no hashing."""
+
+    def __init__(self, vocab_size: int, alpha: float):
+        self.vocab_size, self.alpha = vocab_size, alpha
+        self.followed, self.contexts = [Counts() for _ in range(3)], [Counts() for _ in range(3)]
+
+    def keys(self, tokens: np.ndarray, first: int) -> tuple[list[np.ndarray], np.ndarray]:
+        """(keys of the 0, 1 and 2 tokens before each target, targets); target i is tokens[i+1], from `first` on."""
+        text = tokens[max(0, first - 1) :].astype(np.int64)
+        if first == 0:
+            text = np.concatenate([[0], text])  # nothing stands before the first token
+        before, last, targets = text[:-2], text[1:-1], text[2:]
+        return [np.zeros_like(last), last, last * self.vocab_size + before], targets
+
+    def probabilities(self, contexts: list[np.ndarray], targets: np.ndarray) -> list[np.ndarray]:
+        """float64 p(target | context) under each of the three."""
+        p, all_three = np.full(targets.shape, 1 / self.vocab_size), []
+        for context, followed, seen in zip(contexts, self.followed, self.contexts, strict=True):
+            pair = followed(context * self.vocab_size + targets)
+            p = (pair + self.alpha * p) / (seen(context) + self.alpha)
+            all_three.append(p)
+        return all_three
+
+    def add(self, tokens: np.ndarray, first: int) -> None:
+        contexts, targets = self.keys(tokens, first)
+        for context, followed, seen in zip(contexts, self.followed, self.contexts, strict=True):
+            followed.add(context * self.vocab_size + targets)
+            seen.add(context)
+
+
+class Readout:
+    """From the network's nats at several temperatures to the scored ones; it learns from scored text alone.
+
+    TTT_TEMPERATURE takes the temperature with the least nats on all chunks before. HEDGE_ENABLED scores a mixture
+    Σ w_i p_i of the network, the network at HEDGE_TEMPERATURE and three n-gram models of the text before the chunk;
+    w_i(t) ∝ exp(eta Σ_{s<t} log p_i(x_s)) (Freund and Schapire, 1997). A mixture of distributions is a distribution.
+    """
+
+    def __init__(self, hp: Hyperparameters):
+        self.hp = hp
+        self.grid = TEMPERATURES if hp.ttt_temperature else (1.0,)
+        self.temperatures = self.grid + ((hp.hedge_temperature,) if hp.hedge_enabled else ())
+        self.reset()
+
+    def reset(self) -> None:
+        self.nats = np.zeros(len(self.grid))
+        self.chosen = self.grid.index(1.0)
+        self.ngrams = NGrams(self.hp.vocab_size, self.hp.hedge_alpha)
+        self.log_weights = np.zeros(5)
+
+    def experts(self, columns: np.ndarray, contexts: list[np.ndarray], targets: np.ndarray) -> np.ndarray:
+        """float64 log p (…, 5) of targets under each expert; columns (…, temperatures) are the network's nats."""
+        network = -columns[..., [self.chosen, -1]].astype(np.float64)
+        ngrams = np.log(np.stack(self.ngrams.probabilities(contexts, targets), axis=-1))
+        return np.concatenate([network, ngrams], axis=-1)
+
+    def __call__(self, columns: np.ndarray, tokens: np.ndarray, first: int) -> np.ndarray:
+        """Nats (m,) float32 of the targets tokens[first+1:], then learn from them. columns is (m, temperatures)."""
+        nats = columns[:, self.chosen]
+        if self.hp.hedge_enabled:
+            contexts, targets = self.ngrams.keys(tokens, first)
+            log_p = self.experts(columns, contexts, targets)
+            evidence = self.log_weights + self.hp.hedge_eta * np.cumsum(log_p, axis=0)
+            log_weights = np.concatenate([self.log_weights[None], evidence[:-1]])
+            nats = (log_sum_exp(log_weights) - log_sum_exp(log_weights + log_p)).astype(np.float32)
+            self.log_weights = evidence[-1] - log_sum_exp(evidence[-1])
+            self.ngrams.add(tokens, first)
+        self.nats += columns[:, : len(self.grid)].sum(0, dtype=np.float64)
+        self.chosen = int(self.nats.argmin())
+        return nats
+
+
+def log_sum_exp(x: np.ndarray) -> np.ndarray:
+    """Over the last axis."""
+    top = x.max(-1, keepdims=True)
+    return (top + np.log(np.exp(x - top).sum(-1, keepdims=True)))[..., 0]
+
+
+def adapt_and_score(tokens: np.ndarray, chunks: list[np.ndarray], score: Callable, adapt: Callable) -> np.ndarray:
+    """Legal test-time training: nats (n,) float32 of every target, each scored before anything learned from it.
+
+    For each chunk k: score(visible tokens, its windows), keep the scores for good, and only then adapt(the chunk's own
+    tokens, k). Nothing is scored twice and the last chunk is never trained on.
+    """
+    nats = []
+    for k, chunk in enumerate(chunks):
+        first, end = int(chunk[0, 1]), int(chunk[-1, 2])
+        visible = tokens[: end + 1]  # later text is out of reach
+        nats.append(score(visible, chunk))
+        if k + 1 < len(chunks):
+            adapt(visible[first:], k)
+    return np.concatenate(nats)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Training
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class Run(NamedTuple):
+    """What every stage of a run needs."""
+
+    hp: Hyperparameters
+    ranks: Ranks
+    log: Log
+    phases: Phases
+    dtype: torch.dtype  # of activations
+    attend: Callable
+    compile: bool
+    val: Validation
+    stream: TokenStream | None  # training text, where the run trains
+    folder: Path  # of results
+    source: bytes  # of this file, as it runs
+    signals: Signals
+    checkpoint: Checkpoint | None  # to go on from
+
+    def build(self, context: int) -> GPT:
+        """An uninitialized model for this context, on CPU."""
+        return GPT(self.hp, context, self.attend, self.dtype)
+
+    def compiled(self, model: GPT) -> Callable:
+        """The model's forward, compiled for fixed shapes where COMPILE says so."""
+        if not self.compile:
+            return model
+        # A run has about ten graphs of one forward: with and without QAT and gradients, two widths of scored windows …
+        torch._dynamo.config.recompile_limit = 64
+        return torch.compile(model, dynamic=False, fullgraph=True)
+
+
+def accumulate_gradients(forward: Callable, inputs: Tensor, targets: Tensor, rows: int, batch_tokens: int) -> Tensor:
+    """Backward over micro-batches of `rows` sequences; returns this rank's part of the mean loss, ().
+
+    Each loss is divided by the tokens of the global batch, so that gradients and losses only have to be summed.
+    """
+    loss = torch.zeros((), device=inputs.device)
+    for x, y in zip(inputs.split(rows), targets.split(rows), strict=True):
+        part = forward(x, y).sum() / batch_tokens
+        part.backward()
+        loss += part.detach()
+    return loss
+
+
+def validate(run: Run, forward: Callable, context: int, label: str) -> Score:
+    """The whole validation split in windows without overlap."""
+    windows = plan_windows(run.val.targets, context, context)
+    batch = score_batch_windows(run.hp, run.ranks, context)
+    bar = progress_bar(len(windows) // run.ranks.size, label, run.log)
+    nats = score(forward, run.val.tokens, windows, context, batch, run.ranks, bar)
+    if bar is not None:
+        bar.close()
+    return total(nats, run.val.bytes)
+
+
+def out_of_time(hp: Hyperparameters, clock: Clock) -> bool:
+    """True where another step would end beyond the cap: two steps may be unreported, and one more has to fit."""
+    cap_ms = 1000 * hp.max_wallclock_seconds
+    step_ms = clock.step_ms or max(clock.durations, default=0.0)
+    return cap_ms > 0 and clock.elapsed_ms + clock.reserve_ms + 3 * step_ms > cap_ms
+
+
+def warn_of_warmdown(hp: Hyperparameters, clock: Clock, log: Log) -> None:
+    """Once the step time is known: a warmdown as long as the whole budget never trains at the full learning rate."""
+    steps = hp.iterations
+    if hp.max_wallclock_seconds and clock.step_ms:
+        steps = min(steps, int(1000 * hp.max_wallclock_seconds / clock.step_ms))
+    if hp.warmdown_iters >= steps:
+        fits = max(1, int(0.4 * steps))
+        log(f"warning: WARMDOWN_ITERS={hp.warmdown_iters} covers all {steps} steps; WARMDOWN_ITERS={fits} would fit")
+
+
+class Trainer:
+    """The trained model with everything that moves while it trains."""
+
+    def __init__(self, run: Run):
+        self.run, hp, ranks = run, run.hp, run.ranks
+        self.model = run.build(hp.train_seq_len)
+        init_weights(self.model, hp)
+        self.model.to(ranks.device)
+        self.model.looping = hp.num_loops > 0 and hp.enable_looping_at == 0
+        # After .to(): parameters become views of banks here, and a later move would silently part them.
+        self.optimizers = Optimizers(self.model, hp, ranks, run.dtype, run.compile)
+        self.averages, self.qat = Averages(self.model, hp), QAT(self.model, hp)
+        self.forward = run.compiled(self.model)
+        self.micro_rows = hp.micro_batch(ranks.size) // hp.train_seq_len
+        self.clock, self.step = Clock(ranks, run.signals), 0
+        self.saved_ms, self.resumed_at = 0.0, []
+        run.log(f"model_params:{sum(p.numel() for p in self.model.parameters())}")
+        accumulation = hp.train_batch_tokens // ranks.size // hp.micro_batch(ranks.size)
+        run.log(f"world_size:{ranks.size} grad_accum_steps:{accumulation}")
+
+    def warm_up(self) -> None:
+        """Run every graph of the timed loop on synthetic tokens, then undo all of it: weights and optimizer state.
+
+        Variants: with and without fake quantization and loops (where they will switch), and scoring without gradients.
+        """
+        run, hp, start = self.run, self.run.hp, time.perf_counter()
+        initial = [p.detach().clone() for p in self.model.parameters()]
+        generator = torch.Generator().manual_seed(0)
+
+        def synthetic(rows: int) -> Tensor:
+            shape = (2, rows, hp.train_seq_len)
+            return torch.randint(hp.vocab_size, shape, generator=generator).to(run.ranks.device)
+
+        fake_quants = [False] * (not hp.qat_enabled) + [True] * (hp.qat_enabled or hp.late_qat)
+        loops = sorted({self.model.looping, hp.num_loops > 0}, reverse=True)  # ends as training starts
+        for i in range(hp.warmup_steps):
+            for fake_quant, self.model.looping in itertools.product(fake_quants, loops):
+                with self.qat.switched(fake_quant):
+                    inputs, targets = synthetic(self.micro_rows)
+                    accumulate_gradients(self.forward, inputs, targets, self.micro_rows, hp.train_batch_tokens)
+                    self.optimizers.step(1.0, hp.muon_momentum)
+            run.log(f"warmup_step:{i + 1}/{hp.warmup_steps}")
+        with torch.no_grad():
+            if hp.warmup_steps and run.compile:
+                self.forward(*synthetic(score_batch_windows(hp, run.ranks, hp.train_seq_len)))
+            for parameter, value in zip(self.model.parameters(), initial, strict=True):
+                parameter.copy_(value)
+        self.optimizers.reset()
+        if hp.max_wallclock_seconds:
+            averaging = time.perf_counter()
+            self.exported_weights()
+            # Twice the time: it is measured once, and the last step must not end beyond the cap.
+            self.clock.reserve_ms = 2000 * run.ranks.largest(time.perf_counter() - averaging)
+            run.log(f"train_reserve:{self.clock.reserve_ms:.0f}ms for averaging")
+            if hp.gptq_enabled:
+                seconds = hp.gptq_reserve_seconds or 2 * self.measure_calibration()
+                self.clock.reserve_ms += 1000 * seconds
+                run.log(f"train_reserve:{1000 * seconds:.0f}ms for calibration")
+        run.phases.seconds["warmup"] = time.perf_counter() - start
+
+    def measure_calibration(self) -> float:
+        """Seconds that calibration will take, from one forward of each rank on synthetic tokens, agreed."""
+        run, length = self.run, self.run.hp.train_seq_len
+        count, at_once = run.hp.gptq_calibration_tokens // length, calibration_rows(run) * run.ranks.size
+        texts = np.random.default_rng(0).integers(run.hp.vocab_size, size=(min(count, at_once), length))
+        weights = self.exported_weights()[1]
+        start = time.perf_counter()
+        calibrate(run, weights, texts)
+        synchronize(run.ranks.device)
+        return run.ranks.largest(time.perf_counter() - start) * -(-count // at_once)
+
+    def train_step(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        """One update from this rank's (sequences, T) part of the batch; returns its part of the mean loss, ()."""
+        hp, clock, step = self.run.hp, self.clock, self.step
+        scale = lr_scale(step, hp, clock.elapsed_ms + clock.reserve_ms, clock.step_ms)
+        if not self.qat.on and (hp.qat_enabled or (hp.late_qat and scale < hp.late_qat_threshold)):
+            self.qat.switch(True)
+            self.run.log(f"{'qat' if hp.qat_enabled else 'late_qat'}:enabled step:{step} scale:{scale:.4f}")
+        elif (self.qat.on or hp.crown_q) and step % QAT_REFRESH_STEPS == 0:
+            self.qat.refresh()
+        if hp.num_loops and not self.model.looping and self.progress() >= hp.enable_looping_at:
+            self.model.looping = True
+            self.run.log(f"looping:enabled step:{step} passes:{len(self.model.looped)}")
+        loss = accumulate_gradients(self.forward, inputs, targets, self.micro_rows, hp.train_batch_tokens)
+        if hp.crown_q and scale < 1:
+            self.qat.penalize(hp.crown_q / self.run.ranks.size)
+        norm = self.optimizers.step(scale, muon_momentum(step, hp))
+        if self.averages.update(step, scale):
+            self.run.log(f"swa:start step:{step}")
+        clock.post(loss, norm)
+        self.step += 1
+        return loss
+
+    def progress(self) -> float:
+        """Share of the training loop that is over: of its steps or of its time, whichever ends first."""
+        hp, clock = self.run.hp, self.clock
+        time_ms = 1000 * hp.max_wallclock_seconds - clock.reserve_ms
+        return max(self.step / hp.iterations, clock.elapsed_ms / max(time_ms, 1.0) if hp.max_wallclock_seconds else 0.0)
+
+    def train(self) -> None:
+        """The timed loop: until ITERATIONS, the wall-clock cap or a signal. Validation and checkpoints stop the clock.
+
+        A failure that ends it names the checkpoint that is still good.
+        """
+        hp, log, clock, signals = self.run.hp, self.run.log, self.clock, self.run.signals
+        loader = BatchLoader(self.run.stream, hp, self.run.ranks, log, self.step)
+        bar = progress_bar(hp.iterations, "train", log, self.step)
+        signals.deferred = hp.checkpoint_every > 0
+        try:
+            clock.resume()
+            while self.step < hp.iterations and not out_of_time(hp, clock) and not clock.interrupted:
+                batch = loader.next()
+                clock.problem = clock.problem or loader.problem  # told a step later
+                self.train_step(*batch)
+                if bar is not None:
+                    bar.update()
+                self.report()
+            clock.pause()
+            # Agreed: all ranks take part in saving.
+            if signals.deferred and (clock.interrupted or self.run.ranks.largest(signals.caught)):
+                self.save()
+                raise Interrupted(signals.caught or signal.SIGTERM)
+        except (LimitError, UserError) as error:
+            error.args = (f"{error}; {signals.advice}",)
+            raise
+        finally:
+            signals.deferred = False
+            if bar is not None:
+                bar.close()
+        if self.step < hp.iterations:
+            log(f"stopping_early: wallclock_cap train_time:{clock.elapsed_ms:.0f}ms step:{self.step}/{hp.iterations}")
+        if hp.num_loops and not self.model.looping:
+            log("warning: training ended before its loops were switched on, and the exported model runs them")
+        allocated, reserved = peak_memory_mib(self.run.ranks.device)
+        log(f"peak memory allocated: {allocated} MiB reserved: {reserved} MiB")
+        self.run.phases.seconds["train"] = clock.elapsed_ms / 1000
+
+    def report(self) -> None:
+        """What the log, a validation or a checkpoint is due after this step."""
+        hp, log, clock = self.run.hp, self.run.log, self.clock
+        if hp.train_log_every and (self.step <= 10 or self.step % hp.train_log_every == 0):
+            clock.collect()
+            log(f"step:{self.step}/{hp.iterations} train_loss:{clock.loss:.4f} {self.timing()}")
+        if self.step == min(20, hp.iterations):
+            warn_of_warmdown(hp, clock, log)
+        if hp.val_loss_every and self.step % hp.val_loss_every == 0 and self.step < hp.iterations:
+            clock.pause()
+            self.validate_raw()
+            clock.resume()
+        if hp.checkpoint_every and clock.elapsed_ms - self.saved_ms >= 1000 * hp.checkpoint_every:
+            clock.pause()
+            self.save()
+            clock.resume()
+
+    def state(self) -> dict[str, Tensor]:
+        """Every tensor that the next step reads, live; but Muon's momentum, which is sharded. Nothing is random."""
+        averages, names = self.averages, {p: name for name, p in self.model.named_parameters()}
+        kinds = dict(weight=averages.live, ema=averages.ema, swa=averages.swa)
+        state = {
+            f"{kind}.{name}": w
+            for kind, weights in kinds.items()
+            if weights is not None
+            for name, w in zip(names.values(), weights, strict=True)
+        }
+        for parameter in self.optimizers.small:
+            moments = self.optimizers.moments(parameter)
+            state |= {f"adam.{key}.{names[parameter]}": moment for key, moment in moments.items()}
+        return state | {f"row_scale.{names[layer.weight]}": layer.row_scale for layer in self.qat.layers}
+
+    def save(self) -> None:
+        """Write a checkpoint at a paused clock and keep the one before. A full disk does not end the run."""
+        run, clock = self.run, self.clock
+        with run.phases("checkpoint"):
+            tensors = self.state()
+            tensors |= {f"momentum.{bank.name}": bank.whole_momentum() for bank in self.optimizers.banks}
+            if not all(t.isfinite().all() for t in tensors.values()):  # the same on every rank
+                raise LimitError(f"step {self.step} left weights that are not finite; a new run needs {LOWER_RATES}")
+            self.saved_ms = clock.elapsed_ms
+            path = run.folder / f"checkpoint-{self.step}.pgckpt"
+            written = run.ranks.broadcast_object(self.write(path, tensors) if run.ranks.is_main else None)
+        if written:  # every rank has to know what to tell its user
+            run.log(f"checkpoint:written step:{self.step} bytes:{written} path:{path}")
+            run.signals.resume_from(path)
+
+    def write(self, path: Path, tensors: dict[str, Tensor]) -> int:
+        """Bytes written to the main rank's disk; 0 where that failed."""
+        run, clock = self.run, self.clock
+        tensors["random"] = torch.get_rng_state()
+        meta = dict(
+            run_id=run.folder.name,
+            settings=dataclasses.asdict(run.hp),
+            code_sha256=hashlib.sha256(run.source).hexdigest(),
+            data=[run.stream.fingerprint, run.val.fingerprint, run.val.tokenizer_sha256],
+            dtype=str(run.dtype),
+            step=self.step,
+            loss=clock.loss,
+            elapsed_ms=clock.elapsed_ms,
+            durations=list(clock.durations),
+            swa_samples=self.averages.swa_samples,
+            qat=self.qat.on,
+            looping=self.model.looping,
+            resumed_at=self.resumed_at,
+        )
+        try:
+            write_atomic(path, checkpoint_parts(meta, tensors))
+            found = find_checkpoints(run.folder)  # those after this step were given up when it was taken up
+            place = found.index(path)
+            for old in [*found[: max(0, place - 1)], *found[place + 1 :], *run.folder.glob("*.partial")]:
+                old.unlink()
+        except OSError as error:
+            run.log(f"warning: checkpoint of step {self.step} not written: {error.strerror}; {run.signals.advice}")
+            return 0
+        return path.stat().st_size
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Take up the state of a checkpoint, whatever the world size that wrote it."""
+        meta, ranks = checkpoint.meta, self.run.ranks
+        self.step, self.saved_ms = meta["step"], meta["elapsed_ms"]
+        self.resumed_at = [*meta["resumed_at"], self.step]
+        self.clock.restore(self.step, meta["loss"], meta["elapsed_ms"], meta["durations"])
+        self.qat.set(meta["qat"])
+        self.model.looping = meta["looping"]
+        self.averages.swa_samples = meta["swa_samples"]
+        if self.averages.swa_samples:
+            self.averages.swa = [torch.empty_like(w) for w in self.averages.live]
+
+        state = self.state()
+        momentum = {f"momentum.{bank.name}": bank.whole_momentum().clone() for bank in self.optimizers.banks}
+        ranks.agree(lambda: self.check_tensors(checkpoint, state | momentum | dict(random=torch.get_rng_state())))
+
+        def load(name: str, into: Tensor) -> Tensor:
+            return ranks.broadcast_(into.copy_(checkpoint.tensors[name]) if ranks.is_main else into)
+
+        with torch.no_grad():
+            for name, live in state.items():
+                load(name, live)
+            for bank in self.optimizers.banks:
+                bank.load_momentum(load(f"momentum.{bank.name}", momentum[f"momentum.{bank.name}"]))
+        torch.set_rng_state(ranks.broadcast_object(checkpoint.tensors.get("random")))
+        self.run.log(f"resume:step:{self.step} train_time:{meta['elapsed_ms']:.0f}ms from:{checkpoint.path}")
+
+    def check_tensors(self, checkpoint: Checkpoint, wanted: Mapping[str, Tensor]) -> None:
+        """Whether a checkpoint holds just these tensors. Raises UserError."""
+        found = {name: (tuple(t.shape), t.dtype) for name, t in checkpoint.tensors.items()}
+        if self.run.ranks.is_main and found != {name: (tuple(t.shape), t.dtype) for name, t in wanted.items()}:
+            raise UserError(f"{checkpoint.path} does not hold the tensors of this run; use another checkpoint")
+
+    def timing(self) -> str:
+        ms = self.clock.elapsed_ms
+        return f"train_time:{ms:.0f}ms step_avg:{ms / max(self.step, 1):.2f}ms"
+
+    def exported_weights(self) -> tuple[str, dict[str, Tensor]]:
+        """(swa | ema | raw, fp32 weights by name on CPU): what is quantized."""
+        source, weights = self.averages.exported()
+        names = [name for name, _ in self.model.named_parameters()]
+        return source, {name: w.float().cpu() for name, w in zip(names, weights, strict=True)}
+
+    def validate_raw(self) -> Score:
+        with self.run.phases("validate"), self.qat.switched(False):
+            raw = validate(self.run, self.forward, self.run.hp.train_seq_len, "validate")
+        steps = f"step:{self.step}/{self.run.hp.iterations}"
+        self.run.log(f"{steps} val_loss:{raw.loss:.4f} val_bpb:{raw.bpb:.4f} {self.timing()}")
+        return raw
+
+    def diagnose(self) -> dict[str, Score]:
+        """Scores of the unquantized weights, for the log alone: nothing is chosen by them."""
+        scores = {"raw": self.validate_raw()}
+        source, _ = self.averages.exported()
+        averages = {"ema": self.averages.ema, "swa": self.averages.swa if source == "swa" else None}
+        for name, weights in averages.items():
+            if weights is not None:
+                start = time.perf_counter()
+                with self.run.phases("validate"), self.qat.switched(False), self.averages.swapped_in(weights):
+                    scores[name] = validate(self.run, self.forward, self.run.hp.train_seq_len, f"post_{name}")
+                log_score(self.run.log, f"DIAGNOSTIC post_{name}", scores[name], start)
+        return scores
+
+
+def log_score(log: Log, label: str, result: Score, start: float, extra: str = "") -> None:
+    ms = 1000 * (time.perf_counter() - start)
+    log(f"{label} val_loss:{result.loss:.4f} val_bpb:{result.bpb:.4f} {extra}eval_time:{ms:.0f}ms")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Evaluation: the passes over the artifact that was read back, and their clock
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class Evaluation:
+    """An artifact's model and its passes: label of the log -> (name of a method, stride).
+
+    The method takes a text and the stride and gives the nats (n,) float32 of all its targets, starting from the
+    artifact's own weights; the last pass is the headline. The clock runs from reading the artifact to the last score,
+    compilation included, because the challenge's 600 s do.
+    """
+
+    def __init__(self, run: Run, tensors: Mapping[str, Stored]):
+        hp, ranks = run.hp, run.ranks
+        self.run, self.tensors = run, tensors
+        self.started = time.perf_counter()
+        self.nats: dict[str, np.ndarray] = {}  # of each pass over the split, for the audit
+        self.cut: dict[str, int] | None = None  # what EVAL_MAX_SECONDS took from the last pass
+        self.label, self.bar = "", None
+        with run.phases("load"):
+            self.model = run.build(hp.eval_seq_len).to(ranks.device)
+            self.forward = run.compiled(self.model)
+            self.adapter = self.readout = None
+            if hp.ttt_enabled and hp.ttt_params == "lora":
+                self.adapter = LoRAAdapter(self.model, hp, ranks)
+            elif hp.ttt_enabled:
+                self.adapter = Adapter(self.model, self.forward, hp, ranks)
+            if hp.ttt_temperature or hp.hedge_enabled:
+                self.readout = Readout(hp)
+            self.reset()
+        self.batch = score_batch_windows(hp, ranks, hp.eval_seq_len)
+        grid = main_grid(tensors)
+        self.passes = {f"final_{grid}_roundtrip": ("fixed", hp.eval_seq_len)}
+        if hp.eval_stride:
+            self.passes[f"final_{grid}_sliding_window"] = ("fixed", hp.eval_stride)
+        if hp.ttt_enabled:
+            lora = hp.ttt_params == "lora"
+            self.passes["legal_ttt"] = ("documents", hp.ttt_lora_chunk) if lora else ("adapted", hp.eval_stride)
+
+    def reset(self) -> None:
+        """The artifact's weights, and nothing learned."""
+        self.model.load_state_dict({name: stored.dequantize() for name, stored in self.tensors.items()})
+        for learner in (self.adapter, self.readout):
+            if learner is not None:
+                learner.reset()
+
+    def warm_up(self) -> None:
+        """Compile the graphs of scoring and of TTT on synthetic tokens, before any validation token is read."""
+        run, hp, generator = self.run, self.run.hp, torch.Generator().manual_seed(0)
+
+        def synthetic(rows: int, length: int) -> Tensor:
+            return torch.randint(hp.vocab_size, (2, rows, length), generator=generator).to(run.ranks.device)
+
+        with torch.no_grad():
+            inputs, targets = synthetic(self.batch, hp.eval_seq_len)
+            for width in {hp.eval_seq_len, hp.eval_stride or hp.eval_seq_len}:
+                self.forward(inputs, targets[:, -width:].contiguous())
+                if self.readout is not None:
+                    self.forward(inputs, targets[:, -width:].contiguous(), self.readout.temperatures)
+        if isinstance(self.adapter, Adapter):
+            self.adapter.warm_up(synthetic)
+
+    def score_all(self) -> dict[str, Score]:
+        """Every pass over the validation split, in the order of the log."""
+        run, hp, log, val = self.run, self.run.hp, self.run.log, self.run.val
+        if run.compile:
+            with run.phases("warmup_evaluation"):
+                self.warm_up()
+        scores: dict[str, Score] = {}
+        start = self.started
+        for label, (method, stride) in self.passes.items():
+            before, start = time.perf_counter() - start, time.perf_counter()
+            if label == "legal_ttt":
+                lora = method == "documents"
+                chunks = len(plan_documents(val.tokens)) if lora else len(self.chunks(val, stride))
+                if hp.eval_max_seconds and self.run.ranks.largest(self.elapsed() + before) > hp.eval_max_seconds:
+                    self.cut = dict(chunks=chunks, adapted=0, scored=0)
+                    log(f"{label}:skipped it would end beyond EVAL_MAX_SECONDS={hp.eval_max_seconds:g}")
+                    break
+                adapted = sum(p.numel() for p in self.adapter.parameters) // (self.adapter.rows if lora else 1)
+                log(f"ttt:start {'documents' if lora else 'chunks'}:{chunks} adapted_params:{adapted}")
+            self.label, self.bar = label, progress_bar(-(-val.targets // stride) // run.ranks.size, label, log)
+            nats = getattr(self, method)(val, stride)
+            scores[label] = total(nats, val.bytes)
+            if hp.audit:
+                self.nats[label] = nats
+            if self.bar is not None:
+                self.bar.close()
+            log_score(log, label, scores[label], start, f"stride:{stride} " if label.endswith("window") else "")
+            log(f"{label}_exact val_loss:{scores[label].loss:.8f} val_bpb:{scores[label].bpb:.8f}")
+        return scores
+
+    def chunks(self, val: Validation, stride: int) -> list[np.ndarray]:
+        hp = self.run.hp
+        return plan_chunks(plan_windows(val.targets, hp.eval_seq_len, stride), hp.ttt_chunk_tokens)
+
+    def fixed(self, val: Validation, stride: int) -> np.ndarray:
+        """Scores of weights that stay as they are."""
+        return self.scan(val.tokens, plan_windows(val.targets, self.run.hp.eval_seq_len, stride), stride)
+
+    def scan(self, tokens: np.ndarray, windows: np.ndarray, stride: int) -> np.ndarray:
+        """Scores of all windows; the first few tell how long the rest will take."""
+        start, first = time.perf_counter(), 4 * self.batch * self.run.ranks.size
+        nats = [self.score(tokens, windows[:first], stride)]
+        if len(windows) > first:
+            limit = self.run.hp.eval_max_seconds
+            if self.predict((time.perf_counter() - start) * (len(windows) / first - 1)) > limit > 0:
+                self.run.log(f"warning: the scores will not fit EVAL_MAX_SECONDS={limit:g}; raise EVAL_STRIDE")
+            nats.append(self.score(tokens, windows[first:], stride))
+        return np.concatenate(nats)
+
+    def adapted(self, val: Validation, stride: int) -> np.ndarray:
+        """Scores of weights that learn from what is already scored."""
+        hp, chunks, seconds = self.run.hp, self.chunks(val, stride), self.run.phases.seconds
+        updates = ttt_updates(hp, len(chunks))
+        done = np.cumsum([len(chunk) for chunk in chunks])  # windows scored by the end of each chunk
+        before = {name: seconds.get(name, 0.0) for name in ("score", "adapt")}
+
+        def adapt(text: np.ndarray, k: int) -> None:
+            if k >= updates:
+                return
+            score_s, adapt_s = (seconds.get(name, 0.0) - before[name] for name in ("score", "adapt"))
+            to_score = score_s * (done[-1] / done[k] - 1)
+            # The first update is not measured yet: forward and backward cost three forwards, without their overlap.
+            update_s = adapt_s / k if k else score_s * 3 * hp.ttt_epochs * stride / hp.eval_seq_len
+            if k == 1:
+                self.predict(to_score + update_s * (updates - 1))
+            if self.has_time(to_score + update_s, k, len(chunks)):
+                self.adapt(text, k, len(chunks))
+
+        def score(text: np.ndarray, chunk: np.ndarray) -> np.ndarray:
+            return self.score(text, chunk, stride, self.readout)
+
+        try:
+            return adapt_and_score(val.tokens, chunks, score, adapt)
+        finally:
+            self.reset()
+
+    def documents(self, val: Validation, chunk: int) -> np.ndarray:
+        """Scores of documents whose adapters learn from the pieces before: each document by itself, batches of them
+        side by side and split over ranks, the longest first; or, with adapters carried on, one after another."""
+        hp, ranks, adapter = self.run.hp, self.run.ranks, self.adapter
+        documents, carried = plan_documents(val.tokens), not hp.ttt_lora_reset
+        if not carried:
+            documents = documents[np.argsort(documents[:, 0] - documents[:, 1], kind="stable")]
+        batches = [documents[i : i + adapter.rows] for i in range(0, len(documents), adapter.rows)]
+        mine = batches if carried else batches[ranks.rank :: ranks.size]
+        rounds = len(batches) if carried else -(-len(batches) // ranks.size)
+        lengths = [int((batch[:, 1] - batch[:, 0]).sum()) for batch in mine]
+        nats, start, learning = np.zeros(val.targets, dtype=np.float32), time.perf_counter(), True
+        with adapter.attached():
+            for k in range(rounds):
+                if k:  # a score alone is about a third of a score with its step
+                    spent = time.perf_counter() - start
+                    left = spent * sum(lengths[k:]) / sum(lengths[:k])
+                    if k == 1:
+                        self.predict(left)
+                    learning = self.has_time(left / 3 + spent / k, k, rounds)
+                if not carried or k == 0:
+                    adapter.reset()
+                for piece in plan_pieces(mine[k], hp.eval_seq_len, chunk) if k < len(mine) else ():
+                    scored, losses = self.score_piece(val.tokens, piece)
+                    place = 0
+                    for _, first, end in piece.windows:
+                        nats[first:end] = scored[place : place + end - first]
+                        place += end - first
+                    goes_on = ~piece.last | (carried and k + 1 < rounds)
+                    if learning and goes_on.any():
+                        self.learn_piece(losses, goes_on)
+            adapter.reset()
+        return nats if carried else ranks.sum_(torch.from_numpy(nats).to(ranks.device)).cpu().numpy()
+
+    def score_piece(self, tokens: np.ndarray, piece: Piece) -> tuple[np.ndarray, Tensor]:
+        with self.run.phases("score"):
+            scored = self.adapter.score(tokens, piece)
+        if self.bar is not None:
+            self.bar.update(len(piece.windows))
+        return scored
+
+    def learn_piece(self, losses: Tensor, wanted: np.ndarray) -> None:
+        with self.run.phases("adapt"):
+            self.adapter.learn(losses, wanted)
+
+    def score(self, tokens: np.ndarray, windows: np.ndarray, stride: int, readout: Readout | None = None) -> np.ndarray:
+        """Nats (m,) float32 of the windows' targets, the network's or what a readout makes of them."""
+        temperatures = readout.temperatures if readout is not None else ()
+        with self.run.phases("score"):
+            nats = score(self.forward, tokens, windows, stride, self.batch, self.run.ranks, self.bar, temperatures)
+            return nats if readout is None else readout(nats, tokens, int(windows[0, 1]))
+
+    def adapt(self, text: np.ndarray, k: int, chunks: int) -> None:
+        """Learn from the text of chunk k."""
+        with self.run.phases("adapt"):
+            self.adapter.adapt(text, ttt_lr(self.run.hp, k, chunks))
+
+    def elapsed(self) -> float:
+        return time.perf_counter() - self.started
+
+    def has_time(self, needed: float, k: int, chunks: int) -> bool:
+        """Whether chunk k can be learned from, with all later chunks still scored in time. Once not, never again."""
+        limit = self.run.hp.eval_max_seconds
+        if self.cut is None and limit and self.run.ranks.largest(self.elapsed() + needed) > (1 - EVAL_MARGIN) * limit:
+            self.cut = dict(chunks=chunks, adapted=k, scored=chunks)
+            self.run.log(
+                f"{self.label}:cut adapted_chunks:{k} of:{chunks - 1} to end before EVAL_MAX_SECONDS={limit:g}; "
+                "where it is cut depends on the machine, so this score does not repeat"
+            )
+        return self.cut is None
+
+    def predict(self, left: float) -> float:
+        """Say once a pass what the evaluation will take if this pass needs `left` more seconds, and return it."""
+        limit, predicted = self.run.hp.eval_max_seconds, self.elapsed() + left
+        self.run.log(f"{self.label}:predicted evaluation_seconds:{predicted:.0f} limit:{limit:g}")
+        return predicted
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Audit: the same passes on a slice of the split, watched and disturbed
+# ----------------------------------------------------------------------------------------------------------------------
+
+# Nats that a score may move where it must not: none on CPU. CUDA adds up some gradients in no fixed order.
+MOVED_NATS = {"cpu": 0.0, "cuda": 0.02}
+# Nats between a score and the reference, which runs eagerly: on CUDA that rounds otherwise than the compiled graph.
+REFERENCE_NATS = {"cpu": 1e-3, "cuda": 0.05}
+# Nats between the headline's scores and the same windows of the slice, which other batches hold.
+SAME_NATS = {"cpu": 1e-4, "cuda": 0.02}
+UNIT_SUM = 1e-4  # how far a distribution's sum may lie from 1
+
+
+class Finding(NamedTuple):
+    passed: bool
+    figure: str
+
+
+class Watched(Evaluation):
+    """An evaluation of an audit: it remembers what its passes asked for, and can leave out an update."""
+
+    def __init__(self, run: Run, tensors: Mapping[str, Stored], left_out: int | None = None):
+        super().__init__(run, tensors)
+        if not run.compile:  # the chunks of a slice are short, and every forward is filled up to a whole batch
+            self.batch = min(self.batch, 16)
+        self.left_out = left_out
+        self.calls: list[tuple[np.ndarray, np.ndarray]] = []  # (windows, nats) of each call of the scorer
+        self.referee, self.off_reference, self.off_one = False, 0.0, 0.0
+        self.learned_unscored = False
+        self.updates: list[int] = []  # scorer calls before each update
+
+    def run_pass(self, label: str) -> np.ndarray:
+        method, stride = self.passes[label]
+        self.calls, self.updates = [], []
+        return getattr(self, method)(self.run.val, stride)
+
+    def score(self, tokens: np.ndarray, windows: np.ndarray, stride: int, readout: Readout | None = None) -> np.ndarray:
+        before = copy.deepcopy(readout) if self.referee else None
+        nats = super().score(tokens, windows, stride, readout)
+        self.calls.append((windows, nats))
+        if self.referee:
+            if before is None:
+                self.off_reference = larger(self.off_reference, self.compare(tokens, windows, stride, nats))
+            else:
+                self.compare_mixture(before, tokens, windows, nats)
+        return nats
+
+    def score_piece(self, tokens: np.ndarray, piece: Piece) -> tuple[np.ndarray, Tensor]:
+        nats, losses = super().score_piece(tokens, piece)
+        self.calls.append((piece.windows, nats))
+        if self.referee:
+            with torch.no_grad():
+                inputs, targets, counted = self.adapter.inputs(tokens, piece)
+                entries = self.model.head(self.model.trunk(inputs)[:, -targets.size(1) :]).double().log_softmax(-1)
+                entries = entries.gather(-1, targets[..., None])[..., 0][counted].cpu().numpy()
+            self.off_reference = larger(self.off_reference, distance(nats, -entries))
+        return nats, losses
+
+    def adapt(self, text: np.ndarray, k: int, chunks: int) -> None:
+        end = int(self.calls[-1][0][-1, 2]) + 1 if self.calls else 0  # of the tokens that have been scored
+        self.learned_unscored |= not np.array_equal(text, self.run.val.tokens[max(0, end - len(text)) : end])
+        self.updates.append(len(self.calls))
+        if len(self.updates) - 1 != self.left_out:
+            super().adapt(text, k, chunks)
+
+    def learn_piece(self, losses: Tensor, wanted: np.ndarray) -> None:
+        self.updates.append(len(self.calls))
+        if len(self.updates) - 1 != self.left_out:
+            super().learn_piece(losses, wanted)
+
+    def predict(self, left: float) -> float:
+        return 0.0
+
+    @torch.no_grad()
+    def compare(self, tokens: np.ndarray, windows: np.ndarray, stride: int, nats: np.ndarray) -> float:
+        """Largest distance of the scores of up to four windows from the present model's float64 log-softmax."""
+        if len(nats) != (windows[:, 2] - windows[:, 1]).sum():
+            return math.inf
+        widths = np.minimum(windows[:, 2] - windows[:, 1], stride)
+        ends = np.cumsum(windows[:, 2] - windows[:, 1])
+        chosen = np.unique(np.linspace(0, len(windows) - 1, min(4, self.batch, len(windows))).astype(int))
+        rows = np.append(chosen, np.repeat(chosen[-1], self.batch - len(chosen)))  # the scorer's shape
+        length = int(windows[0, 2] - windows[0, 0])
+        text = torch.from_numpy(tokens[windows[rows, 0][:, None] + np.arange(length + 1)].astype(np.int64))
+        text = text.to(self.run.ranks.device)
+        hidden = self.model.trunk(text[:, :-1].contiguous())[: len(chosen), -stride:]
+        entries = self.model.head(hidden).double().log_softmax(-1)
+        entries = entries.gather(-1, text[: len(chosen), 1:][:, -stride:, None])[..., 0].cpu().numpy()
+        pairs = ((nats[ends[j] - widths[j] : ends[j]], -entries[i, -widths[j] :]) for i, j in enumerate(chosen))
+        return larger(*(distance(scored, reference) for scored, reference in pairs), 0.0)
+
+    @torch.no_grad()
+    def compare_mixture(self, readout: Readout, tokens: np.ndarray, windows: np.ndarray, nats: np.ndarray) -> None:
+        """The first target of a chunk: its distribution by the readout as it was before has to sum to 1 and hold the
+        score. readout is that state."""
+        start, first, end = (int(n) for n in windows[0])
+        rows = np.repeat(tokens[None, start:end], self.batch, axis=0).astype(np.int64)  # the scorer's shape
+        hidden = self.model.trunk(torch.from_numpy(rows).to(self.run.ranks.device))[0, first - start]
+        logits = self.model.head(hidden[None, None].expand(self.batch, -1, -1))[0, 0].double()
+        columns = torch.stack([-(logits / t).log_softmax(-1) for t in readout.temperatures], -1).cpu().numpy()
+        entries = -columns[:, readout.chosen]
+        if readout.hp.hedge_enabled:
+            contexts, _ = readout.ngrams.keys(tokens[: first + 2], first)
+            every = np.arange(readout.hp.vocab_size)
+            log_p = readout.experts(columns, [np.repeat(context, len(every)) for context in contexts], every)
+            entries = log_sum_exp(readout.log_weights + log_p) - log_sum_exp(readout.log_weights)
+        self.off_one = larger(self.off_one, abs(float(np.exp(entries).sum()) - 1))
+        self.off_reference = larger(self.off_reference, abs(float(nats[0] + entries[tokens[first + 1]])))
+
+
+class Audit:
+    """Proof by experiment that an evaluation keeps the rules: its own passes again, over a slice of the split.
+
+    The four conditions are those that reviewers of the challenge cite (openai/parameter-golf #1017): scores depend on
+    the past alone, come from a distribution over the whole vocabulary, are fixed before anything learns from them, and
+    count every token once. A disturbed text or a left-out update must not move what it cannot legally reach. Every
+    experiment builds its evaluation anew from the artifact, so that nothing seen before can be known in it.
+    """
+
+    def __init__(self, evaluation: Evaluation):
+        run, hp = evaluation.run, evaluation.run.hp
+        self.evaluation, self.whole, self.tensors = evaluation, run.val, evaluation.tensors
+        n = max(hp.audit_tokens or min(65_536, run.val.targets // 10), 4 * hp.eval_seq_len)
+        self.n = n = min(n, run.val.targets)
+        self.run = run._replace(
+            hp=dataclasses.replace(hp, ttt_chunk_tokens=max(1, n // 8), eval_max_seconds=0.0),
+            log=Log(None),
+            phases=Phases(run.ranks.device),
+            val=run.val._replace(tokens=run.val.tokens[: n + 1], bytes=run.val.bytes[:n]),
+        )
+        self.tokens, self.context = self.run.val.tokens, hp.eval_seq_len
+        self.stride = hp.eval_stride or self.context
+        self.moved_nats = MOVED_NATS[run.ranks.device.type]
+        self.random = np.random.default_rng(hp.seed)  # the same on every rank
+        self.watched = Watched(self.run, self.tensors)
+        self.watched.referee = True
+        self.base, self.updates = {}, {}
+        for label in self.watched.passes:
+            self.base[label] = (self.watched.run_pass(label), self.watched.calls.copy())
+            self.updates[label] = self.watched.updates
+        self.watched.referee = False
+
+    def check(self, scores: Mapping[str, Score], size: tuple[int, int], seconds: Mapping[str, float]) -> dict:
+        """Every finding by name. scores and size (code, artifact; bytes) are the run's, seconds its ledger."""
+        checks = dict(
+            causal=self.causal,
+            normalised=self.normalised,
+            score_first=self.score_first,
+            once=lambda: self.once(scores),
+            documents=self.documents,
+            bytes=self.bytes,
+            clocks=lambda: self.clocks(seconds),
+            size=lambda: self.size(*size),
+        )
+        findings = {}
+        for name, check in checks.items():
+            try:
+                findings[name] = check()
+            except (IndexError, KeyError, ValueError) as error:  # scores that do not even have the form they should
+                findings[name] = Finding(False, f"could not be carried out: {error}")
+        return findings
+
+    def causal(self) -> Finding:
+        """C1: with every token after p replaced, no score up to p moves, and some score after it does."""
+        moved, changed, points = 0.0, True, 0
+        for p in self.borders():
+            val = self.run.val._replace(tokens=self.disturbed(self.tokens, p))
+            disturbed = Watched(self.run._replace(val=val), self.tensors)
+            for label, (nats, _) in self.base.items():
+                after, points = disturbed.run_pass(label), points + 1
+                moved = larger(moved, distance(after[:p], nats[:p]))
+                changed &= distance(after[p:], nats[p:]) > 0
+        for label, (method, stride) in self.watched.passes.items():
+            if method == "fixed":  # windows do not hear of each other: another p for each of them in one pass
+                windows = plan_windows(self.n, self.context, stride)
+                cuts = self.random.integers(windows[:, 1], windows[:, 2])
+                texts = [
+                    self.disturbed(self.tokens[start : end + 1], p - start)
+                    for (start, _, end), p in zip(windows, cuts, strict=True)
+                ]
+                after = self.watched.scan(*side_by_side(texts, windows[:, 1] - windows[:, 0]), stride)
+                kept = np.concatenate([np.arange(f, e) < p for (_, f, e), p in zip(windows, cuts, strict=True)])
+                moved = larger(moved, distance(after[kept], self.base[label][0][kept]))
+                points += len(windows)
+        figure = f"disturbed_at:{points} scores_before_moved:{moved:.2g}"
+        return Finding(moved <= self.moved_nats and changed, figure + ("" if changed else " nothing_after_moved"))
+
+    def normalised(self) -> Finding:
+        """C2: the scores of all V possible tokens at one place are a distribution, and what is scored is its entry.
+
+        The place lies inside a window, where the token is input to the position after it: who looks ahead by one sees
+        the target itself, which moves no earlier score but leaves no distribution.
+        """
+        vocab, worst, points = self.run.hp.vocab_size, 0.0, 0
+        stride = self.stride if self.stride > 1 else self.context
+        for start, _, end in self.random.choice(plan_windows(self.n, self.context, stride), max(1, 1024 // vocab)):
+            target = int(self.random.integers(max(start, end - stride), max(start, end - 1) + (end == start + 1)))
+            texts = np.repeat(self.tokens[None, start : end + 1], vocab, axis=0)
+            texts[:, target + 1 - start] = np.arange(vocab)
+            tokens, windows = side_by_side(texts, np.full(vocab, target - start))
+            ends = np.cumsum(windows[:, 2] - windows[:, 1])
+            nats = self.watched.scan(tokens, windows, stride)[np.append(0, ends[:-1])].astype(np.float64)
+            worst, points = larger(worst, abs(float(np.exp(-nats).sum()) - 1)), points + 1
+        if isinstance(self.watched.adapter, LoRAAdapter):
+            worst, points = larger(worst, self.off_one_in_a_piece()), points + 1
+        off, worst = self.watched.off_reference, larger(worst, self.watched.off_one)
+        passed = worst <= UNIT_SUM and off <= REFERENCE_NATS[self.run.ranks.device.type]
+        return Finding(passed, f"whole_sums:{points} off_one:{worst:.2g} scores_off_reference:{off:.2g}")
+
+    def off_one_in_a_piece(self) -> float:
+        """The same of a document's first piece, by the adapter's own way of reading; its adapters are fresh, so that
+        every row of a batch has the same."""
+        adapter, vocab, chunk = self.watched.adapter, self.run.hp.vocab_size, self.run.hp.ttt_lora_chunk
+        documents = plan_documents(self.tokens)
+        start, end = documents[(documents[:, 1] - documents[:, 0]).argmax()]
+        end = min(end, start + chunk)
+        target = int(self.random.integers(start, max(start + 1, end - 1)))
+        texts = np.repeat(self.tokens[None, start : end + 1], vocab, axis=0)
+        texts[:, target + 1 - start] = np.arange(vocab)
+        tokens, windows = side_by_side(texts, np.zeros(vocab, dtype=int))
+        nats = []
+        with adapter.attached(), torch.no_grad():
+            adapter.reset()
+            for i in range(0, vocab, adapter.rows):
+                piece = Piece(windows[i : i + adapter.rows], chunk, np.zeros(0))
+                nats.append(adapter.score(tokens, piece)[0].reshape(-1, end - start)[:, target - start])
+        return abs(float(np.exp(-np.concatenate(nats).astype(np.float64)).sum()) - 1)
+
+    def score_first(self) -> Finding:
+        """C3: an update learns from scored text alone; without it the scores so far stay, and later ones change."""
+        if "legal_ttt" not in self.base:
+            return Finding(True, "nothing adapts")
+        calls, moved, learned, left_out = self.base["legal_ttt"][1], 0.0, True, []
+        updates = self.updates["legal_ttt"]
+        for k in sorted({(len(updates) - 1) // 2, len(updates) - 1} & set(range(len(updates)))):
+            without = Watched(self.run, self.tensors, left_out=k)
+            without.run_pass("legal_ttt")
+            before, after = (
+                [np.concatenate([nats for _, nats in part]) for part in (calls[place], without.calls[place])]
+                for place in (slice(updates[k]), slice(updates[k], None))
+            )
+            moved = larger(moved, distance(*before))
+            learned &= distance(*after) > 0
+            left_out.append(k)
+        learned |= self.run.hp.ttt_lr == 0
+        unscored = self.watched.learned_unscored
+        figure = f"updates_left_out:{len(left_out)} of:{len(updates)} scores_before_moved:{moved:.2g}"
+        figure += ("" if learned else " nothing_learned") + (" learned_from_unscored_text" if unscored else "")
+        return Finding(moved <= self.moved_nats and learned and not unscored, figure)
+
+    def once(self, scores: Mapping[str, Score]) -> Finding:
+        """C4: a pass asks the scorer for every target once and in order and counts just what it answers; the totals
+        are those of the whole split, and its scores are the ones that the artifact gives again."""
+        problems = []
+        for label, (nats, calls) in self.base.items():
+            spans = np.concatenate([windows[:, 1:] for windows, _ in calls])
+            answered = np.concatenate([answer for _, answer in calls])
+            if len(answered) == (spans[:, 1] - spans[:, 0]).sum():  # documents come the longest first
+                order = np.argsort(spans[:, 0], kind="stable")
+                parts = np.split(answered, np.cumsum(spans[:, 1] - spans[:, 0])[:-1])
+                spans, answered = spans[order], np.concatenate([parts[i] for i in order])
+            in_order = spans[0, 0] == 0 and spans[-1, 1] == self.n and (spans[1:, 0] == spans[:-1, 1]).all()
+            if not in_order or len(nats) != self.n:
+                problems.append(f"{label} scored {len(answered)} and counted {len(nats)} targets of {self.n}")
+            elif not np.array_equal(answered, nats, equal_nan=True):
+                problems.append(f"{label} counts other scores than it was given")
+        for label, score in scores.items():
+            method, stride = self.watched.passes[label]
+            headline = self.evaluation.nats[label]
+            counted = (float(headline.sum(dtype=np.float64)), self.whole.targets, int(self.whole.bytes.sum()))
+            if tuple(score) != counted:
+                problems.append(f"{label} is over {score.tokens} tokens, {score.bytes} bytes, {score.nats:.1f} nats")
+            same = int(plan_windows(self.n, self.context, stride)[-1, 1])  # a slice ends with a window of its own
+            if method == "documents":
+                same = int(plan_documents(self.tokens)[-1, 0])  # and with a part of a document
+            if method == "adapted":
+                same = min(same, int(self.evaluation.chunks(self.whole, stride)[0][-1, 2]))
+                if self.watched.readout is None:
+                    label = f"final_{main_grid(self.tensors)}_sliding_window"
+                else:
+                    same = min(same, int(self.watched.chunks(self.run.val, stride)[0][-1, 2]))
+            if not distance(headline[:same], self.base[label][0][:same]) <= SAME_NATS[self.run.ranks.device.type]:
+                problems.append(f"{label} does not give again the scores that the artifact had")
+        figure = f"tokens:{self.whole.targets} bytes:{int(self.whole.bytes.sum())}"
+        return Finding(not problems, "; ".join(problems) or figure)
+
+    def documents(self) -> Finding:
+        """With attention switched off, the token before a document's BOS reaches no score inside that document.
+
+        Attention may look into the text before, as in the published systems; what mixes neighbours must not.
+        """
+        borders = np.flatnonzero(self.tokens == BOS_ID)
+        last = borders[borders > 1] - 1  # of the documents before
+        last = last[self.tokens[last] != BOS_ID]
+        disturbed = self.tokens.copy()
+        disturbed[last] = self.random.integers(BOS_ID + 1, self.run.hp.vocab_size, len(last))
+        silenced = {
+            name: stored._replace(data=torch.zeros_like(stored.data)) if name.endswith(".attn_scale") else stored
+            for name, stored in self.tensors.items()
+        }
+        silent = Watched(self.run, silenced)
+        windows = plan_windows(self.n, self.context, self.context)
+        before, after = (silent.scan(text, windows, self.context) for text in (self.tokens, disturbed))
+        free = np.ones(self.n, dtype=bool)
+        free[last - 1], free[last[last < self.n]] = False, False  # the token itself and what follows it
+        moved = distance(after[free], before[free])
+        return Finding(moved <= self.moved_nats, f"borders:{len(last)} scores_across_moved:{moved:.2g}")
+
+    def bytes(self) -> Finding:
+        """Counted bytes against the decoded text, document by document: all that begin in the slice."""
+        import sentencepiece
+
+        model = sentencepiece.SentencePieceProcessor(model_file=str(self.whole.tokenizer_path))
+        tokens, counted = self.whole.tokens, self.whole.bytes
+        ends = np.append(np.flatnonzero(tokens == BOS_ID), len(tokens))
+        documents = [(start, end) for start, end in itertools.pairwise(ends) if start < self.n]
+        decoded = [len(model.decode(tokens[start + 1 : end].tolist()).encode()) for start, end in documents]
+        claimed = [int(counted[max(0, start - 1) : end - 1].sum()) for start, end in documents]  # BOS is a target too
+        for document, (theirs, ours) in enumerate(zip(decoded, claimed, strict=True)):
+            if theirs != ours:
+                return Finding(False, f"document {document} counts {ours} bytes, its text has {theirs}")
+        return Finding(True, f"documents:{len(documents)} decoded_bytes:{sum(decoded)}")
+
+    def clocks(self, seconds: Mapping[str, float]) -> Finding:
+        """The measured ledger against both clocks; 0 is no limit."""
+        hp, evaluation = self.evaluation.run.hp, seconds["evaluation"]
+        training = sum(seconds.get(phase, 0.0) for phase in TRAINING_PHASES)
+        limits = (hp.max_wallclock_seconds, hp.eval_max_seconds)
+        passed = all(spent <= limit or limit == 0 for spent, limit in zip((training, evaluation), limits, strict=True))
+        caps = [f"{limit:g}s" if limit else "no_limit" for limit in limits]
+        train = f"train:{training:.1f}s of {caps[0]}" if "train" in seconds else "train:not_in_this_run"
+        return Finding(passed, f"{train} evaluation:{evaluation:.1f}s of {caps[1]}")
+
+    def size(self, code: int, artifact: int) -> Finding:
+        cap = self.run.hp.artifact_cap_bytes
+        return Finding(code + artifact <= cap, f"code:{code} artifact:{artifact} total:{code + artifact} cap:{cap}")
+
+    def borders(self) -> list[int]:
+        """Where to disturb whole passes: just behind a chunk's end, inside the last window, before a document."""
+        starts = np.flatnonzero(self.tokens == BOS_ID)
+        chunks = self.watched.chunks(self.run.val, self.stride)
+        points = {int(chunks[len(chunks) // 2 - 1][-1, 2]) + 1, self.n - self.stride // 2 - 1}
+        if self.watched.readout is not None:  # what it keeps within a chunk moves with every target
+            middle = chunks[len(chunks) // 2]
+            points.add(int(middle[0, 1] + middle[-1, 2]) // 2)
+        inner = starts[(starts > self.n // 4) & (starts < self.n)]
+        points |= {int(inner[0]) - 1} if len(inner) else set()
+        return sorted(p for p in points if 0 < p < self.n)
+
+    def disturbed(self, tokens: np.ndarray, p: int) -> np.ndarray:
+        """A copy with every token after p drawn anew, the first of them surely another one."""
+        vocab, copy = self.run.hp.vocab_size, tokens.copy()
+        copy[p + 1 :] = self.random.integers(0, vocab, len(tokens) - p - 1)
+        copy[p + 1] = (int(tokens[p + 1]) + self.random.integers(1, vocab)) % vocab
+        return copy
+
+
+def side_by_side(texts: Sequence[np.ndarray], firsts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(tokens, windows): texts of one length m+1, each a window of its own that scores from its target `first` on."""
+    starts = np.arange(len(texts)) * len(texts[0])
+    return np.concatenate(texts), np.stack([starts, starts + firsts, starts + len(texts[0]) - 1], axis=1)
+
+
+def distance(a: np.ndarray, b: np.ndarray) -> float:
+    """Largest difference of two runs of scores; infinite where one has more of them or one that is not a number."""
+    worst = float(np.abs(a - b).max(initial=0.0)) if len(a) == len(b) else math.inf
+    return worst if math.isfinite(worst) else math.inf
+
+
+def larger(*values: float) -> float:
+    """The maximum, infinite if any value is not a number: max() alone would forget it."""
+    return max(values) if all(map(math.isfinite, values)) else math.inf
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Main: train, export, evaluate
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class Job(NamedTuple):
+    """What to do, decided before any work: settings and, for EVAL_ONLY and EXPORT_ONLY, what they start from."""
+
+    hp: Hyperparameters
+    blob: bytes | None = None  # EVAL_ONLY: the artifact
+    tensors: dict[str, Stored] | None = None  # EXPORT_ONLY: the saved weights
+    tokenizer_sha256: str | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def trains(self) -> bool:
+        return self.blob is None and self.tensors is None
+
+    @property
+    def reads_training_text(self) -> bool:
+        return self.trains or (self.hp.export_only and self.hp.gptq_enabled)
+
+
+def read_job(environ: Mapping[str, str]) -> Job:
+    """Settings from the environment; with EVAL_ONLY or EXPORT_ONLY over those of the file. Raises UserError.
+
+    The file's architecture stands: a variable that contradicts it is an error. One that changes the evaluation is used
+    and named in the log.
+    """
+    modes = {"EVAL_ONLY", "ARTIFACT_PATH", "EXPORT_ONLY", "WEIGHTS_PATH"}
+    mode = Hyperparameters.from_env({name: text for name, text in environ.items() if name in modes})
+    if not (mode.eval_only or mode.export_only):
+        return Job(Hyperparameters.from_env(environ))
+    path, kind = (mode.artifact_path, "artifact") if mode.eval_only else (mode.weights_path, "weights")
+    blob, header, tensors = read_artifact_file(path, kind)
+    hp = Hyperparameters.from_env(environ, header["architecture"] | header["evaluation"])
+    for name, value in header["architecture"].items():
+        if getattr(hp, name) != value:
+            raise UserError(f"{name.upper()}={getattr(hp, name)} contradicts {path}, made with {value}; leave it out")
+    notes = [
+        f"evaluation:changed {name.upper()}={getattr(hp, name)} file:{value}"
+        for name, value in header["evaluation"].items()
+        if getattr(hp, name) != value
+    ]
+    sha256 = header["tokenizer_sha256"]
+    return Job(hp, blob if mode.eval_only else None, tensors if mode.export_only else None, sha256, tuple(notes))
+
+
+def open_outputs(hp: Hyperparameters, run_id: str, ranks: Ranks) -> tuple[Log, Path]:
+    """The log and the folder of results, made on the main rank. Raises UserError where they cannot be made."""
+    out, folder = Path(hp.out_dir), Path(hp.out_dir) / "runs" / run_id
+    if not ranks.is_main:
+        return Log(None), folder
+    path = out / "logs" / f"{run_id}.txt"
+    try:
+        if path.exists() and not hp.resume:
+            raise UserError(f"RUN_ID={run_id} has a log already; choose another or move {path} away")
+        if (folder / "result.json").exists():
+            raise UserError(f"RUN_ID={run_id} has ended already: {folder / 'result.json'}; choose another RUN_ID")
+        for needed in (path.parent, folder):
+            needed.mkdir(parents=True, exist_ok=True)
+        written = [p.stat().st_size for p in (path, *find_checkpoints(folder)) if p.exists()]  # by the run that goes on
+        free = shutil.disk_usage(folder).free + sum(written)
+        needed = bytes_to_write(hp)
+        if free < needed:
+            raise UserError(f"OUT_DIR={hp.out_dir} has {free >> 20} MiB free; this run may write {needed >> 20} MiB")
+        return Log(path), folder
+    except OSError as error:
+        raise UserError(f"cannot write to OUT_DIR={hp.out_dir}: {error.strerror} ({error.filename})") from None
+
+
+def bytes_to_write(hp: Hyperparameters) -> int:
+    """At most: artifact, log, float weights, and three checkpoints while the third is being written."""
+    with torch.device("meta"):
+        weights = 4 * sum(p.numel() for p in GPT(hp, 2, sdpa, torch.float32).parameters())
+    artifact = 0 if hp.eval_only else min(hp.artifact_cap_bytes, weights)
+    averages = hp.ema_enabled + hp.swa_enabled
+    checkpoints = 3 * (3 + averages) * weights * (hp.checkpoint_every > 0)
+    return (1 << 20) + artifact + weights * hp.save_weights + checkpoints
+
+
+def log_source(run: Run) -> None:
+    """All settings and the source that runs, in the file alone. Both are the same when a run goes on."""
+    log = run.log
+    log(f"settings {json.dumps(dataclasses.asdict(run.hp))}", console=False)
+    log(f"===== source begin bytes:{len(run.source)} =====", console=False)
+    log(run.source.decode(), console=False)
+    log("===== source end =====", console=False)
+
+
+def log_run(run: Run, attention: str, notes: Sequence[str]) -> None:
+    """Where and what: the first lines of the log."""
+    hp, log, val, stream = run.hp, run.log, run.val, run.stream
+    log(f"code_sha256:{hashlib.sha256(run.source).hexdigest()} settings_hash:{hp.settings_hash()}")
+    python = sys.version.split()[0]
+    log(f"torch:{torch.__version__} cuda:{torch.version.cuda} python:{python} device:{device_name(run.ranks.device)}")
+    log(f"threads:{torch.get_num_threads()} omp_wait_policy:{os.environ.get('OMP_WAIT_POLICY', 'unset')}")
+    log(f"dtype:{str(run.dtype).removeprefix('torch.')} compile:{int(run.compile)} attention:{attention}")
+    for name, value in hp.changed().items():
+        log(f"setting:{name}={int(value) if isinstance(value, bool) else value}")
+    for note in notes:
+        log(note)
+    if log.fresh:
+        log_source(run)
+    log(f"seed:{hp.seed}")
+    log(f"val_bpb:enabled tokenizer_kind=sentencepiece tokenizer_path={val.tokenizer_path}")
+    if stream is not None:
+        log(f"train_loader:dataset:{Path(hp.data_path).name} train_shards:{len(stream.paths)}")
+        log(f"train_loader:fingerprint:{stream.fingerprint} tokens:{len(stream)}")
+    log(f"val_loader:shards pattern={Path(hp.data_path) / 'fineweb_val_*.bin'} tokens:{val.targets}")
+    log(f"val_loader:fingerprint:{val.fingerprint} bytes:{int(val.bytes.sum())}")
+
+
+def write_result(run: Run, path: Path, data: bytes) -> None:
+    try:
+        write_atomic(path, [data])
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}; {run.signals.advice}") from None
+
+
+def export(run: Run, weights: Mapping[str, Tensor]) -> bytes:
+    """Quantize, compress, write; the artifact's bytes as read back from the main rank's disk, on every rank.
+
+    GPTQ's calibration reads training text, so its seconds belong to the training clock.
+    """
+    blob, path, hessians = None, run.folder / "artifact.pgolf", None
+    if run.hp.gptq_enabled:
+        with run.phases("calibrate"):
+            hessians = calibrate(run, weights, run.ranks.agree(lambda: calibration_texts(run)))
+    if run.ranks.is_main:
+        with run.phases("quantize"):
+            tensors = quantize(weights, run.hp, hessians)
+        if hessians is not None:
+            log_gptq(run.log, weights, tensors, hessians)
+        with run.phases("compress"):
+            header = artifact_header("artifact", run.hp, run.dtype, run.val.tokenizer_sha256)
+            write_result(run, path, pack_artifact(header, tensors, run.hp.compressor))
+        blob = path.read_bytes()
+    blob = run.ranks.broadcast_object(blob)
+    run.signals.advice = f"the artifact is whole: EVAL_ONLY=1 ARTIFACT_PATH={path} scores it"
+    return blob
+
+
+def save_weights(run: Run, weights: Mapping[str, Tensor]) -> None:
+    """The float weights in the artifact's own format, uncompressed, for EXPORT_ONLY."""
+    header = artifact_header("weights", run.hp, run.dtype, run.val.tokenizer_sha256)
+    tensors = {name: Stored("fp32", w.float().cpu(), None) for name, w in weights.items()}
+    write_result(run, run.folder / "weights.pgolf", pack_artifact(header, tensors, "stored"))
+    run.log(f"saved weights: {run.folder / 'weights.pgolf'}")
+
+
+def prepare(job: Job, ranks: Ranks, signals: Signals) -> Run:
+    """All that can go wrong before any work goes wrong here, on all ranks alike. Raises UserError."""
+    hp = job.hp
+    dtype = activation_dtype(hp.dtype, ranks.device)
+    attention, attend = ranks.agree(lambda: choose_attention(hp, ranks.device, dtype))
+    val = ranks.agree(lambda: load_validation(hp))
+    ranks.agree(lambda: check_data(job, val))
+    stream = None
+    if job.reads_training_text:
+        stream = ranks.agree(lambda: TokenStream(find_shards(hp, "train"), hp.vocab_size))
+    source = Path(__file__).read_bytes()
+    checkpoint = ranks.agree(lambda: find_resumed(hp, source) if ranks.is_main else None)
+    shared = ranks.broadcast_object(checkpoint and checkpoint._replace(tensors={}))
+    checkpoint = checkpoint or shared
+    if checkpoint is not None:
+        ranks.agree(lambda: check_resumed(checkpoint, stream, val, dtype))
+        signals.resume_from(checkpoint.path)
+    stamp = f"{time.strftime('%Y%m%d-%H%M%S')}-seed{hp.seed}-{os.urandom(2).hex()}"
+    run_id = ranks.broadcast_object(hp.run_id or (checkpoint.meta["run_id"] if checkpoint else stamp))
+    log, folder = ranks.agree(lambda: open_outputs(hp, run_id, ranks))
+    compile = hp.compile == "1" or (hp.compile == "auto" and ranks.device.type == "cuda")
+    phases = Phases(ranks.device)
+    run = Run(hp, ranks, log, phases, dtype, attend, compile, val, stream, folder, source, signals, checkpoint)
+    log_run(run, attention, job.notes)
+    return run
+
+
+def check_data(job: Job, val: Validation) -> None:
+    """Whether this validation split and tokenizer suit the settings and the file. Raises UserError."""
+    if job.tokenizer_sha256 not in (None, val.tokenizer_sha256):
+        raise UserError(f"{val.tokenizer_path} is not the tokenizer that the file was made with; set TOKENIZER_PATH")
+    check_chunks(job.hp, val.targets)
+
+
+def check_resumed(checkpoint: Checkpoint, stream: TokenStream, val: Validation, dtype: torch.dtype) -> None:
+    """Whether the run goes on with the data and arithmetic it began with. Raises UserError."""
+    meta, data = checkpoint.meta, [stream.fingerprint, val.fingerprint, val.tokenizer_sha256]
+    for what, here, there in zip(
+        ("training shards", "validation shards", "tokenizer"), data, meta["data"], strict=True
+    ):
+        if here != there:
+            raise UserError(
+                f"{checkpoint.path} was made with other {what} (fingerprint {there[:16]}, here {here[:16]})"
+            )
+    if meta["dtype"] != str(dtype):
+        raise UserError(f"{checkpoint.path} was made with {meta['dtype']}, here it would be {dtype}; set DTYPE")
+
+
+def run_job(job: Job, ranks: Ranks, signals: Signals) -> int:
+    """The whole run after the settings are known. Returns the exit code."""
+    run = prepare(job, ranks, signals)
+    try:
+        try:
+            return carry_out(run, job)
+        except torch.OutOfMemoryError:
+            names = "MICRO_BATCH_TOKENS (training), VAL_BATCH_SIZE (scoring) or TTT_BATCH_SEQS (a part of the method)"
+            raise UserError(f"out of GPU memory; lower {names}; {signals.advice}") from None
+    except (LimitError, UserError, Interrupted) as end:
+        signals.deferred = True  # one end is enough
+        run.log(f"{end.label}: {end}" + (f"; {signals.advice}" if isinstance(end, Interrupted) else ""), console=False)
+        raise
+
+
+def carry_out(run: Run, job: Job) -> int:
+    """Train or take up what is there, export, read back, score. Returns the exit code."""
+    hp, log = run.hp, run.log
+    result: dict[str, Any] = dict(
+        run_id=run.folder.name, mode="train", steps=None, train_tokens=None, exported=None, audit=None
+    )
+    trainer = None
+    if hp.eval_only:
+        result["mode"], blob = "eval_only", job.blob
+        run.signals.advice = f"the artifact is whole: EVAL_ONLY=1 ARTIFACT_PATH={hp.artifact_path} scores it"
+    elif hp.export_only:
+        log(f"export_only: weights from {hp.weights_path}; this is no timed run")
+        result["mode"] = "export_only"
+        blob = export(run, {name: stored.dequantize() for name, stored in job.tensors.items()})
+    else:
+        trainer = Trainer(run)
+        trainer.warm_up()
+        if run.checkpoint is not None:
+            trainer.restore(run.checkpoint)
+        trainer.train()
+        with run.phases("average"):
+            source, weights = trainer.exported_weights()
+        log(f"export_weights:{source} swa_samples:{trainer.averages.swa_samples}")
+        result |= dict(steps=trainer.step, train_tokens=trainer.step * hp.train_batch_tokens, exported=source)
+        result["resumed_at"] = trainer.resumed_at
+        if hp.save_weights and run.ranks.is_main:
+            save_weights(run, weights)
+        blob = export(run, weights)  # before any diagnostic: a run that dies later has its artifact
+    _, tensors = unpack_artifact(blob)
+    label = f"{main_grid(tensors)}+{COMPRESSORS[blob[6]]}"
+    log(f"Serialized model {label}: {len(blob)} bytes")
+    log(f"Code size: {len(run.source)} bytes")
+    log(f"Total submission size {label}: {len(blob) + len(run.source)} bytes")
+    scores = {f"float_{name}": s for name, s in trainer.diagnose().items()} if trainer is not None else {}
+    trainer = None  # frees its memory before the evaluation
+    evaluation = Evaluation(run, tensors)
+    evaluated = evaluation.score_all()
+    result |= dict(eval_seconds=run.ranks.largest(evaluation.elapsed()), eval_cut=evaluation.cut)
+    if hp.audit:
+        ledger = run.phases.seconds | dict(evaluation=result["eval_seconds"])
+        with run.phases("audit"):
+            findings = Audit(evaluation).check(evaluated, (len(run.source), len(blob)), ledger)
+        for name, (passed, figure) in findings.items():
+            log(f"audit:{name} {'pass' if passed else 'FAIL'} {figure}")
+        result["audit"] = {name: finding._asdict() for name, finding in findings.items()}
+    scores |= evaluated
+    return finish(run, result, scores, blob)
+
+
+def limits_broken(hp: Hyperparameters, size: int, result: Mapping, headline: Score) -> Iterator[str]:
+    """What makes the exit code 3, in words."""
+    if size > hp.artifact_cap_bytes:
+        over = size - hp.artifact_cap_bytes
+        yield f"code and artifact are {size} bytes, {over} over ARTIFACT_CAP_BYTES={hp.artifact_cap_bytes}"
+    if result["train_seconds"] > hp.max_wallclock_seconds > 0:
+        spent, cap = result["train_seconds"], hp.max_wallclock_seconds
+        yield f"training and averaging took {spent:.1f} s, more than MAX_WALLCLOCK_SECONDS={cap:g}"
+    if result["eval_seconds"] > hp.eval_max_seconds > 0:
+        yield f"the evaluation took {result['eval_seconds']:.1f} s, more than EVAL_MAX_SECONDS={hp.eval_max_seconds:g}"
+    if not math.isfinite(headline.nats):
+        yield "the headline is not finite; lower TTT_LR if the scores before it are"
+    for name, finding in (result["audit"] or {}).items():
+        if not finding["passed"]:
+            yield f"audit:{name} failed: {finding['figure']}"
+
+
+def finish(run: Run, result: dict, scores: Mapping[str, Score], blob: bytes) -> int:
+    """The `result` line and file, and the exit code: 3 where code and artifact exceed the cap."""
+    hp, log, val, seconds = run.hp, run.log, run.val, run.phases.seconds
+    for name, spent in seconds.items():
+        log(f"phase:{name} seconds:{spent:.2f}")
+    headline = list(scores)[-1]
+    size = len(blob) + len(run.source)
+    result |= dict(
+        seed=hp.seed,
+        settings_hash=hp.settings_hash(),
+        code_sha256=hashlib.sha256(run.source).hexdigest(),
+        artifact_sha256=hashlib.sha256(blob).hexdigest(),
+        train_fingerprint=run.stream.fingerprint if run.stream is not None else None,
+        val_fingerprint=val.fingerprint,
+        tokenizer_sha256=val.tokenizer_sha256,
+        world_size=run.ranks.size,
+        device=device_name(run.ranks.device),
+        torch=torch.__version__,
+        dtype=str(run.dtype).removeprefix("torch."),
+        train_seconds=sum(seconds.get(phase, 0.0) for phase in TRAINING_PHASES),
+        phase_seconds=seconds,
+        peak_memory_mib=peak_memory_mib(run.ranks.device)[0],
+        bytes_code=len(run.source),
+        bytes_artifact=len(blob),
+        bytes_total=size,
+        bytes_cap=hp.artifact_cap_bytes,
+        scores={k: s.as_json() | dict(tokens=s.tokens, bytes=s.bytes) for k, s in scores.items()},
+        headline=dict(label=headline) | scores[headline].as_json(),
+    )
+    broken, line = list(limits_broken(hp, size, result, scores[headline])), json.dumps(result)
+    if run.ranks.is_main:
+        artifact, file = hp.artifact_path or run.folder / "artifact.pgolf", run.folder / "result.json"
+        write_result(run, file, (line + "\n").encode())
+        for left in [*find_checkpoints(run.folder), *run.folder.glob("*.partial")]:
+            left.unlink()
+        log(f"files: log {log.path} artifact {artifact} result {file}")
+    for message in broken:
+        log(f"limit: {message}")
+    log(f"result {line}")
+    return 3 if broken else 0
+
+
+def main(argv: Sequence[str], environ: Mapping[str, str]) -> int:
+    """Exit code of a run with this environment."""
+    if list(argv) == ["--settings"]:
+        print(settings_table())
+        return 0
+    ranks, is_main = None, environ.get("RANK", "0") == "0"
+    with Signals() as signals:
+        try:
+            if argv[:1] == ["--inspect"]:
+                if len(argv) < 2 or list(argv[2:]) not in ([], ["--png"]):
+                    raise UserError("--inspect takes an artifact and, if it is to be drawn, --png")
+                return inspect_artifact(argv[1], len(argv) == 3)
+            if argv:
+                raise UserError(f"unknown argument {argv[0]}; settings are environment variables: `--settings`")
+            job = read_job(environ)
+            if job.trains:
+                job.hp.micro_batch(int(environ.get("WORLD_SIZE", 1)))
+            load_compressor(job.hp.compressor)
+            ranks = Ranks(job.hp, environ)
+            code = run_job(job, ranks, signals)
+        except UserError as error:
+            # Before the ranks met, all of them read the same environment; after that, an error may be one rank's own.
+            return leave(2, f"error: {error}", is_main or (ranks is not None and not error.agreed))
+        except LimitError as error:
+            return leave(3, f"limit: {error}", is_main)
+        except Interrupted as interrupt:
+            return leave(interrupt.code, f"interrupted: {interrupt}; {signals.advice}", is_main)
+        except RuntimeError as error:
+            signals.deferred = True
+            if ranks is None or not ranks.lost_peer(error):
+                raise
+            return leave(1, f"error: rank {ranks.rank} lost another rank, see its error; {signals.advice}", True)
+        ranks.close()
+        return code
+
+
+def leave(code: int, message: str, speak: bool) -> int:
+    """The exit code, after its one line."""
+    if speak:
+        print(message, file=sys.stderr, flush=True)
+    return code
+
+
+if __name__ == "__main__":
+    code = main(sys.argv[1:], os.environ)
+    if dist.is_initialized():  # after a failure: peers may wait in the group, and torn down alone it can abort or hang
+        sys.stdout.flush()
+        os._exit(code)
+    sys.exit(code)
