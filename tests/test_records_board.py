@@ -442,3 +442,12 @@ def test_logs_of_the_project_are_read():
     assert entries["cpu_mini_seed1337"].bpb == pytest.approx(2.03707141)
     assert entries["cpu_mini_seed1337_swa_ema"].bpb is None
     assert isinstance(runlog.parse(LOGS / "cpu_mini_seed1337.txt"), runlog.RunLog)
+
+
+def test_the_board_of_this_repository_is_the_present_one(tmp_path):
+    """`python records/submit.py board` after any change of records or loose logs."""
+    readme = tmp_path / "records" / "README.md"
+    shutil.copytree(LOGS.parent, readme.parent)
+    written = readme.read_text("utf-8")
+    assert board.run(argparse.Namespace(paths=[readme.parent], readme=readme, html=None)) == 0
+    assert readme.read_text("utf-8") == written

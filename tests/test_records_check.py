@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 import records_corpus as corpus
+from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_records_legality import EVAL, HEAD, LEGAL_TTT, MAIN, PRE_QUANT_TTT, SLOT, TRAIN, script
@@ -1106,3 +1107,12 @@ def test_a_mean_of_unrounded_scores_is_that_of_the_rounded_ones_in_the_log(score
     mean = check.Mean(statistics.fmean(logged), len(logged), check.EXACT_DIGITS)
     claim = Decimal(f"{statistics.fmean(scores):.8f}")
     assert mean.gives(claim) and not mean.gives(claim + Decimal("0.00000003"))
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "records").glob("track_*/*/submission.json")), ids=lambda p: p.parent.name
+)
+def test_a_record_of_this_repository_passes(path):
+    found = findings(path.parent)
+    assert [f for f in found if f.level == "FAIL"] == []
+    assert {f.check for f in found if f.level == "warn"} <= {"json", "legality"}  # no account; LoRA's one forward
