@@ -4262,7 +4262,7 @@ def write_result(run: Run, path: Path, data: bytes) -> None:
 
 FIT_WINDOW = 4096  # bytes below the cap that a fitted artifact may leave
 FIT_FACTORS = (2.0**-4, 2.0**2)  # on the steps: beyond, int8 has no more levels or a matrix hardly any
-FIT_ATTEMPTS = 8  # of packing; three or four do
+FIT_ATTEMPTS = 8  # of packing; two to four do
 FIT_SAMPLE = 1 << 22  # weights that a prediction rounds
 
 
@@ -4318,10 +4318,10 @@ class Exporter:
                     factor = math.sqrt(over * under)
                 predicted = self.predict(factor)
             blob, tried = self.pack(factor), f"fit:{attempt} factor:{factor:.6f} predicted:{predicted + beside:.0f}"
-            self.run.log(f"{tried} bytes:{len(blob)} room:{room}", console=False)
+            self.run.log(f"{tried} bytes:{len(blob)} room:{room}")
             beside = len(blob) - predicted
             if len(blob) <= room:
-                under, best = factor, (factor, blob)
+                under, best = factor, max(best or (factor, b""), (factor, blob), key=lambda fit: len(fit[1]))
             else:
                 over = factor
             if room - FIT_WINDOW <= len(blob) <= room or factor == (finest if len(blob) <= room else coarsest):
@@ -4351,9 +4351,12 @@ class Exporter:
                 shares.append(error / plain if plain else 1.0)
                 line += f" output_error:{error:.6g} of_rounding:{shares[-1]:.4f}"
             log(line, console=False)
-        parts = [(part, sum(tensors[n].data.numel() for n in names), names) for part, names in classes.items()]
-        entropies = ", ".join(f"{part} {8 * sum(sizes[n] for n in names) / count:.3f}" for part, count, names in parts)
-        log(f"grids: bits per weight: {entropies}")
+        parts = []
+        for part, names in classes.items():
+            step = torch.cat([tensors[name].scale.float() for name in names]).median()
+            bits = 8 * sum(sizes[name] for name in names) / sum(tensors[name].data.numel() for name in names)
+            parts.append(f"{part} step {step:.3g} entropy {bits:.3f}")
+        log(f"grids: {', '.join(parts)}")
         if shares:
             middle, worst = statistics.median(shares), max(shares)
             log(f"gptq:matrices:{len(shares)} output_error_of_rounding median:{middle:.4f} worst:{worst:.4f}")
