@@ -181,7 +181,10 @@ class Hyperparameters:
     mlp_bits: int = opt("quantization", 6, "of the MLP's matrices", lo=5, hi=8)
     embed_bits: int = opt("quantization", 8, "of the tables and an untied head; 16: fp16", lo=5, hi=16)
     quant: str = opt(
-        "quantization", "clip_search", "what sets the steps: see README", choices=("clip_search", "sdclip", "rd")
+        "quantization",
+        "clip_search",
+        "steps: of a clip search, of sigmas, or rate-distortion",
+        choices=("clip_search", "sdclip", "rd"),
     )
     attn_clip_sigmas: float = opt("quantization", 12.85, "sdclip, rd: standard deviations to the last level", 0.1, 1e3)
     mlp_clip_sigmas: float = opt("quantization", 12.85, "the same of the MLP's matrices", lo=0.1, hi=1e3)
@@ -1808,6 +1811,10 @@ class Stored(NamedTuple):
         """fp32, of the original shape."""
         return self.data.float() if self.scale is None else self.data.float() * self.scale.float()
 
+    def entropy(self) -> float:
+        """Bits of all codes at their own frequencies."""
+        return entropy_bits(np.bincount(self.data.numpy().ravel().astype(np.int64) + Q_LIMIT))
+
 
 class Grid(NamedTuple):
     """Where a matrix's weights may lie: whole multiples, up to q_max, of its rows' scales."""
@@ -1851,8 +1858,7 @@ def step_grid(w: Tensor, step: Tensor) -> Grid:
     """About these steps (rows, 1), but none so small that a row of w (rows, cols) needs more than Q_LIMIT levels:
     nothing is clipped."""
     largest = w.abs().amax(1, keepdim=True)
-    scale = short_scale(torch.minimum(torch.maximum(step, largest / Q_LIMIT), 2 * largest))
-    return Grid([scale], max(1, int(quantize_rows(largest, scale, Q_LIMIT).max())))
+    return Grid([short_scale(torch.minimum(torch.maximum(step, largest / Q_LIMIT), 2 * largest))], Q_LIMIT)
 
 
 def short_scale(scale: Tensor) -> Tensor:
@@ -1902,16 +1908,18 @@ def make_grids(
 ) -> dict[str, Grid]:
     """The grid of every tensor that is stored as codes, by name, with steps `factor` times as large as QUANT has them.
 
-    All of a class have one grid, so that they share their tables.
+    All of a class have one grid, so that they share their tables; a gate's stays int8 whatever the factor.
     """
-    kinds, grids, largest = storage_kinds(hp), {}, {}
+    kinds, grids, codes = storage_kinds(hp), {}, {}
     for name, w in weights.items():
         kind = tensor_class(name)
         if name in steps:
             grids[name] = grid = step_grid(w.float(), factor * steps[name])
-            largest[kind] = max(largest.get(kind, 1), grid.q_max)
+            rows = w.float().abs().amax(1, keepdim=True)
+            codes.setdefault(kind, []).append(quantize_rows(rows, grid.scales[0], Q_LIMIT).max())
         elif q_max := levels(kinds[kind]):
             grids[name] = clip_grid(w.float(), q_max if kind == "gate" else q_max / factor)
+    largest = {kind: max(1, int(torch.stack(found).max())) for kind, found in codes.items()}
     return {name: grid._replace(q_max=largest.get(tensor_class(name), grid.q_max)) for name, grid in grids.items()}
 
 
@@ -2014,13 +2022,14 @@ def calibrate(run: "Run", weights: Mapping[str, Tensor], texts: np.ndarray) -> C
     mine, rows = ranks.part(texts), calibration_rows(run)
     for i in range(0, len(mine), rows):
         tokens = torch.from_numpy(mine[i : i + rows].astype(np.int64)).to(device)
-        with torch.set_grad_enabled(sensitive):
-            nll = model(tokens[:, :-1], tokens[:, 1:]).mean()
-        if sensitive:
-            model.zero_grad()
-            nll.backward()
-            for name, p in matrices.items():
-                squares[name] += p.grad.square().mean(1, keepdim=True)
+        if not sensitive:
+            with torch.no_grad():
+                model.trunk(tokens[:, :-1])
+            continue
+        model.zero_grad()
+        model(tokens[:, :-1], tokens[:, 1:]).mean().backward()
+        for name, p in matrices.items():
+            squares[name] += p.grad.square().mean(1, keepdim=True)
     for name, hessian in hessians.items():
         if not ranks.sum_(hessian).diagonal().sum() > 0:
             raise LimitError(f"{name} saw no input in calibration; nothing was exported")
@@ -4304,7 +4313,8 @@ class Exporter:
     def fit(self, room: int) -> tuple[float, bytes]:
         """(factor, artifact) of at most `room` bytes and, where the grids allow it, at least room - FIT_WINDOW.
 
-        What the prediction missed in one packed artifact corrects it for the next. Deterministic.
+        What the prediction missed in one packed artifact corrects it for the next. A compressor whose size jumps could
+        defy that: after three artifacts that were too large and none that fits, each aims lower by much. Deterministic.
         """
         finest, coarsest = FIT_FACTORS
         over, under, best = 0.0, math.inf, None  # factors known to be too large for the room, and to fit
@@ -4313,7 +4323,8 @@ class Exporter:
         beside = sum(len(w) if levels(kind) else w.numel() * KINDS[kind][1] for w, kind in forms)
         for attempt in range(1, FIT_ATTEMPTS + 1):
             with self.run.phases("fit"):
-                factor = self.solve(room - min(FIT_WINDOW / 2, room / 2000) - beside)
+                margin = min(FIT_WINDOW / 2, room / 2000) * 4 ** (0 if best else max(0, attempt - 4))
+                factor = self.solve(room - margin - beside)
                 if over and best and not over < factor < under:
                     factor = math.sqrt(over * under)
                 predicted = self.predict(factor)
@@ -4339,8 +4350,8 @@ class Exporter:
             sizes[name] = t.data.numel() * KINDS[t.kind][1]
             if name not in grids:
                 continue
-            sizes[name] = entropy_bits(np.bincount(t.data.numpy().ravel().astype(np.int64) + Q_LIMIT)) / 8
-            bits = 8 * sizes[name] / t.data.numel()
+            bits = t.entropy() / t.data.numel()
+            sizes[name] = bits * t.data.numel() / 8
             classes.setdefault(f"{tensor_class(name)} {t.kind}", []).append(name)
             line = f"grid:{name} {t.kind} step:{t.scale.float().median():.4g} entropy:{bits:.3f}"
             if name in self.gptq:
@@ -4366,7 +4377,9 @@ class Exporter:
         """How near to the cap a fitted artifact came and, where that is not within FIT_WINDOW, why."""
         log = self.run.log
         log(f"fit:factor:{factor:.6f} left:{left}")
-        if left < 0:
+        if left < 0 and factor < FIT_FACTORS[1]:
+            log(f"fit: none of {FIT_ATTEMPTS} attempts fits ARTIFACT_CAP_BYTES, by {-left} bytes; use COMPRESSOR=ans")
+        elif left < 0:
             heaviest = sorted(sizes, key=lambda name: -sizes[name])[:3]
             heaviest = ", ".join(f"{name} {sizes[name]:.0f} bytes" for name in heaviest)
             log(f"fit: even the coarsest steps are {-left} bytes over ARTIFACT_CAP_BYTES; heaviest: {heaviest}")

@@ -28,8 +28,7 @@ def ans(tensors: Mapping[str, pg.Stored]) -> int:
 
 
 def entropy(tensors: Mapping[str, pg.Stored]) -> float:
-    codes = (t.data.numpy().ravel().astype(np.int64) + pg.Q_LIMIT for t in tensors.values())
-    return sum(pg.entropy_bits(np.bincount(c)) for c in codes) / 8
+    return sum(t.entropy() for t in tensors.values()) / 8
 
 
 def general() -> dict[str, Callable[[bytes], bytes]]:
