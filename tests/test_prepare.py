@@ -304,7 +304,7 @@ def test_another_text_field(tmp_path, model):
 
 
 def test_parquet(tmp_path, model, capsys):
-    pyarrow = pytest.importorskip("pyarrow")
+    import pyarrow
     from pyarrow import parquet
 
     parquet.write_table(pyarrow.table({"text": [story(i) for i in range(6)]}), tmp_path / "in.parquet")

@@ -1,6 +1,7 @@
 """`new`: from the logs of one configuration to a folder that says what they say."""
 
 import argparse
+import dataclasses
 import hashlib
 import json
 import math
@@ -14,7 +15,8 @@ import pytest
 import records_corpus as corpus
 from conftest import run_here
 
-from records.submission import folder, pack
+import train_gpt as pg
+from records.submission import folder, pack, rules
 
 SCRIPT = '''"""Trains."""
 import dataclasses
@@ -594,3 +596,13 @@ def test_a_real_run_makes_a_folder_whose_command_repeats_it(tiny_data, tmp_path,
     assert environ["AUDIT"] == "1" and "python train_gpt.py" in command
     assert train_gpt.Hyperparameters.from_env(environ).settings_hash() == result["settings_hash"]
     assert str(tiny_data) not in readme(path) + json.dumps(s)
+
+
+def test_what_may_differ_is_what_the_scripts_settings_hash_leaves_out():
+    left_out = set()
+    for field in dataclasses.fields(pg.Hyperparameters):
+        hp = pg.Hyperparameters()
+        object.__setattr__(hp, field.name, "another")  # whether it is legal is of no concern here
+        if hp.settings_hash() == pg.Hyperparameters().settings_hash():
+            left_out.add(field.name)
+    assert left_out == rules.MAY_DIFFER
