@@ -37,6 +37,7 @@ import struct
 import sys
 import threading
 import time
+import unicodedata
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -863,9 +864,14 @@ def read_shard(path: Path) -> np.ndarray:
 
 
 def find_shards(hp: Hyperparameters, split: str) -> list[Path]:
-    """Sorted shards of a split. Byte side files (fineweb_val_bytes_*) match the same pattern and are not shards."""
+    """Sorted shards of a split. Raises UserError, also where a byte sidecar lies beside them."""
     folder = Path(hp.data_path)
-    paths = sorted(p for p in folder.glob(f"fineweb_{split}_*.bin") if "_bytes_" not in p.name)
+    paths = sorted(folder.glob(f"fineweb_{split}_*.bin"))
+    if sidecars := sorted(folder.glob("fineweb_*_bytes_*.bin")):
+        raise UserError(
+            f"{sidecars[0]} is a byte sidecar: these shards hold transformed text (CaseOps), whose bytes this script "
+            "does not count; use shards of plain text"
+        )
     if not paths:
         raise UserError(
             f"no fineweb_{split}_*.bin in DATA_PATH={folder}; prepare data first: `python data/prepare.py fineweb` "
@@ -985,7 +991,7 @@ class TokenBytes:
 
     A token's bytes are those of its piece, `▁` being one space. A leading `▁` counts unless the token before is a
     boundary (control, unknown, unused), where decoding drops that space. Byte tokens count 1, control tokens 0.
-    Raises UserError for tokenizers whose text cannot be counted exactly this way.
+    Raises UserError for tokenizers whose text cannot be counted exactly this way, or is not the text that was given.
     """
 
     def __init__(self, path: Path, vocab_size: int):
@@ -1015,11 +1021,61 @@ class TokenBytes:
         lengths = [len(p.removeprefix("▁").replace("▁", " ").encode()) for p in pieces]
         self.base = np.where(is_byte, 1, np.where(ordinary, lengths, 0)).astype(np.int64)
         self.sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+        if problem := self.misspelling(model, pieces):
+            raise UserError(f"tokenizer {path} {problem}; bits per byte of the text cannot be known from its ids")
+
+    def misspelling(self, model: Any, pieces: list[str]) -> str | None:
+        """Why this tokenizer's pieces do not spell the text that it was given, or None."""
+        if own := [
+            p for p, kind in zip(pieces, piece_types(model.serialized_model_proto()), strict=False) if kind == 4
+        ]:
+            return f"has user-defined symbols ({', '.join(map(ascii, own[:4]))}), which a transform of the text may use"
+        # NFKC and folded spaces are the challenge's own; its tokenizers keep every letter's case and accents.
+        letters = "".join(c for c in map(chr, range(0x21, 0x530)) if c.isalpha() or c < "\x7f")
+        normal = model.normalize(letters).replace("▁", " ").strip()
+        if normal not in (letters, unicodedata.normalize("NFKC", letters)):
+            return "has a normaliser that changes letters (such as nmt_nfkc_cf, which folds case)"
+        if model.decode(model.encode(" a")).startswith(" ") and not model.normalize("a").startswith("▁"):
+            return "keeps a document's leading spaces (trained without remove_extra_whitespaces)"
+        return None
 
     def count(self, tokens: np.ndarray) -> np.ndarray:
         """Bytes (n-1,) int64 of tokens[1:], each given its predecessor; tokens is (n,) of any integer type."""
         previous, target = tokens[:-1], tokens[1:]
         return self.base[target] + (self.leading_space[target] & ~self.boundary[previous])
+
+
+def piece_types(model: bytes) -> list[int]:
+    """Type of each piece (1 normal, 2 unknown, 3 control, 4 user-defined, 5 unused, 6 byte) of a serialized model.
+
+    SentencePiece's Python module does not tell user-defined symbols from others; its protobuf file does (message
+    ModelProto: field 1 is a piece, whose field 3 is the type).
+    """
+    pieces = (piece for number, piece in protobuf_fields(model) if number == 1)
+    return [next((value for number, value in protobuf_fields(piece) if number == 3), 1) for piece in pieces]
+
+
+def protobuf_fields(message: bytes) -> Iterator[tuple[int, Any]]:
+    """(number, value) of each field in protobuf's wire format: whole numbers for varints, else the field's bytes."""
+    place = 0
+
+    def varint() -> int:
+        nonlocal place
+        value = shift = 0
+        while True:
+            byte, place = message[place], place + 1
+            value, shift = value | (byte & 127) << shift, shift + 7
+            if byte < 128:
+                return value
+
+    while place < len(message):
+        number, wire = divmod(varint(), 8)
+        if wire == 0:
+            yield number, varint()
+            continue
+        size = {1: 8, 5: 4}[wire] if wire != 2 else varint()
+        yield number, message[place : place + size]
+        place += size
 
 
 class Validation(NamedTuple):
@@ -1028,6 +1084,7 @@ class Validation(NamedTuple):
     fingerprint: str
     tokenizer_path: Path
     tokenizer_sha256: str
+    documents: list[tuple[int, str]] | None  # (bytes, SHA-256 of the UTF-8 text) of each, where prepare.py kept them
 
     @property
     def targets(self) -> int:
@@ -1051,7 +1108,37 @@ def load_validation(hp: Hyperparameters) -> Validation:
             raise UserError(
                 f"the validation split in DATA_PATH={hp.data_path} {problem}; build it with data/prepare.py"
             )
-    return Validation(tokens, counter.count(tokens), stream.fingerprint, path, counter.sha256)
+    documents = prepared_documents(Path(hp.data_path), counter.sha256)
+    return Validation(tokens, counter.count(tokens), stream.fingerprint, path, counter.sha256, documents)
+
+
+def prepared_documents(folder: Path, tokenizer_sha256: str) -> list[tuple[int, str]] | None:
+    """(bytes, SHA-256) of each validation document's normalized text, as the manifest of data/prepare.py names them.
+
+    None where there is no such manifest (published shards). Raises UserError where it does not fit what lies beside it.
+    """
+    path = folder / "manifest.json"
+    try:
+        manifest = json.loads(path.read_bytes())
+        if not isinstance(manifest, dict) or "prepare_version" not in manifest:
+            return None
+        named = manifest["tokenizer"]["sha256"]
+        entry = manifest.get("validation_documents")  # older data sets have none
+        data = (folder / entry["file"]).read_bytes() if entry else b""
+        whole = entry is None or hashlib.sha256(data).hexdigest() == entry["sha256"]
+        rows = [line.split("\t") for line in data.decode().splitlines()]
+        documents = [(int(count), digest) for count, digest in rows]
+    except FileNotFoundError as error:
+        if error.filename == str(path):
+            return None
+        raise UserError(f"{path} names {error.filename}, which is missing; build the data set again") from None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(f"{path} cannot be used ({error!r}); build the data set again, or move it away") from None
+    if named != tokenizer_sha256:
+        raise UserError(f"the shards in {folder} were made with another tokenizer (sha256 {named[:16]}…); see {path}")
+    if not whole:
+        raise UserError(f"{folder / entry['file']} is not what {path} says; build the data set again")
+    return documents if entry else None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -4080,19 +4167,31 @@ class Audit:
         return Finding(moved <= self.moved_nats, f"borders:{len(last)} scores_across_moved:{moved:.2g}")
 
     def bytes(self) -> Finding:
-        """Counted bytes against the decoded text, document by document: all that begin in the slice."""
+        """Counted bytes against each document's text, for all that begin in the slice.
+
+        The text is the one that prepare.py recorded, as SentencePiece's normaliser gave it before there were any ids;
+        for shards without such a record, it is what SentencePiece decodes.
+        """
         import sentencepiece
 
         model = sentencepiece.SentencePieceProcessor(model_file=str(self.whole.tokenizer_path))
         tokens, counted = self.whole.tokens, self.whole.bytes
         ends = np.append(np.flatnonzero(tokens == BOS_ID), len(tokens))
         documents = [(start, end) for start, end in itertools.pairwise(ends) if start < self.n]
-        decoded = [len(model.decode(tokens[start + 1 : end].tolist()).encode()) for start, end in documents]
-        claimed = [int(counted[max(0, start - 1) : end - 1].sum()) for start, end in documents]  # BOS is a target too
-        for document, (theirs, ours) in enumerate(zip(decoded, claimed, strict=True)):
+        record, total_bytes = self.whole.documents, 0
+        if record is not None and len(record) != len(ends) - 1:
+            return Finding(False, f"{len(ends) - 1} documents in the split, {len(record)} in prepare.py's record")
+        for document, (start, end) in enumerate(documents):
+            text = model.decode(tokens[start + 1 : end].tolist()).encode()
+            theirs, digest = (len(text), None) if record is None else record[document]
+            ours = int(counted[max(0, start - 1) : end - 1].sum())  # BOS is a target too
             if theirs != ours:
                 return Finding(False, f"document {document} counts {ours} bytes, its text has {theirs}")
-        return Finding(True, f"documents:{len(documents)} decoded_bytes:{sum(decoded)}")
+            if digest not in (None, hashlib.sha256(text).hexdigest()):
+                return Finding(False, f"document {document} is not the text that was prepared")
+            total_bytes += theirs
+        source = "decoded" if record is None else "recorded"
+        return Finding(True, f"documents:{len(documents)} {source}_bytes:{total_bytes}")
 
     def clocks(self, seconds: Mapping[str, float]) -> Finding:
         """The measured ledger against both clocks; 0 is no limit."""

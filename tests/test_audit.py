@@ -1,6 +1,7 @@
 """The auditor: a clean script passes every check, and whatever breaks a rule fails the check that names it."""
 
 import contextlib
+import hashlib
 import itertools
 import json
 import math
@@ -15,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from conftest import ROOT, Ran, run_here
 from helpers import build_model, make_run, tiny_hp, weights_of
+from test_data import train_tokenizer
 from test_ranks import torchrun
 
 import train_gpt as pg
@@ -38,7 +40,7 @@ def split(tiny_data: Path, documents: int = 6) -> pg.Validation:
     texts = np.split(whole.tokens, np.flatnonzero(whole.tokens == pg.BOS_ID)[1:])
     texts = [[pg.BOS_ID, model.piece_to_id("▁"), *model.encode(RARE)]] + [text for text in texts if len(text) < 60]
     tokens = np.concatenate(texts[:documents]).astype(np.uint16)
-    return whole._replace(tokens=tokens, bytes=pg.TokenBytes(whole.tokenizer_path, 512).count(tokens))
+    return whole._replace(tokens=tokens, bytes=pg.TokenBytes(whole.tokenizer_path, 512).count(tokens), documents=None)
 
 
 def up_to_the_third_document(val: pg.Validation) -> int:
@@ -111,6 +113,50 @@ def test_the_bytes_are_those_of_every_document_that_begins_in_the_slice(document
     val = split(tiny_data, documents)
     figure = pg.Audit(evaluation_of(audit_hp(), val)).bytes().figure
     assert figure == f"documents:{documents} decoded_bytes:{val.bytes.sum()}"
+
+
+def prepared(texts: list[str]) -> list[tuple[int, str]]:
+    """What prepare.py records of these texts, already normal."""
+    return [(len(text.encode()), hashlib.sha256(text.encode()).hexdigest()) for text in texts]
+
+
+def test_bytes_and_text_are_held_against_the_record_of_the_preparation(tiny_data):
+    import sentencepiece
+
+    val = split(tiny_data, 3)
+    model = sentencepiece.SentencePieceProcessor(model_file=str(val.tokenizer_path))
+    texts = [model.decode(ids[1:].tolist()) for ids in np.split(val.tokens, np.flatnonzero(val.tokens == 1)[1:])]
+    record = prepared(texts)
+
+    def finding(documents) -> pg.Finding:
+        return pg.Audit(evaluation_of(audit_hp(audit_tokens=10**6), val._replace(documents=documents))).bytes()
+
+    assert finding(record) == (True, f"documents:3 recorded_bytes:{val.bytes.sum()}")
+    assert finding(record[:2]) == (False, "3 documents in the split, 2 in prepare.py's record")
+    size, digest = record[1]
+    longer, other = [record[0], (size + 1, digest), record[2]], [record[0], (size, "0" * 64), record[2]]
+    assert finding(longer) == (False, f"document 1 counts {size} bytes, its text has {size + 1}")
+    assert finding(other) == (False, "document 1 is not the text that was prepared")
+
+
+def test_operators_of_a_transformed_text_are_caught_where_a_decoder_calls_them_bytes(tiny_data, tmp_path, monkeypatch):
+    """A script that takes a tokenizer of case operators counts three bytes for each, and so does the decoder."""
+    import sentencepiece
+
+    path, size = train_tokenizer(tmp_path, "case", user_defined_symbols=["\ue001"])
+    with pytest.raises(pg.UserError, match="user-defined"):
+        pg.TokenBytes(path, size)
+    monkeypatch.setattr(pg.TokenBytes, "misspelling", lambda *_: None)
+    model = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    texts = ["The Fox jumps over the Dog and the lazy quartz", "My Sphinx of black quartz judge my vow"]
+    ids = [[1, *model.encode("".join(f"\ue001{c.lower()}" if c.isupper() else c for c in text))] for text in texts]
+    tokens = np.concatenate(ids).astype(np.uint16)
+    val = split(tiny_data)._replace(tokens=tokens, bytes=pg.TokenBytes(path, size).count(tokens), tokenizer_path=path)
+    hp = audit_hp(vocab_size=size, ttt_enabled=False, audit_tokens=10**6)
+    trusting = pg.Audit(evaluation_of(hp, val)).bytes()
+    assert trusting == (True, f"documents:2 decoded_bytes:{sum(map(len, texts)) + 3 * 5}")
+    finding = pg.Audit(evaluation_of(hp, val._replace(documents=prepared(texts)))).bytes()
+    assert finding == (False, f"document 0 counts {len(texts[0]) + 9} bytes, its text has {len(texts[0])}")
 
 
 @pytest.mark.parametrize("targets", [1, 3, 16])

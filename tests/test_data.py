@@ -2,6 +2,7 @@
 
 import dataclasses
 import gzip
+import hashlib
 import json
 import shutil
 import subprocess
@@ -97,6 +98,10 @@ def fake_processor(pieces: list[str], **kinds: set[int]):
         is_unknown=lambda i: i == 3,
         is_unused=lambda i: i in unused,
         unk_id=lambda: 3,
+        serialized_model_proto=lambda: b"",
+        normalize=lambda text: text,
+        encode=lambda text: [],
+        decode=lambda ids: "",
     )
 
 
@@ -350,6 +355,97 @@ def test_a_real_tokenizer_without_byte_fallback_is_refused(data, tmp_path):
     refused(tmp_path, data, "has no byte fallback", TOKENIZER_PATH=path, VOCAB_SIZE=size)
 
 
+def train_tokenizer(folder: Path, name: str, **changes) -> tuple[Path, int]:
+    """A small tokenizer of the challenge's recipe but for `changes`, and its size."""
+    text = folder / "text.txt"
+    text.write_text("The quick brown fox jumps over the lazy dog\nSphinx of black quartz judge my vow\n" * 9)
+    recipe = dict(
+        vocab_size=330, model_type="bpe", byte_fallback=True, split_digits=True, normalization_rule_name="nmt_nfkc",
+        add_dummy_prefix=False, hard_vocab_limit=False, pad_id=0, bos_id=1, eos_id=2, unk_id=3, minloglevel=2,
+    )  # fmt: skip
+    path = folder / f"{name}.model"
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(text), model_prefix=str(path.with_suffix("")), **{**recipe, **changes}
+    )
+    return path, sentencepiece.SentencePieceProcessor(model_file=str(path)).get_piece_size()
+
+
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        (dict(user_defined_symbols=["\ue001", "<sep>"]), r"user-defined symbols \('\\ue001', '<sep>'\)"),
+        (dict(normalization_rule_name="nmt_nfkc_cf"), "a normaliser that changes letters"),
+        (dict(normalization_rule_name="nfkc_cf"), "a normaliser that changes letters"),
+        (dict(remove_extra_whitespaces=False), "keeps a document's leading spaces"),
+    ],
+)
+def test_a_tokenizer_whose_pieces_do_not_spell_its_text_is_refused(changes, said, tmp_path):
+    with pytest.raises(pg.UserError, match=said):
+        pg.TokenBytes(*train_tokenizer(tmp_path, "other", **changes))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        dict(normalization_rule_name="nfkc"),
+        dict(normalization_rule_name="identity"),
+        dict(add_dummy_prefix=True),
+        dict(add_dummy_prefix=True, remove_extra_whitespaces=False),
+        dict(control_symbols=["<mask>"]),
+    ],
+)
+def test_a_tokenizer_that_spells_its_text_is_taken_and_counts_it(changes, tmp_path):
+    path, size = train_tokenizer(tmp_path, "other", **changes)
+    counter, model = pg.TokenBytes(path, size), sentencepiece.SentencePieceProcessor(model_file=str(path))
+    for text in ("The fox", "  two  leading, İstanbul ﬁne\ttab\nline", " a", "quartz ", "日本 <mask> x"):
+        ids = model.encode(text)
+        assert counter.count(np.array([pg.BOS_ID, *ids])).sum() == len(model.decode(ids).encode())
+
+
+def test_the_published_case_operator_tokenizer_is_refused_and_the_plain_one_is_not(real_text):
+    pg.TokenBytes(real_text / "fineweb_8192_bpe.model", 8192)
+    with pytest.raises(pg.UserError, match=r"user-defined symbols \('\\ue001', '\\ue002', '\\ue003', '\\ue004'\)"):
+        pg.TokenBytes(real_text / "fineweb_8192_bpe_lossless_caps_caseops_v1_reserved.model", 8192)
+
+
+def test_types_of_pieces_are_those_that_sentencepiece_tells(tmp_path):
+    path, size = train_tokenizer(tmp_path, "other", user_defined_symbols=["<sep>"], control_symbols=["<mask>"])
+    model = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    types = pg.piece_types(path.read_bytes())
+    assert [model.id_to_piece(i) for i, kind in enumerate(types) if kind == 4] == ["<sep>"] and len(types) == size
+    assert [kind == 3 for kind in types] == [model.is_control(i) for i in range(size)]
+    assert [kind == 6 for kind in types] == [model.is_byte(i) for i in range(size)]
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_byte_sidecar_beside_the_shards_is_refused(data, tmp_path, split):
+    (data / f"fineweb_{split}_bytes_000000.bin").write_bytes(b"")
+    refused(tmp_path, data, "is a byte sidecar", "CaseOps", "use shards of plain text")
+
+
+def test_a_manifest_that_does_not_fit_what_lies_beside_it_is_refused(data, tmp_path):
+    path = data / "manifest.json"
+    manifest = json.loads(path.read_text())
+
+    def write(**changes) -> None:
+        path.write_text(json.dumps(manifest | changes))
+
+    write(tokenizer=manifest["tokenizer"] | dict(sha256="0" * 64))
+    refused(tmp_path, data, "were made with another tokenizer (sha256 0000000000000000…)", "manifest.json")
+    record = dict(file="record.tsv", sha256=hashlib.sha256(b"3\tabc\n").hexdigest())
+    write(validation_documents=record)
+    refused(tmp_path, data, "record.tsv, which is missing; build the data set again")
+    (data / "record.tsv").write_bytes(b"4\tabc\n")
+    refused(tmp_path, data, "record.tsv is not what", "manifest.json says")
+    path.write_text("{")
+    refused(tmp_path, data, "manifest.json cannot be used", "build the data set again")
+    path.write_text('{"datasets": []}')  # somebody else's
+    assert pg.prepared_documents(data, "any") is None
+    path.unlink()
+    assert pg.prepared_documents(data, "any") is None
+
+
 def test_a_validation_split_must_start_with_bos_and_hold_text(data, tmp_path):
     path = data / "fineweb_val_000000.bin"
     tokens = pg.read_shard(path).copy()
@@ -395,13 +491,6 @@ def test_a_taken_run_id_is_refused_and_nothing_is_overwritten(data, tmp_path):
     assert ran.err.startswith("error: RUN_ID=mine has a log already; choose another") and ran.err.count("\n") == 1
     assert ran.log.read_text() == "precious"
     assert not (tmp_path / "runs").exists()
-
-
-def test_byte_side_files_are_no_shards(data, tmp_path):
-    (data / "fineweb_val_bytes_000000.bin").write_bytes(b"not a shard")
-    hp = pg.Hyperparameters(data_path=str(data), vocab_size=512)
-    assert [p.name for p in pg.find_shards(hp, "val")] == ["fineweb_val_000000.bin"]
-    assert pg.load_validation(hp).bytes.sum() > 0
 
 
 def test_shards_are_read_in_the_order_of_their_names(tmp_path):
