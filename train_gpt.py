@@ -23,6 +23,7 @@ import contextlib
 import copy
 import dataclasses
 import hashlib
+import io
 import itertools
 import json
 import lzma
@@ -35,6 +36,7 @@ import signal
 import statistics
 import struct
 import sys
+import tempfile
 import threading
 import time
 import unicodedata
@@ -602,25 +604,30 @@ class _Done:
 
 
 class Log:
-    """Console and logs/<RUN_ID>.txt, on the main rank only. One line per call, written through at once."""
+    """Console and logs/<RUN_ID>.txt, on the main rank only. One line per call, written through at once.
+
+    The file is locked for the run's life, so that a RUN_ID is one run's; the lock ends with the process. A full disk
+    must not end a run that could still be saved: what the file does not take is kept and tried again with each line.
+    """
 
     def __init__(self, path: Path | None):
         self.path = path
         self.fresh = path is None or not path.exists()  # else a run goes on
-        self._file = path.open("a", encoding="utf-8") if path else None
+        self.unwritten = bytearray()
+        self._file, self._warned = open_locked(path) if path else None, False
+        self._refuge = f"{path.stem}-{os.urandom(4).hex()}" if path else ""
 
     def __call__(self, line: str, console: bool = True) -> None:
         if self.path is None:
             return
-        if self._file is not None:
-            try:
-                self._file.write(line + "\n")
-                self._file.flush()
-            except OSError as error:  # a full disk must not end a run that could still be saved
-                self._file = None
-                print(
-                    f"warning: {self.path}: {error.strerror}; the log goes on here alone", file=sys.stderr, flush=True
-                )
+        self.unwritten += line.encode() + b"\n"
+        try:
+            while self.unwritten:
+                del self.unwritten[: self._file.write(self.unwritten)]
+        except OSError as error:
+            if not self._warned:
+                print(f"warning: {self.path}: {error.strerror}; trying again", file=sys.stderr, flush=True)
+            self._warned = True
         if console:
             with contextlib.suppress(OSError):  # a console that is gone; the file has the line
                 if sys.stderr.isatty():
@@ -629,6 +636,55 @@ class Log:
                     tqdm.write(line)  # does not tear the bar
                 else:
                     print(line, flush=True)
+
+    def set_aside(self) -> Path:
+        """Give the present file another name and begin a new one; the old name's lock is held until that is locked."""
+        aside = next(p for n in itertools.count(1) if not (p := self.path.with_suffix(f".dead-{n}.txt")).exists())
+        self.path.rename(aside)
+        old, self._file, self.fresh = self._file, open_locked(self.path), True
+        old.close()
+        return aside
+
+    def written(self) -> bytes:
+        """What the file has, also where its name is gone."""
+        self._file.seek(0)
+        return self._file.read()
+
+    def rescue(self, name: str, data: bytes) -> Path | None:
+        """Write a file that its own folder cannot take into one that has room; None where there is none."""
+        for base in (tempfile.gettempdir, Path.home, lambda: "/dev/shm"):
+            with contextlib.suppress(OSError, RuntimeError):  # RuntimeError: there is no home
+                folder = Path(base()) / self._refuge
+                folder.mkdir(mode=0o700, exist_ok=True)
+                write_atomic(folder / name, [data])
+                return folder / name
+        return None
+
+    def close(self) -> None:
+        """End with the whole log on some disk: where its own stayed full, in a folder that the console names."""
+        if self._file is None:
+            return
+        if self.unwritten:
+            kept = self.rescue(self.path.name, self.written() + self.unwritten)
+            print(f"warning: {self.path} is not whole; the whole log is {kept}", file=sys.stderr, flush=True)
+        self._file.close()
+
+
+def open_locked(path: Path) -> io.FileIO:
+    """The file, open for appending and locked until it is closed or the process ends. Raises UserError, OSError."""
+    file = path.open("a+b", buffering=0)
+    try:
+        import fcntl  # not on Windows
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise UserError(
+            f"RUN_ID={path.stem} is running now and holds {path}; choose another or wait for its end"
+        ) from None
+    except (ImportError, OSError) as error:  # some network file systems
+        print(f"warning: {path} cannot be locked ({error}); do not use its RUN_ID twice", file=sys.stderr, flush=True)
+    return file
 
 
 def progress_bar(total: int, label: str, log: Log, initial: int = 0):
@@ -2805,6 +2861,8 @@ def find_resumed(hp: Hyperparameters, source: bytes) -> Checkpoint | None:
         folder = Path(hp.out_dir) / "runs" / hp.run_id
         if (folder / "result.json").exists():
             raise UserError(f"RUN_ID={hp.run_id} has ended: {folder / 'result.json'}; there is nothing to resume")
+        if (log := log_path(hp, hp.run_id)).exists():
+            open_locked(log).close()  # beside a run that is alive, its checkpoints come and go
         found = find_checkpoints(folder)
         if not found:
             return None
@@ -4292,14 +4350,17 @@ def read_job(environ: Mapping[str, str]) -> Job:
     return Job(hp, blob if mode.eval_only else None, tensors if mode.export_only else None, sha256, tuple(notes))
 
 
-def open_outputs(hp: Hyperparameters, run_id: str, ranks: Ranks) -> tuple[Log, Path]:
-    """The log and the folder of results, made on the main rank. Raises UserError where they cannot be made."""
-    out, folder = Path(hp.out_dir), Path(hp.out_dir) / "runs" / run_id
+def open_outputs(hp: Hyperparameters, run_id: str, ranks: Ranks, goes_on: bool) -> tuple[Log, Path]:
+    """The log and the folder of results, made on the main rank. Raises UserError where they cannot be made.
+
+    A log of a run that left no checkpoint to go on from is set aside: a log is of one run.
+    """
+    path, folder = log_path(hp, run_id), Path(hp.out_dir) / "runs" / run_id
     if not ranks.is_main:
         return Log(None), folder
-    path = out / "logs" / f"{run_id}.txt"
     try:
         if path.exists() and not hp.resume:
+            open_locked(path).close()  # says so if that run is still alive
             raise UserError(f"RUN_ID={run_id} has a log already; choose another or move {path} away")
         if (folder / "result.json").exists():
             raise UserError(f"RUN_ID={run_id} has ended already: {folder / 'result.json'}; choose another RUN_ID")
@@ -4309,10 +4370,18 @@ def open_outputs(hp: Hyperparameters, run_id: str, ranks: Ranks) -> tuple[Log, P
         free = shutil.disk_usage(folder).free + sum(written)
         needed = bytes_to_write(hp)
         if free < needed:
-            raise UserError(f"OUT_DIR={hp.out_dir} has {free >> 20} MiB free; this run may write {needed >> 20} MiB")
-        return Log(path), folder
+            raise UserError(f"OUT_DIR={hp.out_dir} has {free:,} bytes free; this run may write {needed:,}")
+        log = Log(path)
+        if not log.fresh and not goes_on:
+            aside = log.set_aside()
+            log(f"log:set_aside {aside} left no checkpoint to go on from")
+        return log, folder
     except OSError as error:
         raise UserError(f"cannot write to OUT_DIR={hp.out_dir}: {error.strerror} ({error.filename})") from None
+
+
+def log_path(hp: Hyperparameters, run_id: str) -> Path:
+    return Path(hp.out_dir) / "logs" / f"{run_id}.txt"
 
 
 def bytes_to_write(hp: Hyperparameters) -> int:
@@ -4357,11 +4426,16 @@ def log_run(run: Run, attention: str, notes: Sequence[str]) -> None:
     log(f"val_loader:fingerprint:{val.fingerprint} bytes:{int(val.bytes.sum())}")
 
 
-def write_result(run: Run, path: Path, data: bytes) -> None:
+def write_result(run: Run, path: Path, data: bytes) -> Path:
+    """Where it is: under its name or, where that fails, in the next folder that takes it. Raises UserError."""
     try:
         write_atomic(path, [data])
+        return path
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}; {run.signals.advice}") from None
+        if not (kept := run.log.rescue(path.name, data)):
+            raise UserError(f"cannot write {path}: {error.strerror}, nor anywhere else; {run.signals.advice}") from None
+        run.log(f"warning: cannot write {path}: {error.strerror}; it is {kept}")
+        return kept
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -4488,8 +4562,8 @@ class Exporter:
             log(f"fit: {FIT_ATTEMPTS} attempts came no nearer to the cap than {left} bytes")
 
 
-def export(run: Run, weights: Mapping[str, Tensor]) -> bytes:
-    """Quantize, compress, write; the artifact's bytes as read back from the main rank's disk, on every rank.
+def export(run: Run, weights: Mapping[str, Tensor]) -> tuple[Path, bytes]:
+    """Quantize, compress, write; the artifact's place and its bytes as read back from there, on every rank.
 
     Calibration reads training text, so its seconds belong to the training clock.
     """
@@ -4502,22 +4576,22 @@ def export(run: Run, weights: Mapping[str, Tensor]) -> bytes:
             exporter = Exporter(run, weights, calibration)
         room = hp.artifact_cap_bytes - len(run.source)
         factor, blob = exporter.fit(room) if hp.fit_to_cap else (1.0, exporter.pack(1.0))
-        write_result(run, path, blob)
+        path = write_result(run, path, blob)
         sizes = exporter.report(factor, blob)
         if hp.fit_to_cap:
             exporter.report_fit(factor, room - len(blob), sizes)
         blob = path.read_bytes()
-    blob = run.ranks.broadcast_object(blob)
+    path, blob = run.ranks.broadcast_object((path, blob))
     run.signals.advice = f"the artifact is whole: EVAL_ONLY=1 ARTIFACT_PATH={path} scores it"
-    return blob
+    return path, blob
 
 
 def save_weights(run: Run, weights: Mapping[str, Tensor]) -> None:
     """The float weights in the artifact's own format, uncompressed, for EXPORT_ONLY."""
     header = artifact_header("weights", run.hp, run.dtype, run.val.tokenizer_sha256)
     tensors = {name: Stored("fp32", w.float().cpu(), None) for name, w in weights.items()}
-    write_result(run, run.folder / "weights.pgolf", pack_artifact(header, tensors, "stored"))
-    run.log(f"saved weights: {run.folder / 'weights.pgolf'}")
+    path = write_result(run, run.folder / "weights.pgolf", pack_artifact(header, tensors, "stored"))
+    run.log(f"saved weights: {path}")
 
 
 def prepare(job: Job, ranks: Ranks, signals: Signals) -> Run:
@@ -4539,7 +4613,7 @@ def prepare(job: Job, ranks: Ranks, signals: Signals) -> Run:
         signals.resume_from(checkpoint.path)
     stamp = f"{time.strftime('%Y%m%d-%H%M%S')}-seed{hp.seed}-{os.urandom(2).hex()}"
     run_id = ranks.broadcast_object(hp.run_id or (checkpoint.meta["run_id"] if checkpoint else stamp))
-    log, folder = ranks.agree(lambda: open_outputs(hp, run_id, ranks))
+    log, folder = ranks.agree(lambda: open_outputs(hp, run_id, ranks, checkpoint is not None))
     compile = hp.compile == "1" or (hp.compile == "auto" and ranks.device.type == "cuda")
     phases = Phases(ranks.device)
     run = Run(hp, ranks, log, phases, dtype, attend, compile, val, stream, folder, source, signals, checkpoint)
@@ -4581,6 +4655,8 @@ def run_job(job: Job, ranks: Ranks, signals: Signals) -> int:
         signals.deferred = True  # one end is enough
         run.log(f"{end.label}: {end}" + (f"; {signals.advice}" if isinstance(end, Interrupted) else ""), console=False)
         raise
+    finally:
+        run.log.close()
 
 
 def carry_out(run: Run, job: Job) -> int:
@@ -4591,12 +4667,12 @@ def carry_out(run: Run, job: Job) -> int:
     )
     trainer = None
     if hp.eval_only:
-        result["mode"], blob = "eval_only", job.blob
+        result["mode"], path, blob = "eval_only", Path(hp.artifact_path), job.blob
         run.signals.advice = f"the artifact is whole: EVAL_ONLY=1 ARTIFACT_PATH={hp.artifact_path} scores it"
     elif hp.export_only:
         log(f"export_only: weights from {hp.weights_path}; this is no timed run")
         result["mode"] = "export_only"
-        blob = export(run, {name: stored.dequantize() for name, stored in job.tensors.items()})
+        path, blob = export(run, {name: stored.dequantize() for name, stored in job.tensors.items()})
     else:
         trainer = Trainer(run)
         trainer.warm_up()
@@ -4610,7 +4686,7 @@ def carry_out(run: Run, job: Job) -> int:
         result["resumed_at"] = trainer.resumed_at
         if hp.save_weights and run.ranks.is_main:
             save_weights(run, weights)
-        blob = export(run, weights)  # before any diagnostic: a run that dies later has its artifact
+        path, blob = export(run, weights)  # before any diagnostic: a run that dies later has its artifact
     _, tensors = unpack_artifact(blob)
     label = f"{main_grid(tensors)}+{COMPRESSORS[blob[6]]}"
     log(f"Serialized model {label}: {len(blob)} bytes")
@@ -4629,7 +4705,7 @@ def carry_out(run: Run, job: Job) -> int:
             log(f"audit:{name} {'pass' if passed else 'FAIL'} {figure}")
         result["audit"] = {name: finding._asdict() for name, finding in findings.items()}
     scores |= evaluated
-    return finish(run, result, scores, blob)
+    return finish(run, result, scores, path, blob)
 
 
 def limits_broken(hp: Hyperparameters, size: int, result: Mapping, headline: Score) -> Iterator[str]:
@@ -4649,7 +4725,7 @@ def limits_broken(hp: Hyperparameters, size: int, result: Mapping, headline: Sco
             yield f"audit:{name} failed: {finding['figure']}"
 
 
-def finish(run: Run, result: dict, scores: Mapping[str, Score], blob: bytes) -> int:
+def finish(run: Run, result: dict, scores: Mapping[str, Score], path: Path, blob: bytes) -> int:
     """The `result` line and file, and the exit code: 3 where code and artifact exceed the cap."""
     hp, log, val, seconds = run.hp, run.log, run.val, run.phases.seconds
     for name, spent in seconds.items():
@@ -4680,11 +4756,10 @@ def finish(run: Run, result: dict, scores: Mapping[str, Score], blob: bytes) -> 
     )
     broken, line = list(limits_broken(hp, size, result, scores[headline])), json.dumps(result)
     if run.ranks.is_main:
-        artifact, file = hp.artifact_path or run.folder / "artifact.pgolf", run.folder / "result.json"
-        write_result(run, file, (line + "\n").encode())
+        file = write_result(run, run.folder / "result.json", (line + "\n").encode())
         for left in [*find_checkpoints(run.folder), *run.folder.glob("*.partial")]:
             left.unlink()
-        log(f"files: log {log.path} artifact {artifact} result {file}")
+        log(f"files: log {log.path} artifact {path} result {file}")
     for message in broken:
         log(f"limit: {message}")
     log(f"result {line}")

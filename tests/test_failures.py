@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -282,19 +283,49 @@ def test_anything_else_that_ends_the_reading_thread_ends_the_run(tmp_path, tiny_
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
 @pytest.mark.parametrize("lines", [1, 60])
-def test_a_log_that_cannot_be_written_any_more_does_not_end_the_run(lines, whole, again, monkeypatch):
+def test_a_log_that_cannot_be_written_any_more_is_whole_elsewhere(lines, whole, again, monkeypatch, tmp_path):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    begun = []
+
     def fill(_, log: pg.Log, *__) -> None:
-        with open("/dev/full", "wb") as full:
+        begun.append(log.path.read_bytes())
+        with open("/dev/full", "r+b", buffering=0) as full:
             os.dup2(full.fileno(), log._file.fileno())
 
+    def read(log: pg.Log) -> bytes:  # /dev/full reads as zeros without end
+        return begun[0]
+
     monkeypatch.setattr(pg.Log, "__call__", at_call(pg.Log.__call__, lines, fill))
+    monkeypatch.setattr(pg.Log, "written", read)
     ran = again()
     assert ran.code == 0 and ran.artifact == whole.artifact
-    assert ran.err == f"warning: {ran.log}: {os.strerror(errno.ENOSPC)}; the log goes on here alone\n"
-    text = ran.log.read_text("utf-8")
-    assert 0 < len(text) < len(whole.log.read_text("utf-8")) - 1000 and text.endswith("\n")
-    assert ran.out.startswith("code_sha256:") and ran.out.splitlines()[-1].startswith("result {")
-    assert len(ran.out.splitlines()) == len(whole.out.splitlines())
+    (kept,) = tmp_path.glob("*-*/*.txt")
+    assert ran.err == (
+        f"warning: {ran.log}: {os.strerror(errno.ENOSPC)}; trying again\n"
+        f"warning: {ran.log} is not whole; the whole log is {kept}\n"
+    )
+    assert ran.log.read_bytes() == begun[0] and 0 < len(begun[0]) < whole.log.stat().st_size - 1000
+    text = kept.read_text("utf-8")
+    assert text.startswith("code_sha256:") and "===== source end =====" in text
+    assert [line for line in ran.out.splitlines() if line not in text.splitlines()] == []
+    assert len(text.splitlines()) == len(whole.log.read_text("utf-8").splitlines())
+
+
+def test_a_log_goes_on_whole_when_its_disk_has_room_again(tmp_path):
+    """A disk that takes five bytes, then none, then all."""
+    log, room = pg.Log(tmp_path / "run.txt"), [5, 0, 0, 10**6]
+    file = log._file
+
+    class Disk:
+        def write(self, data: bytes) -> int:
+            if not (taken := room.pop(0) if len(room) > 1 else room[0]):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return file.write(data[:taken])
+
+    log._file = Disk()
+    for line in ("first line", "second", "third", "fourth"):
+        log(line, console=False)
+    assert (tmp_path / "run.txt").read_text() == "first line\nsecond\nthird\nfourth\n" and not log.unwritten
 
 
 def test_a_console_that_cannot_be_written_any_more_does_not_end_the_run(whole, again, monkeypatch):

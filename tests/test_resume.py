@@ -14,6 +14,7 @@ import signal
 import struct
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -886,6 +887,7 @@ def test_a_run_that_goes_on_elsewhere_has_a_complete_log_there(go, path):
 def changed_copy(data: Path, folder: Path, pattern: str, offset: int | None) -> Path:
     """The data with one bit of one file flipped, or an unknown field at its end."""
     copy = Path(shutil.copytree(data, folder))
+    (copy / "manifest.json").unlink()  # which would tell of another tokenizer
     (path,) = sorted(copy.glob(pattern))[:1]
     content = bytearray(path.read_bytes())
     if offset is None:
@@ -963,9 +965,57 @@ def test_auto_without_a_checkpoint_starts_from_the_beginning(go, plain):
     ran = go(RESUME="auto")
     assert_same(ran, plain)
     assert ran.result["resumed_at"] == [] and "resume:step" not in ran.out
-    assert text and ran.log.read_text("utf-8").startswith(text)
+    assert (aside := ran.log.with_name("run.dead-1.txt")).read_text("utf-8") == text
+    assert f"log:set_aside {aside} left no checkpoint to go on from\n" in ran.out
+    assert len(re.findall(r"^settings \{", ran.log.read_text("utf-8"), re.MULTILINE)) == 1
     fresh = go(run_id="fresh", RESUME="auto")  # without a log either
     assert_same(fresh, plain)
+
+
+def test_every_start_that_left_nothing_has_a_log_of_its_own(go, plain):
+    for _ in range(2):
+        with signal_after(3):
+            go(RESUME="auto")
+    ran = go(RESUME="auto")
+    assert_same(ran, plain)
+    assert names_in(ran.log.parent) == {"run.dead-1.txt", "run.dead-2.txt", "run.txt"}
+
+
+def test_a_run_id_is_one_runs_for_its_life(go, tiny_data, tmp_path, plain):
+    """Locked while the process lives, whatever the second start asks for; a kill -9 gives it free."""
+    endless = dict(DATA_PATH=tiny_data, OUT_DIR=tmp_path, RUN_ID="run", ITERATIONS=10**6)
+    environ = clean_environ(**{**TINY_ENV, **QUICK, **endless})
+    first = subprocess.Popen([sys.executable, ROOT / "train_gpt.py"], env=environ, stdout=subprocess.PIPE, text=True)
+    try:
+        for line in first.stdout:
+            if line.startswith("step:1/"):
+                break
+        log = tmp_path / "logs" / "run.txt"
+        said = f"error: RUN_ID=run is running now and holds {log}; choose another or wait for its end\n"
+        for settings in ({}, dict(RESUME="auto"), dict(EVAL_ONLY=1, ARTIFACT_PATH=plain.folder / "artifact.pgolf")):
+            ran = go(**settings)
+            assert (ran.code, ran.out, ran.err) == (2, "", said)
+        assert names_in(log.parent) == {"run.txt"} and log.read_text("utf-8").count("code_sha256:") < 40
+    finally:
+        first.kill()
+        first.wait()
+        first.stdout.close()
+    assert_same(go(RESUME="auto"), plain)
+
+
+def test_a_file_system_without_locks_is_named(tmp_path, capsys, monkeypatch):
+    import fcntl
+
+    def refuse(*_) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    pg.Log(tmp_path / "run.txt")("line")
+    assert capsys.readouterr().err == (
+        f"warning: {tmp_path / 'run.txt'} cannot be locked ([Errno {errno.ENOLCK}] {os.strerror(errno.ENOLCK)}); "
+        "do not use its RUN_ID twice\n"
+    )
+    assert (tmp_path / "run.txt").read_text() == "line\n"
 
 
 def test_a_log_that_is_there_is_an_error_without_resume(go):
@@ -1246,11 +1296,12 @@ LAST = {
 
 @full_device
 @pytest.mark.parametrize("name", LAST)
-def test_a_disk_too_full_for_the_results_ends_the_run_with_a_way_to_go_on(name, go, plain):
+def test_disks_too_full_for_the_results_end_the_run_with_a_way_to_go_on(name, go, plain, monkeypatch):
+    monkeypatch.setattr(pg.Log, "rescue", lambda *_: None)
     with before_call(pg, "export", lambda run, _: full(run.folder / name)):
         cut = go(**EVERY_STEP)
     path, advice = cut.folder / name, LAST[name].format(folder=cut.folder)
-    said = f"error: cannot write {path}: No space left on device; {advice}\n"
+    said = f"error: cannot write {path}: No space left on device, nor anywhere else; {advice}\n"
     assert (cut.code, cut.err) == (2, said) and cut.log.read_text("utf-8").endswith("\n" + said)
     checkpoints = {"checkpoint-11.pgckpt", "checkpoint-12.pgckpt"}
     assert names_in(cut.folder) == checkpoints | ({"artifact.pgolf"} if name == "result.json" else set())
@@ -1258,11 +1309,45 @@ def test_a_disk_too_full_for_the_results_ends_the_run_with_a_way_to_go_on(name, 
 
 
 @full_device
-def test_a_disk_too_full_for_the_artifact_of_a_run_without_checkpoints(go):
+def test_disks_too_full_for_the_artifact_of_a_run_without_checkpoints(go, monkeypatch):
+    monkeypatch.setattr(pg.Log, "rescue", lambda *_: None)
     with before_call(pg, "export", lambda run, _: full(run.folder / "artifact.pgolf")):
         cut = go()
-    said = f"error: cannot write {cut.folder / 'artifact.pgolf'}: No space left on device; {NOTHING}\n"
-    assert (cut.code, cut.err) == (2, said) and not names_in(cut.folder)
+    said = f"error: cannot write {cut.folder / 'artifact.pgolf'}: No space left on device, nor anywhere else; {NOTHING}"
+    assert (cut.code, cut.err) == (2, said + "\n") and not names_in(cut.folder)
+
+
+@full_device
+@pytest.mark.parametrize("name", ["artifact.pgolf", "weights.pgolf", "result.json"])
+def test_what_a_full_disk_does_not_take_is_written_where_there_is_room(name, go, plain, tmp_path, monkeypatch):
+    refuge = tmp_path / "temporary"
+    refuge.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(refuge))
+    before = "save_weights" if name == "weights.pgolf" else "export"
+    with before_call(pg, before, lambda run, _: full(run.folder / name)):
+        ran = go(SAVE_WEIGHTS=1)
+    (kept,) = refuge.rglob("*.*")
+    assert ran.code == 0 and kept.name == name and kept.parent.name.startswith("run-")
+    assert f"warning: cannot write {ran.folder / name}: No space left on device; it is {kept}\n" in ran.out
+    result = json.loads(ran.out.splitlines()[-1].removeprefix("result "))
+    assert result["headline"] == plain.result["headline"]
+    if name != "weights.pgolf":
+        assert re.search(rf"^files: .* {re.escape(str(kept))}( |$)", ran.out, re.MULTILINE)
+    if name == "artifact.pgolf":
+        assert kept.read_bytes() == plain.artifact
+        assert go(run_id="again", EVAL_ONLY=1, ARTIFACT_PATH=kept).result["headline"] == plain.result["headline"]
+
+
+def test_the_next_folder_is_tried_where_one_is_full_or_missing(tmp_path, monkeypatch):
+    log, home = pg.Log(tmp_path / "run.txt"), tmp_path / "home"
+    home.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "absent"))
+    monkeypatch.setattr(Path, "home", lambda: home)
+    kept = log.rescue("result.json", b"{}")
+    assert kept.read_bytes() == b"{}" and kept.parent.parent == home and kept.parent.stat().st_mode & 0o777 == 0o700
+    assert log.rescue("other", b"") == kept.with_name("other")
+    monkeypatch.setattr(pg, "write_atomic", lambda *_: no_space(_))
+    assert log.rescue("result.json", b"{}") is None
 
 
 def test_too_little_space_is_refused_before_training_with_the_figures(go, monkeypatch, tmp_path):
@@ -1271,8 +1356,8 @@ def test_too_little_space_is_refused_before_training_with_the_figures(go, monkey
     assert needed > 3 << 20
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=needed - 1))
     ran = go(**EVERY_STEP)
-    mib = f"has {(needed - 1) >> 20} MiB free; this run may write {needed >> 20} MiB"
-    assert (ran.code, ran.out, ran.err) == (2, "", f"error: OUT_DIR={tmp_path} {mib}\n")
+    figures = f"has {needed - 1:,} bytes free; this run may write {needed:,}"
+    assert (ran.code, ran.out, ran.err) == (2, "", f"error: OUT_DIR={tmp_path} {figures}\n")
     assert not ran.log.exists() and not names_in(ran.folder)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=needed))
     assert go(**EVERY_STEP).code == 0
