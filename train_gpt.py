@@ -603,6 +603,9 @@ class _Done:
         pass
 
 
+PROGRESS_SECONDS = 30.0  # between lines of progress
+
+
 class Log:
     """Console and logs/<RUN_ID>.txt, on the main rank only. One line per call, written through at once.
 
@@ -687,13 +690,31 @@ def open_locked(path: Path) -> io.FileIO:
     return file
 
 
-def progress_bar(total: int, label: str, log: Log, initial: int = 0):
-    """A tqdm bar where the main rank has a terminal, else None: pipes and log files get plain lines only."""
+def progress_bar(total: int | None, label: str, log: Log, initial: int = 0):
+    """A tqdm bar where the main rank has a terminal; in pipes and log files what it would show, in lines."""
     if log.path is None or not sys.stderr.isatty():
-        return None
+        return ProgressLines(total, label, log, initial)
     from tqdm import tqdm
 
     return tqdm(total=total, initial=initial, desc=label, leave=False, smoothing=0.05)
+
+
+class ProgressLines:
+    """`progress:LABEL done/total` where nothing else has been said of it for PROGRESS_SECONDS."""
+
+    def __init__(self, total: int | None, label: str, log: Log, initial: int = 0):
+        self.log, self.label, self.of = log, label, f"/{total}" if total is not None else ""
+        self.done, self.started = initial, time.monotonic()
+        self.said = self.started
+
+    def update(self, n: int = 1) -> None:
+        self.done, now = self.done + n, time.monotonic()
+        if now - self.said >= PROGRESS_SECONDS:
+            self.said = now
+            self.log(f"progress:{self.label} {self.done}{self.of} seconds:{now - self.started:.0f}")
+
+    def close(self) -> None:
+        pass
 
 
 class Phases:
@@ -3394,8 +3415,7 @@ def validate(run: Run, forward: Callable, context: int, label: str) -> Score:
     batch = score_batch_windows(run.hp, run.ranks, context)
     bar = progress_bar(len(windows) // run.ranks.size, label, run.log)
     nats = score(forward, run.val.tokens, windows, context, batch, run.ranks, bar)
-    if bar is not None:
-        bar.close()
+    bar.close()
     return total(nats, run.val.bytes)
 
 
@@ -3530,8 +3550,7 @@ class Trainer:
                 batch = loader.next()
                 clock.problem = clock.problem or loader.problem  # told a step later
                 self.train_step(*batch)
-                if bar is not None:
-                    bar.update()
+                bar.update()
                 self.report()
             clock.pause()
             # Agreed: all ranks take part in saving.
@@ -3543,8 +3562,7 @@ class Trainer:
             raise
         finally:
             signals.deferred = False
-            if bar is not None:
-                bar.close()
+            bar.close()
         if self.step < hp.iterations:
             log(f"stopping_early: wallclock_cap train_time:{clock.elapsed_ms:.0f}ms step:{self.step}/{hp.iterations}")
         if hp.num_loops and not self.model.looping:
@@ -3718,7 +3736,7 @@ class Evaluation:
         self.started = time.perf_counter()
         self.nats: dict[str, np.ndarray] = {}  # of each pass over the split, for the audit
         self.cut: dict[str, int] | None = None  # what EVAL_MAX_SECONDS took from the last pass
-        self.label, self.bar = "", None
+        self.label, self.bar = "", progress_bar(None, "", Log(None))
         with run.phases("load"):
             self.model = run.build(hp.eval_seq_len).to(ranks.device)
             self.forward = run.compiled(self.model)
@@ -3786,8 +3804,7 @@ class Evaluation:
             scores[label] = total(nats, val.bytes)
             if hp.audit:
                 self.nats[label] = nats
-            if self.bar is not None:
-                self.bar.close()
+            self.bar.close()
             log_score(log, label, scores[label], start, f"stride:{stride} " if label.endswith("window") else "")
             log(f"{label}_exact val_loss:{scores[label].loss:.8f} val_bpb:{scores[label].bpb:.8f}")
         return scores
@@ -3875,8 +3892,7 @@ class Evaluation:
     def score_piece(self, tokens: np.ndarray, piece: Piece) -> tuple[np.ndarray, Tensor]:
         with self.run.phases("score"):
             scored = self.adapter.score(tokens, piece)
-        if self.bar is not None:
-            self.bar.update(len(piece.windows))
+        self.bar.update(len(piece.windows))
         return scored
 
     def learn_piece(self, losses: Tensor, wanted: np.ndarray) -> None:
@@ -3937,8 +3953,9 @@ class Finding(NamedTuple):
 class Watched(Evaluation):
     """An evaluation of an audit: it remembers what its passes asked for, and can leave out an update."""
 
-    def __init__(self, run: Run, tensors: Mapping[str, Stored], left_out: int | None = None):
+    def __init__(self, run: Run, tensors: Mapping[str, Stored], bar: Any, left_out: int | None = None):
         super().__init__(run, tensors)
+        self.bar = bar
         if not run.compile:  # the chunks of a slice are short, and every forward is filled up to a whole batch
             self.batch = min(self.batch, 16)
         self.left_out = left_out
@@ -4050,7 +4067,8 @@ class Audit:
         self.stride = hp.eval_stride or self.context
         self.moved_nats = MOVED_NATS[run.ranks.device.type]
         self.random = np.random.default_rng(hp.seed)  # the same on every rank
-        self.watched = Watched(self.run, self.tensors)
+        self.bar = progress_bar(None, "audit", evaluation.run.log)
+        self.watched = Watched(self.run, self.tensors, self.bar)
         self.watched.referee = True
         self.base, self.updates = {}, {}
         for label in self.watched.passes:
@@ -4076,6 +4094,7 @@ class Audit:
                 findings[name] = check()
             except (IndexError, KeyError, ValueError) as error:  # scores that do not even have the form they should
                 findings[name] = Finding(False, f"could not be carried out: {error}")
+        self.bar.close()
         return findings
 
     def causal(self) -> Finding:
@@ -4083,7 +4102,7 @@ class Audit:
         moved, changed, points = 0.0, True, 0
         for p in self.borders():
             val = self.run.val._replace(tokens=self.disturbed(self.tokens, p))
-            disturbed = Watched(self.run._replace(val=val), self.tensors)
+            disturbed = Watched(self.run._replace(val=val), self.tensors, self.bar)
             for label, (nats, _) in self.base.items():
                 after, points = disturbed.run_pass(label), points + 1
                 moved = larger(moved, distance(after[:p], nats[:p]))
@@ -4142,6 +4161,7 @@ class Audit:
             for i in range(0, vocab, adapter.rows):
                 piece = Piece(windows[i : i + adapter.rows], chunk, np.zeros(0))
                 nats.append(adapter.score(tokens, piece)[0].reshape(-1, end - start)[:, target - start])
+                self.bar.update(len(piece.windows))
         return abs(float(np.exp(-np.concatenate(nats).astype(np.float64)).sum()) - 1)
 
     def score_first(self) -> Finding:
@@ -4151,7 +4171,7 @@ class Audit:
         calls, moved, learned, left_out = self.base["legal_ttt"][1], 0.0, True, []
         updates = self.updates["legal_ttt"]
         for k in sorted({(len(updates) - 1) // 2, len(updates) - 1} & set(range(len(updates)))):
-            without = Watched(self.run, self.tensors, left_out=k)
+            without = Watched(self.run, self.tensors, self.bar, left_out=k)
             without.run_pass("legal_ttt")
             before, after = (
                 [np.concatenate([nats for _, nats in part]) for part in (calls[place], without.calls[place])]
@@ -4216,7 +4236,7 @@ class Audit:
             name: stored._replace(data=torch.zeros_like(stored.data)) if name.endswith(".attn_scale") else stored
             for name, stored in self.tensors.items()
         }
-        silent = Watched(self.run, silenced)
+        silent = Watched(self.run, silenced, self.bar)
         windows = plan_windows(self.n, self.context, self.context)
         before, after = (silent.scan(text, windows, self.context) for text in (self.tokens, disturbed))
         free = np.ones(self.n, dtype=bool)

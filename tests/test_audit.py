@@ -733,7 +733,7 @@ def test_the_audit_changes_no_score_and_no_other_seconds(audited, tiny_data, tmp
     ran = []
     for audit in (0, 1):
         ticks = itertools.count(0.0)  # a clock that goes on by a second whenever somebody looks
-        clock = types.SimpleNamespace(perf_counter=ticks.__next__, strftime=time.strftime)
+        clock = types.SimpleNamespace(perf_counter=ticks.__next__, strftime=time.strftime, monotonic=time.monotonic)
         monkeypatch.setattr(pg, "time", clock)
         ran.append(evaluate_only(audited, tiny_data, tmp_path / str(audit), AUDIT=audit))
     without, with_audit = (r.result for r in ran)
@@ -741,6 +741,18 @@ def test_the_audit_changes_no_score_and_no_other_seconds(audited, tiny_data, tmp
     assert with_audit["phase_seconds"].pop("audit") > 0
     assert without.pop("peak_memory_mib") <= with_audit.pop("peak_memory_mib")
     assert with_audit == without and without["phase_seconds"]["adapt"] > 0 and without["eval_seconds"] > 0
+
+
+def test_who_waits_for_an_audit_sees_it_work(audited, tiny_data, tmp_path, monkeypatch):
+    monkeypatch.setattr(pg, "PROGRESS_SECONDS", 0.0)
+    ran = evaluate_only(audited, tiny_data, tmp_path, AUDIT=1)
+    counts = [int(n) for n in re.findall(r"^progress:audit (\d+) seconds:\d+$", ran.out, re.MULTILINE)]
+    assert len(counts) > 20 and counts == sorted(counts) and counts[0] > 0
+    assert ran.out.index("progress:audit") > ran.out.index("legal_ttt_exact")
+    passes = re.findall(r"^progress:(\w+) (\d+)/(\d+) ", ran.out, re.MULTILINE)
+    assert {label for label, *_ in passes} == set(ran.result["scores"])
+    last = {label: (done, total) for label, done, total in passes}
+    assert all(done == total for done, total in last.values()), last
 
 
 def test_settings_of_the_audit_are_no_part_of_the_settings_hash():

@@ -45,7 +45,11 @@ def slow(monkeypatch):
 
     monkeypatch.setattr(pg, "score", slow_score)
     monkeypatch.setattr(pg.Adapter, "adapt", slow_adapt)
-    monkeypatch.setattr(pg, "time", types.SimpleNamespace(perf_counter=lambda: seen.now, strftime=time.strftime))
+    monkeypatch.setattr(
+        pg,
+        "time",
+        types.SimpleNamespace(perf_counter=lambda: seen.now, strftime=time.strftime, monotonic=time.monotonic),
+    )
     return seen
 
 

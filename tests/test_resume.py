@@ -593,7 +593,9 @@ def timed(monkeypatch) -> list[float]:
         return train_step(trainer, *batch)
 
     monkeypatch.setattr(pg.Trainer, "train_step", slow)
-    monkeypatch.setattr(pg, "time", SimpleNamespace(perf_counter=lambda: now[0], strftime=time.strftime))
+    monkeypatch.setattr(
+        pg, "time", SimpleNamespace(perf_counter=lambda: now[0], strftime=time.strftime, monotonic=time.monotonic)
+    )
     return now
 
 
