@@ -114,11 +114,15 @@ def clean_environ(**settings) -> dict[str, str]:
     return base | {"OMP_NUM_THREADS": "1"} | {name: str(value) for name, value in settings.items()}
 
 
-def torchrun(size: int, script: Path, cwd: Path, **environ) -> tuple[subprocess.CompletedProcess, float]:
+def torchrun(
+    size: int, script: Path, cwd: Path, timeout: float = 60, **environ
+) -> tuple[subprocess.CompletedProcess, float]:
     """The finished command and its seconds."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={size}", script]
     start = time.perf_counter()
-    ran = subprocess.run(command, cwd=cwd, env=clean_environ(**environ), capture_output=True, text=True, timeout=60)
+    ran = subprocess.run(
+        command, cwd=cwd, env=clean_environ(**environ), capture_output=True, text=True, timeout=timeout
+    )
     return ran, time.perf_counter() - start
 
 
@@ -143,11 +147,13 @@ open("codes" + os.environ["RANK"], "w").write(json.dumps(codes))
 """
 
 
-def jobs_in_world(size: int, folder: Path, jobs: list[dict[str, str]]) -> tuple[subprocess.CompletedProcess, list]:
+def jobs_in_world(
+    size: int, folder: Path, jobs: list[dict[str, str]], root: Path = ROOT, timeout: float = 60
+) -> tuple[subprocess.CompletedProcess, list]:
     """Every job (an environment) in the same processes, one after the other: starting torchrun takes longer than all of
     them. Returns torchrun's end and the exit codes, rank by rank."""
-    (folder / "driver.py").write_text(DRIVER.format(root=str(ROOT)))
-    ran, _ = torchrun(size, folder / "driver.py", folder, JOBS=json.dumps(jobs))
+    (folder / "driver.py").write_text(DRIVER.format(root=str(root)))
+    ran, _ = torchrun(size, folder / "driver.py", folder, timeout, JOBS=json.dumps(jobs))
     assert ran.returncode == 0, ran.stderr[-3000:]
     return ran, [json.loads((folder / f"codes{rank}").read_text()) for rank in range(size)]
 
@@ -163,18 +169,22 @@ def warm_reader() -> None:
         train_gpt.GPT(train_gpt.Hyperparameters(), 2, train_gpt.sdpa, torch.float32)
 
 
-@pytest.fixture(scope="session")
-def tiny_data(tmp_path_factory) -> Path:
+def make_tiny_data(folder: Path) -> Path:
     """Folder with a tokenizer of 512 pieces, training shards and a validation shard of a few thousand tokens, made by
     data/prepare.py from the standard library's docstrings."""
     modules = (argparse, inspect, json, logging, subprocess)
     members = [value for module in modules for value in vars(module).values()]
     members += [value for member in members if inspect.isclass(member) for value in vars(member).values()]
     texts = sorted({text for member in members if len(text := str(getattr(member, "__doc__", None) or "")) > 80})
-    folder = tmp_path_factory.mktemp("tiny")
+    folder.mkdir(exist_ok=True)
     source = folder / "documents.jsonl"
     source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), "utf-8")
     command = [sys.executable, ROOT / "data" / "prepare.py", "text", source, "--val-docs", "30", "--vocab-size", "512"]
     command += ["--shard-tokens", "20000", "--workers", "1", "--out", folder / "shards"]
     subprocess.run(command, check=True, capture_output=True)
     return folder / "shards"
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory) -> Path:
+    return make_tiny_data(tmp_path_factory.mktemp("tiny"))
