@@ -927,7 +927,7 @@ def read_shard(path: Path) -> np.ndarray:
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
-            header = np.frombuffer(file.read(12), dtype="<i4")
+            header = np.frombuffer(file.read(12).ljust(12, b"\0"), dtype="<i4")
     except OSError as error:
         raise UserError(f"cannot read shard {path}: {error.strerror}") from None
     if size < SHARD_HEADER_BYTES or header[0] != SHARD_MAGIC or header[1] != SHARD_VERSION:
