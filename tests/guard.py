@@ -84,14 +84,15 @@ def main(commit: str, words: list[str]) -> int:
     runs, broken = configurations(words), 0
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        old = folder / "old"
-        old.mkdir()
-        archive = subprocess.run(["git", "archive", commit, "train_gpt.py"], cwd=ROOT, capture_output=True, check=True)
-        subprocess.run(["tar", "-x", "-C", old], input=archive.stdout, check=True)
+        old, new = folder / "old", folder / "new"
+        script = subprocess.run(["git", "show", f"{commit}:train_gpt.py"], cwd=ROOT, capture_output=True, check=True)
+        for place, source in ((old, script.stdout), (new, (ROOT / "train_gpt.py").read_bytes())):
+            place.mkdir()
+            (place / "train_gpt.py").write_bytes(source)  # a copy: the working tree may change meanwhile
         data = make_tiny_data(folder / "data")
         for size in (1, 2):
             then = run_all(old, size, runs, data, folder / f"then{size}")
-            now = run_all(ROOT, size, runs, data, folder / f"now{size}")
+            now = run_all(new, size, runs, data, folder / f"now{size}")
             for name in runs:
                 found = list(differences(then[name], now[name]))
                 broken += bool(found)
