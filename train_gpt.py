@@ -79,8 +79,13 @@ class LimitError(Exception):
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+# What is larger is a slip; int64 and fp32 hold these and what is computed from them.
+LARGEST = {int: 1 << 40, float: 1e12}
+
+
 def opt(section: str, default: Any, doc: str, lo: float | None = None, hi: float | None = None, choices: Sequence = ()):
     """One setting: its type is its default's type; lo and hi are inclusive."""
+    hi = LARGEST.get(type(default)) if hi is None else hi
     return dataclasses.field(default=default, metadata=dict(section=section, doc=doc, lo=lo, hi=hi, choices=choices))
 
 
@@ -92,7 +97,7 @@ class Hyperparameters:
     tokenizer_path: str = opt("run", "", "SentencePiece model; empty: the one .model in DATA_PATH")
     run_id: str = opt("run", "", "names the log and the folder of results; empty: date, time and seed")
     out_dir: str = opt("run", ".", "where logs/ and runs/ go")
-    seed: int = opt("run", 1337, "initial weights", lo=0)
+    seed: int = opt("run", 1337, "initial weights", lo=0, hi=(1 << 64) - 1)
     device: str = opt("run", "auto", "where to run", choices=("auto", "cuda", "cpu"))
     dtype: str = opt("run", "auto", "activations, Newton-Schulz, gradient banks", choices=("auto", "bf16", "fp32"))
     compile: str = opt("run", "auto", "torch.compile; auto: on for CUDA, off for CPU", choices=("auto", "0", "1"))
@@ -261,7 +266,8 @@ class Hyperparameters:
         )
         yield (
             s.ve_enabled and (len(s.ve_layers) > 1024 or max(s.ve_layer_ids) >= s.num_layers),
-            f"VE_LAYERS={s.ve_layers} names a layer beyond the last, {s.num_layers - 1} (NUM_LAYERS={s.num_layers})",
+            f"VE_LAYERS={shown(s.ve_layers)} names a layer beyond the last, {s.num_layers - 1} "
+            f"(NUM_LAYERS={s.num_layers})",
         )
         yield (
             s.swa_enabled and s.swa_source == "ema" and not s.ema_enabled,
@@ -314,7 +320,7 @@ class Hyperparameters:
         yield bool(s.weights_path) and not s.export_only, "WEIGHTS_PATH is read only with EXPORT_ONLY=1"
         yield (
             not re.fullmatch(r"[\w.-]{0,128}", s.run_id) or s.run_id.startswith("."),
-            f"RUN_ID={s.run_id!r} must be a file name of letters, digits, '_', '-' and '.'",
+            f"RUN_ID={shown(s.run_id)!r} must be a file name of letters, digits, '_', '-' and '.'",
         )
 
     @property
@@ -422,18 +428,30 @@ FOREIGN_PREFIXES = tuple(
 )
 
 
+def shown(value: Any) -> str:
+    """A value as a part of one line: a piece of it where it is long, escaped where it would break the line."""
+    text = str(value)
+    text = text if len(text) <= 160 else f"{text[:80]}… ({len(text)} characters)"
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def limit_text(limit: float) -> str:
+    """A bound as errors and the settings table write it."""
+    return f"{limit:,}" if isinstance(limit, int) else f"{limit:g}"
+
+
 def parse_value(f: dataclasses.Field, text: str) -> Any:
     """Text of the environment to the type of the setting's default."""
     kind, text = type(f.default), text.strip()
     if kind is bool:
         if text.lower() not in ("0", "1", "true", "false"):
-            raise UserError(f"{f.name.upper()}={text} must be 0, 1, true or false")
+            raise UserError(f"{f.name.upper()}={shown(text)} must be 0, 1, true or false")
         return text.lower() in ("1", "true")
     try:
         return kind(text)
     except ValueError:
         wanted = {int: "a whole number", float: "a number"}[kind]
-        raise UserError(f"{f.name.upper()}={text} must be {wanted}") from None
+        raise UserError(f"{f.name.upper()}={shown(text)} must be {wanted}") from None
 
 
 def check_value(f: dataclasses.Field, value: Any) -> None:
@@ -442,13 +460,19 @@ def check_value(f: dataclasses.Field, value: Any) -> None:
     if type(value) is not type(f.default):
         raise UserError(f"{name}={value!r} must be of type {type(f.default).__name__}")
     if meta["choices"] and value not in meta["choices"]:
-        raise UserError(f"{name}={value} must be one of {', '.join(meta['choices'])}")
+        raise UserError(f"{name}={shown(value)} must be one of {', '.join(meta['choices'])}")
+    if isinstance(value, str) and re.search(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]", value):
+        raise UserError(f"{name}={shown(value)} must be UTF-8 text without control characters")
+    if name.endswith(("_PATH", "_DIR")):
+        path = value.encode()
+        if len(path) > 4095 or max(map(len, path.split(b"/"))) > 255:
+            raise UserError(f"{name}={shown(value)} is longer than a path can be")
     if isinstance(value, float) and not math.isfinite(value):
         raise UserError(f"{name}={value} must be finite")
     if meta["lo"] is not None and value < meta["lo"]:
-        raise UserError(f"{name}={value} must be at least {meta['lo']}")
+        raise UserError(f"{name}={shown(value)} must be at least {limit_text(meta['lo'])}")
     if meta["hi"] is not None and value > meta["hi"]:
-        raise UserError(f"{name}={value} must be at most {meta['hi']}")
+        raise UserError(f"{name}={shown(value)} must be at most {limit_text(meta['hi'])}")
 
 
 def edit_distance(a: str, b: str) -> int:
@@ -479,7 +503,9 @@ def settings_table() -> str:
             section = meta["section"]
             lines += ["", f"| {section} | default | what it is |", "|---|---|---|"]
         default = int(f.default) if isinstance(f.default, bool) else f.default
-        limits = [f"{word} {meta[key]:g}" for key, word in (("lo", "from"), ("hi", "to")) if meta[key] not in (None, 0)]
+        silent = (None, 0, LARGEST.get(type(f.default)))
+        bounds = [(word, meta[key]) for key, word in (("lo", "from"), ("hi", "to"))]
+        limits = [f"{word} {limit_text(bound)}" for word, bound in bounds if bound not in silent]
         extra = f" ({' · '.join(meta['choices'])})" if meta["choices"] else f" ({' '.join(limits)})" if limits else ""
         lines.append(f"| `{f.name.upper()}` | {f'`{default}`' if default != '' else ''} | {meta['doc']}{extra} |")
     return "\n".join(lines[1:])

@@ -48,14 +48,16 @@ BOUNDS = [(f, side) for f in FIELDS.values() for side in ("lo", "hi") if f.metad
 def test_a_value_beyond_a_bound_is_refused_by_name(f, side):
     bound, kind = f.metadata[side], type(f.default)
     outside = bound + (1 if kind is int else 0.001) * (1 if side == "hi" else -1)
-    message = refusal(**{f.name.upper(): kind(outside)})
-    assert message == f"{f.name.upper()}={kind(outside)} must be at {'most' if side == 'hi' else 'least'} {bound}"
+    message, side = refusal(**{f.name.upper(): kind(outside)}), "most" if side == "hi" else "least"
+    assert message == f"{f.name.upper()}={kind(outside)} must be at {side} {pg.limit_text(bound)}"
     pg.check_value(f, kind(bound))  # bounds are inclusive
 
 
-def test_every_number_has_a_lower_bound():
+def test_every_number_has_bounds():
     numbers = [f for f in FIELDS.values() if type(f.default) in (int, float)]
-    assert [f.name for f in numbers if f.metadata["lo"] is None] == []
+    assert [f.name for f in numbers if None in (f.metadata["lo"], f.metadata["hi"])] == []
+    assert np.isfinite(np.float32(pg.LARGEST[float] ** 3))  # the product of three settings
+    torch.Generator().manual_seed(FIELDS["seed"].metadata["hi"])
 
 
 CHOICES = [f for f in FIELDS.values() if f.metadata["choices"]]
@@ -95,6 +97,55 @@ def test_other_spellings_of_truth_are_refused(text):
 @pytest.mark.parametrize("f", [f for f in FIELDS.values() if type(f.default) is float], ids=lambda f: f.name)
 def test_non_finite_numbers_are_refused(f, text):
     assert "must be" in refusal(**{f.name.upper(): text})
+
+
+NASTY = [
+    "",
+    " ",
+    "0",
+    "-1",
+    "1",
+    " 5 ",
+    "1_000",
+    "0x10",
+    "１",
+    "1e-320",
+    "1e39",
+    "1e308",
+    "-1e308",
+    "nan",
+    "inf",
+    "1,2",
+    "None",
+]
+NASTY += [str(1 << n) for n in (31, 40, 63, 64)] + ["1" + "0" * n for n in (300, 4000, 5000)]
+NASTY += [
+    "5\n6",
+    "5\r6",
+    "\x1b[2J",
+    "\u2028",
+    "/tmp/\udcff",
+    "ü",
+    "💥",
+    "x" * 300,
+    "x/" * 3000,
+    "%s{}",
+    "../..",
+    "auto",
+]
+
+
+@pytest.mark.parametrize("f", FIELDS.values(), ids=lambda f: f.name)
+def test_any_text_is_a_valid_value_or_one_short_line(f):
+    for text in NASTY:
+        try:
+            value = getattr(from_env(**{f.name.upper(): text}), f.name)
+        except pg.UserError as error:
+            line = str(error)
+            assert f.name.upper() in line and len(line) < 400 and line.isprintable(), line
+        else:
+            assert type(value) is type(f.default) and str(value).isprintable()
+            str(value).encode()  # the log takes it
 
 
 # -----------------------------------------------------------------------------
@@ -363,6 +414,7 @@ def test_the_defaults_are_those_of_the_first_recipe():
     "arguments, environ, message",
     [
         ([], dict(NUM_HEADS=7), "error: NUM_HEADS=7 must divide MODEL_DIM=512"),
+        ([], dict(OUT_DIR="sub/\udcff"), "error: OUT_DIR=sub/\\udcff must be UTF-8 text without control characters"),
         (["--help"], {}, "error: unknown argument --help; settings are environment variables"),
     ],
 )
