@@ -4356,10 +4356,33 @@ def open_outputs(hp: Hyperparameters, run_id: str, ranks: Ranks) -> tuple[Log, P
         raise UserError(f"cannot write to OUT_DIR={hp.out_dir}: {error.strerror} ({error.filename})") from None
 
 
+def count_weights(hp: Hyperparameters) -> int:
+    """Of the model, without making it."""
+    with torch.device("meta"):
+        return sum(p.numel() for p in GPT(hp, 2, sdpa, torch.float32).parameters())
+
+
+def check_memory(hp: Hyperparameters, device: torch.device) -> None:
+    """Whether there can be room for the weights and what training keeps of each. Raises UserError.
+
+    Without this the kernel kills the run, and no line says why.
+    """
+    if device.type == "cuda":
+        memory = torch.cuda.get_device_properties(device).total_memory
+    else:
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    count = count_weights(hp)
+    needed = 4 * count * (1 if hp.eval_only or hp.export_only else 2 + hp.ema_enabled)  # weights, gradients, averages
+    if needed > memory:
+        raise UserError(
+            f"{count:,} weights take {needed >> 30} GiB at least and {device.type} has {memory >> 30}; "
+            "lower MODEL_DIM, NUM_LAYERS, MLP_MULT or BIGRAM_VOCAB_SIZE"
+        )
+
+
 def bytes_to_write(hp: Hyperparameters) -> int:
     """At most: artifact, log, float weights, and three checkpoints while the third is being written."""
-    with torch.device("meta"):
-        weights = 4 * sum(p.numel() for p in GPT(hp, 2, sdpa, torch.float32).parameters())
+    weights = 4 * count_weights(hp)
     artifact = 0 if hp.eval_only else min(hp.artifact_cap_bytes, weights)
     averages = hp.ema_enabled + hp.swa_enabled
     checkpoints = 3 * (3 + averages) * weights * (hp.checkpoint_every > 0)
@@ -4571,6 +4594,7 @@ def prepare(job: Job, ranks: Ranks, signals: Signals) -> Run:
     stream = None
     if job.reads_training_text:
         stream = ranks.agree(lambda: TokenStream(find_shards(hp, "train"), hp.vocab_size))
+    ranks.agree(lambda: check_memory(hp, ranks.device))
     source = Path(__file__).read_bytes()
     checkpoint = ranks.agree(lambda: find_resumed(hp, source) if ranks.is_main else None)
     shared = ranks.broadcast_object(checkpoint and checkpoint._replace(tensors={}))
@@ -4615,9 +4639,12 @@ def run_job(job: Job, ranks: Ranks, signals: Signals) -> int:
     try:
         try:
             return carry_out(run, job)
-        except torch.OutOfMemoryError:
+        except (RuntimeError, MemoryError) as error:
+            on_gpu = isinstance(error, torch.OutOfMemoryError)  # torch has no such class for the CPU
+            if not (on_gpu or isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error)):
+                raise
             names = "MICRO_BATCH_TOKENS (training), VAL_BATCH_SIZE (scoring) or TTT_BATCH_SEQS (a part of the method)"
-            raise UserError(f"out of GPU memory; lower {names}; {signals.advice}") from None
+            raise UserError(f"out of {'GPU ' * on_gpu}memory; lower {names}; {signals.advice}") from None
     except (LimitError, UserError, Interrupted) as end:
         signals.deferred = True  # one end is enough
         run.log(f"{end.label}: {end}" + (f"; {signals.advice}" if isinstance(end, Interrupted) else ""), console=False)

@@ -550,6 +550,19 @@ def test_a_variable_that_looks_like_a_setting_is_named_in_the_log(tiny_data, tmp
     assert ran.code == 0 and "\nwarning: no such settings, so not read: MUON_LR\n" in ran.log.read_text("utf-8")
 
 
+def test_a_model_beyond_the_memory_is_refused_before_any_work(tiny_data, tmp_path):
+    ran = run_here(tmp_path / "out", tiny_data, MODEL_DIM=16384, MLP_MULT=64)
+    assert ran.code == 2 and not (tmp_path / "out").exists()
+    assert re.fullmatch(r"error: [\d,]+ weights take \d+ GiB at least and cpu has \d+; lower MODEL_DIM, .*\n", ran.err)
+
+
+def test_memory_that_runs_out_is_one_line(tiny_data, tmp_path, monkeypatch):
+    monkeypatch.setattr(pg, "accumulate_gradients", lambda *_: torch.empty(1 << 58))
+    ran = run_here(tmp_path, tiny_data)
+    assert ran.code == 2 and ran.err.startswith("error: out of memory; lower MICRO_BATCH_TOKENS (training), VAL_BATCH")
+    assert ran.err.count("\n") == 1 and ran.log.read_text("utf-8").endswith(ran.err)
+
+
 def test_settings_are_refused_before_the_process_group_is_made(monkeypatch, capsys):
     monkeypatch.setattr(pg.dist, "init_process_group", lambda *_: pytest.fail("group made"))
     environ = dict(RANK="0", WORLD_SIZE="3", LOCAL_RANK="0", TRAIN_SEQ_LEN="32", TRAIN_BATCH_TOKENS="64")
