@@ -82,8 +82,13 @@ class LimitError(Exception):
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+# What is larger is a slip; int64 and fp32 hold these and what is computed from them.
+LARGEST = {int: 1 << 40, float: 1e12}
+
+
 def opt(section: str, default: Any, doc: str, lo: float | None = None, hi: float | None = None, choices: Sequence = ()):
     """One setting: its type is its default's type; lo and hi are inclusive."""
+    hi = LARGEST.get(type(default)) if hi is None else hi
     return dataclasses.field(default=default, metadata=dict(section=section, doc=doc, lo=lo, hi=hi, choices=choices))
 
 
@@ -95,7 +100,7 @@ class Hyperparameters:
     tokenizer_path: str = opt("run", "", "SentencePiece model; empty: the one .model in DATA_PATH")
     run_id: str = opt("run", "", "names the log and the folder of results; empty: date, time and seed")
     out_dir: str = opt("run", ".", "where logs/ and runs/ go")
-    seed: int = opt("run", 1337, "initial weights", lo=0)
+    seed: int = opt("run", 1337, "initial weights", lo=0, hi=(1 << 64) - 1)
     device: str = opt("run", "auto", "where to run", choices=("auto", "cuda", "cpu"))
     dtype: str = opt("run", "auto", "activations, Newton-Schulz, gradient banks", choices=("auto", "bf16", "fp32"))
     compile: str = opt("run", "auto", "torch.compile; auto: on for CUDA, off for CPU", choices=("auto", "0", "1"))
@@ -264,7 +269,8 @@ class Hyperparameters:
         )
         yield (
             s.ve_enabled and (len(s.ve_layers) > 1024 or max(s.ve_layer_ids) >= s.num_layers),
-            f"VE_LAYERS={s.ve_layers} names a layer beyond the last, {s.num_layers - 1} (NUM_LAYERS={s.num_layers})",
+            f"VE_LAYERS={shown(s.ve_layers)} names a layer beyond the last, {s.num_layers - 1} "
+            f"(NUM_LAYERS={s.num_layers})",
         )
         yield (
             s.swa_enabled and s.swa_source == "ema" and not s.ema_enabled,
@@ -317,7 +323,7 @@ class Hyperparameters:
         yield bool(s.weights_path) and not s.export_only, "WEIGHTS_PATH is read only with EXPORT_ONLY=1"
         yield (
             not re.fullmatch(r"[\w.-]{0,128}", s.run_id) or s.run_id.startswith("."),
-            f"RUN_ID={s.run_id!r} must be a file name of letters, digits, '_', '-' and '.'",
+            f"RUN_ID={shown(s.run_id)!r} must be a file name of letters, digits, '_', '-' and '.'",
         )
 
     @property
@@ -382,20 +388,27 @@ class Hyperparameters:
         known = {f.name.upper(): f for f in dataclasses.fields(cls)}
         values = dict(base or {})
         given: dict[str, str] = {}
+        refused: dict[str, str] = {}
         for name, text in sorted(environ.items()):
             if name in NOT_HERE:
-                off, advice = NOT_HERE[name]
-                if text.strip().lower() not in off:
-                    raise UserError(f"{name}={text} is not offered here: {advice}; leave it out or set {off[0]}")
+                accepted, advice = NOT_HERE[name]
+                if comparable(text) not in map(comparable, accepted):
+                    instead = "leave it out" + (f" or set {accepted[0]}" if accepted else "")
+                    refused[name] = f"{name}={shown(text)} is not offered here: {advice}; {instead}"
                 continue
             target = PUBLIC_NAMES.get(name, name)
             if target not in known:
                 if close := near_miss(name, known):
-                    raise UserError(f"unknown setting {name}; did you mean {close}?")
+                    raise UserError(f"unknown setting {shown(name)}; did you mean {close}?")
                 continue
             if given.setdefault(target, text) != text:
-                raise UserError(f"{name}={text} contradicts another spelling of {target}={given[target]}; keep one")
+                raise UserError(
+                    f"{name}={shown(text)} contradicts another spelling of {target}={shown(given[target])}; keep one"
+                )
             values[known[target].name] = parse_value(known[target], text)
+        if refused:
+            first, *others = refused
+            raise UserError(refused[first] + (f". Nor are {', '.join(others)}" if others else ""))
         return cls(**values)
 
 
@@ -405,24 +418,134 @@ PUBLIC_NAMES = {
     "SMEAR_GATE": "SMEAR_GATE_ENABLED",
     "MUON_WEIGHT_DECAY": "MUON_WD",
     "USE_GPTQ": "GPTQ_ENABLED",
+    "VAL_BATCH_TOKENS": "VAL_BATCH_SIZE",
 }
 
-# Names of published commands that this script does not offer: (accepted off values, what to do instead).
+# Names of published commands that this script does not offer, by what to do instead; after `=` the values that switch
+# the thing off or that mean what is done anyway.
 NOT_HERE = {
-    "MTP_NUM_HEADS": (("0",), "multi-token prediction was measured as a loss by its authors"),
-    "MTP_LOSS_WEIGHT": (("0", "0.0", "0.1", "0.2"), "there are no multi-token prediction heads"),
-    "LAWA_ENABLED": (("0", "false"), "use SWA_ENABLED=1 with SWA_SOURCE=raw"),
-    "LAWA_K": (("0", "10"), "use SWA_ENABLED=1"),
-    "LAWA_FREQ": (("0", "100"), "use SWA_EVERY"),
-    "DTG_ENABLED": (("0", "false"), "there is no dynamic token gate"),
-    "TRIGRAM": (("0", "false"), "trigram tables were measured as a loss by their authors"),
-    "MUON_BETA2": (("0.95",), "Muon keeps no second moment (public scripts declare it and never read it)"),
+    name: (tuple(accepted.split(",")) if accepted else (), advice)
+    for advice, names in {
+        # data and files
+        "DATA_PATH is the folder of shards": "DATA_DIR DATASETS_DIR",
+        "OUT_DIR holds logs/ and runs/": "ARTIFACT_DIR",
+        "texts in CaseOps are not supported": "CASEOPS_ENABLED=0",
+        "the whole split is scored, always in the same way": "VAL_DOC_FRACTION=1 TTT_EVAL_BATCHES TTT_DEBUG_BYPASS=0",
+        "EVAL_ONLY=1 or EXPORT_ONLY=1 starts from a file": "TTT_EVAL_ONLY=0 PREQUANT_ONLY=0",
+        "FIT_TO_CAP=1 and ARTIFACT_CAP_BYTES do it": "TARGET_MB",
+        # model
+        "multi-token prediction was measured as a loss by its authors": "MTP_NUM_HEADS=0",
+        "there are no multi-token prediction heads": "MTP_LOSS_WEIGHT=0,0.1,0.2",
+        "there is no dynamic token gate": "DTG_ENABLED=0",
+        "trigram tables were measured as a loss by their authors": "TRIGRAM=0 TRIGRAM_ENABLED=0",
+        "use QK_GAIN_INIT": "QK_GAIN",
+        "NUM_LOOPS, LOOP_START, LOOP_END and ENABLE_LOOPING_AT do it": "SHARE_START SHARE_LOOPS RECUR_LAYERS "
+        "RECUR_START_STEP",
+        "there are no parallel lanes": "PARALLEL_START_LAYER PARALLEL_FINAL_LANE PARALLEL_RESIDUAL=0 "
+        "PARALLEL_RESIDUAL_START",
+        "UNET_SKIPS have weights and no gates": "SKIP_GATES_ENABLED=0",
+        "embeddings are MODEL_DIM wide": "EMBEDDING_DIM",
+        "rotary frequencies belong to TRAIN_SEQ_LEN, extended by NTK": "ROPE_YARN=0 ROPE_TRAIN_SEQ_LEN",
+        "SMEAR_GATE_ENABLED is a gate per channel, of no window": "GATE_WINDOW",
+        "GATED_ATTENTION=1 is another gate: of the whole input, and 1 at the start": "GATED_ATTN_ENABLED=0 "
+        "GATED_ATTN_INIT_STD GATED_ATTN_QUANT_GATE=0 ATTN_OUT_GATE_ENABLED=0 ATTN_OUT_GATE_SRC "
+        "SPARSE_ATTN_GATE_ENABLED=0 SPARSE_ATTN_GATE_INIT_STD SPARSE_ATTN_GATE_SCALE",
+        # training
+        "use WARMDOWN_ITERS, in steps": "WARMDOWN_FRAC",
+        "the warmdown ends at 0": "MIN_LR=0",
+        "ADAM_WD is the weight decay of tables too": "EMBED_WD",
+        "Muon does not normalize rows": "MUON_ROW_NORMALIZE=0",
+        "Muon keeps no second moment (public scripts declare it and never read it)": "MUON_BETA2=0.95",
+        "use SWA_ENABLED=1 with SWA_SOURCE=raw": "LAWA_ENABLED=0",
+        "use SWA_ENABLED=1": "LAWA_K=0,10",
+        "use SWA_EVERY": "LAWA_FREQ=0,100",
+        "tight SWA starts at a rate scale of 0.2": "SWA_START_FRAC",
+        "use MICRO_BATCH_TOKENS": "GRAD_ACCUM_STEPS",
+        "COMPILE fuses what can be": "FUSED_CE_ENABLED=0",
+        "ITERATIONS and MAX_WALLCLOCK_SECONDS end a run": "FORCE_STOP_STEP=0",
+        # quantization
+        "use ATTN_BITS, ATTN_OUT_BITS and MLP_BITS": "MATRIX_BITS=6",
+        "use ATTN_CLIP_SIGMAS and MLP_CLIP_SIGMAS": "MATRIX_CLIP_SIGMAS=12.85",
+        "use GPTQ_CALIBRATION_TOKENS": "GPTQ_CALIBRATION_BATCHES GPTQ_CALIB_BATCHES",
+        "there are no low-rank corrections; QUANT=rd spends the bytes better": "LQER_ENABLED=0 LQER_RANK LQER_TOP_K "
+        "LQER_FACTOR_BITS LQER_ASYM_ENABLED LQER_ASYM_GROUP",
+        "a tensor's class says how it is stored": "CONTROL_TENSOR_NAME_PATTERNS INT8_KEEP_FLOAT_FP32_NAME_PATTERNS",
+        # evaluation
+        "use VAL_BATCH_SIZE, in tokens": "EVAL_BATCH_SEQS TTT_BATCH_SIZE",
+        "use TTT_LR with TTT_PARAMS=lora": "TTT_LORA_LR",
+        "use TTT_CHUNK_TOKENS or, with TTT_PARAMS=lora, TTT_LORA_CHUNK": "TTT_CHUNK_SIZE",
+        "EVAL_SEQ_LEN is the context of every pass": "TTT_EVAL_SEQ_LEN",
+        "TTT_PARAMS=lora adapts q, v and the head, one step per piece": "TTT_K_LORA=0 TTT_MLP_LORA=0 TTT_O_LORA=0 "
+        "TTT_GRAD_STEPS=1 TTT_WARM_START_A=0",
+        "use TTT_MOMENTUM": "TTT_BETA1",
+        "TTT_OPTIMIZER=adamw has beta2 0.999": "TTT_BETA2=0.999",
+        "test-time training has no weight decay": "TTT_WEIGHT_DECAY=0 TTT_WD=0",
+        "TTT_PARAMS=all trains on scored text after each chunk; there are no phases": "PHASED_TTT_ENABLED=0 "
+        "PHASED_TTT_NUM_PHASES PHASED_TTT_PREFIX_DOCS GLOBAL_TTT_LR GLOBAL_TTT_MOMENTUM GLOBAL_TTT_EPOCHS "
+        "GLOBAL_TTT_CHUNK_TOKENS GLOBAL_TTT_BATCH_SEQS GLOBAL_TTT_GRAD_CLIP GLOBAL_TTT_WARMUP_START_LR "
+        "GLOBAL_TTT_WARMUP_CHUNKS GLOBAL_TTT_RESPECT_DOC_BOUNDARIES",
+        "HEDGE_ENABLED=1 mixes in n-grams of scored text": "NGRAM_ENABLED=0",
+        "text is scored once, before anything learns from it": "SLOT_ENABLED=0 TWO_PASS_ENABLED=0 NGRAM_TWO_PASS=0",
+    }.items()
+    for name, _, accepted in (word.partition("=") for word in names.split())
 }
 
 # Other programs' variables, never taken for a misspelt setting.
 FOREIGN_PREFIXES = tuple(
-    "TORCH CUDA NCCL GLOO OMP_ MKL_ GOMP_ KMP_ PYTHON PYTEST HF_ LC_ XDG_ SSH_ CI_ GIT NVIDIA_".split()
+    """ACCELERATE AIP_ AWS_ AZ CI_ COLAB CONDA CUDA DET_ DOCKER FLASH_ATTENTION_ GIT GLOO GOMP_ GOOGLE HF_ JUPYTER
+    KAGGLE KMP_ KUBERNETES LC_ LSB_ MKL_ MLFLOW MPI NCCL NPM_ NV OMPI_ OMP_ PARALLEL_ PBS_ PIP_ PL_ PYTEST PYTHON
+    PYTORCH RAY_ RUNPOD SLURM SM_ SSH_ TF_ TOKENIZERS_ TORCH TRANSFORMERS TRITON VLLM WANDB XDG_ XLA_""".split()
 )
+# Words of other programs' names that lie one or two slips from ours.
+FOREIGN_WORDS = frozenset("AUDIO BETA COMPILER DIR DST FEED ID JAVA NEED OPT ROOT SPEED SRC TMP TYPE".split())
+# Words of settings and published names that say nothing alone.
+COMMON_WORDS = frozenset(
+    """ARTIFACT BACKEND BASE BLOCK BLOCKS BYPASS BYTES CAP CONTROL DATA DATASETS DEBUG DEVICE DIR DOC DOCS ENABLE
+    ENABLED END EVERY EXPORT FACTOR FINAL FIT FLOAT FORCE FREEZE GLOBAL GROUP HEAD INIT INT KEEP KIND LAST LEN LOG
+    MAX MIN MODEL NAME NORM NUM ONLY OUT PARALLEL PARAMS PASS PATH PATTERNS PREFIX RANK RESERVE RESET RUN SAVE SCALE
+    SECONDS SHARE SIZE SKIP SOURCE SRC START STEP STOP TARGET TENSOR THRESHOLD TOP TWO USE VALUE WARM WINDOW
+    YARN""".split()
+)
+
+
+def unused_names(environ: Mapping[str, str]) -> list[str]:
+    """Variables that no line of this script reads though they look like settings, in one note for the log, or none."""
+    known = {f.name.upper() for f in dataclasses.fields(Hyperparameters)} | {*PUBLIC_NAMES, *NOT_HERE}
+    ours = {word for name in known for word in name_words(name)} - COMMON_WORDS
+    names = [name for name in sorted(environ) if name not in known and re.fullmatch(r"[A-Z][A-Z0-9_]*", name)]
+    names = [name for name in names if not is_foreign(name) and ours & name_words(name)]
+    return [f"warning: no such settings, so not read: {', '.join(names)}"] if names else []
+
+
+def name_words(name: str) -> set[str]:
+    """What stands between the underscores, without trailing digits; single letters and pairs say nothing, but `LR`."""
+    return {word for part in name.split("_") if len(word := part.rstrip("0123456789")) > 2 or word == "LR"}
+
+
+def is_foreign(name: str) -> bool:
+    """Whether another program's variable bears this name: by its prefix, or one that Kubernetes makes of a service."""
+    return name.startswith(FOREIGN_PREFIXES) or bool(re.search(r"_SERVICE_(HOST|PORT)|_PORT(_\d+_(TCP|UDP).*)?$", name))
+
+
+def comparable(text: str) -> float | str:
+    """One spelling of a value: 0, 0.0 and False are the same."""
+    text = text.strip().lower()
+    try:
+        return float({"false": "0", "true": "1"}.get(text, text))
+    except ValueError:
+        return text
+
+
+def shown(value: Any) -> str:
+    """A value as a part of one line: a piece of it where it is long, escaped where it would break the line."""
+    text = str(value)
+    text = text if len(text) <= 160 else f"{text[:80]}… ({len(text)} characters)"
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def limit_text(limit: float) -> str:
+    """A bound as errors and the settings table write it."""
+    return f"{limit:,}" if isinstance(limit, int) else f"{limit:g}"
 
 
 def parse_value(f: dataclasses.Field, text: str) -> Any:
@@ -430,13 +553,13 @@ def parse_value(f: dataclasses.Field, text: str) -> Any:
     kind, text = type(f.default), text.strip()
     if kind is bool:
         if text.lower() not in ("0", "1", "true", "false"):
-            raise UserError(f"{f.name.upper()}={text} must be 0, 1, true or false")
+            raise UserError(f"{f.name.upper()}={shown(text)} must be 0, 1, true or false")
         return text.lower() in ("1", "true")
     try:
         return kind(text)
     except ValueError:
         wanted = {int: "a whole number", float: "a number"}[kind]
-        raise UserError(f"{f.name.upper()}={text} must be {wanted}") from None
+        raise UserError(f"{f.name.upper()}={shown(text)} must be {wanted}") from None
 
 
 def check_value(f: dataclasses.Field, value: Any) -> None:
@@ -445,13 +568,19 @@ def check_value(f: dataclasses.Field, value: Any) -> None:
     if type(value) is not type(f.default):
         raise UserError(f"{name}={value!r} must be of type {type(f.default).__name__}")
     if meta["choices"] and value not in meta["choices"]:
-        raise UserError(f"{name}={value} must be one of {', '.join(meta['choices'])}")
+        raise UserError(f"{name}={shown(value)} must be one of {', '.join(meta['choices'])}")
+    if isinstance(value, str) and re.search(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]", value):
+        raise UserError(f"{name}={shown(value)} must be UTF-8 text without control characters")
+    if name.endswith(("_PATH", "_DIR")):
+        path = value.encode()
+        if len(path) > 4095 or max(map(len, path.split(b"/"))) > 255:
+            raise UserError(f"{name}={shown(value)} is longer than a path can be")
     if isinstance(value, float) and not math.isfinite(value):
         raise UserError(f"{name}={value} must be finite")
     if meta["lo"] is not None and value < meta["lo"]:
-        raise UserError(f"{name}={value} must be at least {meta['lo']}")
+        raise UserError(f"{name}={shown(value)} must be at least {limit_text(meta['lo'])}")
     if meta["hi"] is not None and value > meta["hi"]:
-        raise UserError(f"{name}={value} must be at most {meta['hi']}")
+        raise UserError(f"{name}={shown(value)} must be at most {limit_text(meta['hi'])}")
 
 
 def edit_distance(a: str, b: str) -> int:
@@ -465,12 +594,23 @@ def edit_distance(a: str, b: str) -> int:
 
 
 def near_miss(name: str, known: Mapping[str, Any]) -> str | None:
-    """The setting that an unknown variable probably means, or None."""
-    if name != name.upper() or name.startswith(FOREIGN_PREFIXES):
+    """The setting that an unknown variable probably means, or None.
+
+    One slip, two in a name of eight characters or more, a longer last word (TRAIN_SEQ_LENGTH), a mixture of cases. Not
+    where the slip makes a word of other programs: MODEL_DIR is not MODEL_DIM misspelt.
+    """
+    upper, names = name.upper(), (*known, *PUBLIC_NAMES)
+    if upper != name and upper in (*names, *NOT_HERE):
+        return upper
+    if len(upper) < 4 or is_foreign(upper):
         return None
-    names = [k for k in (*known, *PUBLIC_NAMES) if len(k) >= 7 and abs(len(k) - len(name)) <= 2]
-    distance, close = min(((edit_distance(name, k), k) for k in names), default=(99, ""))
-    return close if distance <= 2 else None
+    if longer := [k for k in names if len(k) >= 8 and upper.startswith(k) and upper[len(k) :].isalpha()]:
+        return longer[0]
+    near = ((edit_distance(upper, k), k) for k in names if abs(len(k) - len(upper)) <= 2)
+    slips, close = min(near, default=(99, ""))
+    if slips > 1 + (len(close) >= 8) or FOREIGN_WORDS & set(upper.split("_")) - set(close.split("_")):
+        return None
+    return close
 
 
 def settings_table() -> str:
@@ -482,7 +622,9 @@ def settings_table() -> str:
             section = meta["section"]
             lines += ["", f"| {section} | default | what it is |", "|---|---|---|"]
         default = int(f.default) if isinstance(f.default, bool) else f.default
-        limits = [f"{word} {meta[key]:g}" for key, word in (("lo", "from"), ("hi", "to")) if meta[key] not in (None, 0)]
+        silent = (None, 0, LARGEST.get(type(f.default)))
+        bounds = [(word, meta[key]) for key, word in (("lo", "from"), ("hi", "to"))]
+        limits = [f"{word} {limit_text(bound)}" for word, bound in bounds if bound not in silent]
         extra = f" ({' · '.join(meta['choices'])})" if meta["choices"] else f" ({' '.join(limits)})" if limits else ""
         lines.append(f"| `{f.name.upper()}` | {f'`{default}`' if default != '' else ''} | {meta['doc']}{extra} |")
     return "\n".join(lines[1:])
@@ -4354,14 +4496,14 @@ def read_job(environ: Mapping[str, str]) -> Job:
     modes = {"EVAL_ONLY", "ARTIFACT_PATH", "EXPORT_ONLY", "WEIGHTS_PATH"}
     mode = Hyperparameters.from_env({name: text for name, text in environ.items() if name in modes})
     if not (mode.eval_only or mode.export_only):
-        return Job(Hyperparameters.from_env(environ))
+        return Job(Hyperparameters.from_env(environ), notes=(*unused_names(environ),))
     path, kind = (mode.artifact_path, "artifact") if mode.eval_only else (mode.weights_path, "weights")
     blob, header, tensors = read_artifact_file(path, kind)
     hp = Hyperparameters.from_env(environ, header["architecture"] | header["evaluation"])
     for name, value in header["architecture"].items():
         if getattr(hp, name) != value:
             raise UserError(f"{name.upper()}={getattr(hp, name)} contradicts {path}, made with {value}; leave it out")
-    notes = [
+    notes = unused_names(environ) + [
         f"evaluation:changed {name.upper()}={getattr(hp, name)} file:{value}"
         for name, value in header["evaluation"].items()
         if getattr(hp, name) != value
@@ -4404,10 +4546,33 @@ def log_path(hp: Hyperparameters, run_id: str) -> Path:
     return Path(hp.out_dir) / "logs" / f"{run_id}.txt"
 
 
+def count_weights(hp: Hyperparameters) -> int:
+    """Of the model, without making it."""
+    with torch.device("meta"):
+        return sum(p.numel() for p in GPT(hp, 2, sdpa, torch.float32).parameters())
+
+
+def check_memory(hp: Hyperparameters, device: torch.device) -> None:
+    """Whether there can be room for the weights and what training keeps of each. Raises UserError.
+
+    Without this the kernel kills the run, and no line says why.
+    """
+    if device.type == "cuda":
+        memory = torch.cuda.get_device_properties(device).total_memory
+    else:
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    count = count_weights(hp)
+    needed = 4 * count * (1 if hp.eval_only or hp.export_only else 2 + hp.ema_enabled)  # weights, gradients, averages
+    if needed > memory:
+        raise UserError(
+            f"{count:,} weights take {needed >> 30} GiB at least and {device.type} has {memory >> 30}; "
+            "lower MODEL_DIM, NUM_LAYERS, MLP_MULT or BIGRAM_VOCAB_SIZE"
+        )
+
+
 def bytes_to_write(hp: Hyperparameters) -> int:
     """At most: artifact, log, float weights, and three checkpoints while the third is being written."""
-    with torch.device("meta"):
-        weights = 4 * sum(p.numel() for p in GPT(hp, 2, sdpa, torch.float32).parameters())
+    weights = 4 * count_weights(hp)
     artifact = 0 if hp.eval_only else min(hp.artifact_cap_bytes, weights)
     averages = hp.ema_enabled + hp.swa_enabled
     checkpoints = 3 * (3 + averages) * weights * (hp.checkpoint_every > 0)
@@ -4624,6 +4789,7 @@ def prepare(job: Job, ranks: Ranks, signals: Signals) -> Run:
     stream = None
     if job.reads_training_text:
         stream = ranks.agree(lambda: TokenStream(find_shards(hp, "train"), hp.vocab_size))
+    ranks.agree(lambda: check_memory(hp, ranks.device))
     source = Path(__file__).read_bytes()
     checkpoint = ranks.agree(lambda: find_resumed(hp, source) if ranks.is_main else None)
     shared = ranks.broadcast_object(checkpoint and checkpoint._replace(tensors={}))
@@ -4668,9 +4834,12 @@ def run_job(job: Job, ranks: Ranks, signals: Signals) -> int:
     try:
         try:
             return carry_out(run, job)
-        except torch.OutOfMemoryError:
+        except (RuntimeError, MemoryError) as error:
+            on_gpu = isinstance(error, torch.OutOfMemoryError)  # torch has no such class for the CPU
+            if not (on_gpu or isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error)):
+                raise
             names = "MICRO_BATCH_TOKENS (training), VAL_BATCH_SIZE (scoring) or TTT_BATCH_SEQS (a part of the method)"
-            raise UserError(f"out of GPU memory; lower {names}; {signals.advice}") from None
+            raise UserError(f"out of {'GPU ' * on_gpu}memory; lower {names}; {signals.advice}") from None
     except (LimitError, UserError, Interrupted) as end:
         signals.deferred = True  # one end is enough
         run.log(f"{end.label}: {end}" + (f"; {signals.advice}" if isinstance(end, Interrupted) else ""), console=False)

@@ -140,7 +140,7 @@ def test_code_counts(tmp_path):
     one = exporter(8, quant="sdclip", fit_to_cap=True)
     run = one.run._replace(source=b"x" * 30_000, folder=tmp_path)
     run = run._replace(hp=dataclasses.replace(run.hp, artifact_cap_bytes=170_000))
-    blob = pg.export(run, one.weights)
+    _, blob = pg.export(run, one.weights)
     assert 0 <= 170_000 - 30_000 - len(blob) <= pg.FIT_WINDOW
 
 

@@ -48,14 +48,16 @@ BOUNDS = [(f, side) for f in FIELDS.values() for side in ("lo", "hi") if f.metad
 def test_a_value_beyond_a_bound_is_refused_by_name(f, side):
     bound, kind = f.metadata[side], type(f.default)
     outside = bound + (1 if kind is int else 0.001) * (1 if side == "hi" else -1)
-    message = refusal(**{f.name.upper(): kind(outside)})
-    assert message == f"{f.name.upper()}={kind(outside)} must be at {'most' if side == 'hi' else 'least'} {bound}"
+    message, side = refusal(**{f.name.upper(): kind(outside)}), "most" if side == "hi" else "least"
+    assert message == f"{f.name.upper()}={kind(outside)} must be at {side} {pg.limit_text(bound)}"
     pg.check_value(f, kind(bound))  # bounds are inclusive
 
 
-def test_every_number_has_a_lower_bound():
+def test_every_number_has_bounds():
     numbers = [f for f in FIELDS.values() if type(f.default) in (int, float)]
-    assert [f.name for f in numbers if f.metadata["lo"] is None] == []
+    assert [f.name for f in numbers if None in (f.metadata["lo"], f.metadata["hi"])] == []
+    assert np.isfinite(np.float32(pg.LARGEST[float] ** 3))  # the product of three settings
+    torch.Generator().manual_seed(FIELDS["seed"].metadata["hi"])
 
 
 CHOICES = [f for f in FIELDS.values() if f.metadata["choices"]]
@@ -95,6 +97,55 @@ def test_other_spellings_of_truth_are_refused(text):
 @pytest.mark.parametrize("f", [f for f in FIELDS.values() if type(f.default) is float], ids=lambda f: f.name)
 def test_non_finite_numbers_are_refused(f, text):
     assert "must be" in refusal(**{f.name.upper(): text})
+
+
+NASTY = [
+    "",
+    " ",
+    "0",
+    "-1",
+    "1",
+    " 5 ",
+    "1_000",
+    "0x10",
+    "１",
+    "1e-320",
+    "1e39",
+    "1e308",
+    "-1e308",
+    "nan",
+    "inf",
+    "1,2",
+    "None",
+]
+NASTY += [str(1 << n) for n in (31, 40, 63, 64)] + ["1" + "0" * n for n in (300, 4000, 5000)]
+NASTY += [
+    "5\n6",
+    "5\r6",
+    "\x1b[2J",
+    "\u2028",
+    "/tmp/\udcff",
+    "ü",
+    "💥",
+    "x" * 300,
+    "x/" * 3000,
+    "%s{}",
+    "../..",
+    "auto",
+]
+
+
+@pytest.mark.parametrize("f", FIELDS.values(), ids=lambda f: f.name)
+def test_any_text_is_a_valid_value_or_one_short_line(f):
+    for text in NASTY:
+        try:
+            value = getattr(from_env(**{f.name.upper(): text}), f.name)
+        except pg.UserError as error:
+            line = str(error)
+            assert f.name.upper() in line and len(line) < 400 and line.isprintable(), line
+        else:
+            assert type(value) is type(f.default) and str(value).isprintable()
+            str(value).encode()  # the log takes it
 
 
 # -----------------------------------------------------------------------------
@@ -234,13 +285,30 @@ def test_automatic_micro_batches_are_the_largest_that_fit_and_divide():
         ("EMA_ENABLE", "EMA_ENABLED"),
         ("MUON_WEIGHT_DECA", "MUON_WEIGHT_DECAY"),
         ("QAT_TRESHOLD", "QAT_THRESHOLD"),
+        ("TRAIN_SEQ_LENS", "TRAIN_SEQ_LEN"),
+        ("SEEDS", "SEED"),
+        ("DEVICES", "DEVICE"),
+        ("RESUM", "RESUME"),
+        ("DTYPES", "DTYPE"),
+        ("AUDITS", "AUDIT"),
+        ("BETA3", "BETA1"),
+        ("RUNID", "RUN_ID"),
+        ("OUTDIR", "OUT_DIR"),
+        ("TTTLR", "TTT_LR"),
+        ("model_dims", "MODEL_DIM"),
+        ("seeds", "SEED"),
+        ("min_lr", "MIN_LR"),
+        ("TRAIN_SEQ_LENGTH", "TRAIN_SEQ_LEN"),
+        ("MODEL_DIMENSION", "MODEL_DIM"),
+        ("Qat_Threshold", "QAT_THRESHOLD"),
+        ("MODEL_DIM\n", "MODEL_DIM"),
     ],
 )
 def test_near_misses_name_the_right_setting(name, meant):
-    assert refusal(**{name: "1"}) == f"unknown setting {name}; did you mean {meant}?"
+    assert refusal(**{name: "1"}) == f"unknown setting {pg.shown(name)}; did you mean {meant}?"
 
 
-LONG_NAMES = [f.upper() for f in FIELDS if len(f) >= 7]
+LONG_NAMES = [f.upper() for f in FIELDS if len(f) >= 8]
 
 
 @pytest.mark.parametrize("name", LONG_NAMES)
@@ -249,8 +317,28 @@ def test_one_or_two_slips_in_any_long_name_are_caught(name):
         assert pg.near_miss(slip, {n.upper(): 0 for n in FIELDS})
 
 
-def test_far_short_and_lower_case_names_are_left_alone():
-    from_env(MODEL_DIQQQ="1", SEEDS="1", DTYPES="1", BETA3="1", model_dims="1", Model_Dims="1")
+@pytest.mark.parametrize("name", FIELDS)
+def test_another_mixture_of_cases_is_an_error(name):
+    for spelling in (name, name.title(), name[0].upper() + name[1:]):
+        assert refusal(**{spelling: "1"}) == f"unknown setting {spelling}; did you mean {name.upper()}?"
+
+
+@pytest.mark.parametrize("name", [f.upper() for f in FIELDS if len(f) < 8])
+def test_one_slip_in_a_short_name_is_caught(name):
+    for slip in (name[:-1], name + "Q", name[:2] + "Q" + name[3:], name[:2] + name[3:]):
+        if len(slip) >= 4 and slip not in pg.FOREIGN_WORDS:
+            assert pg.near_miss(slip, {n.upper(): 0 for n in FIELDS})
+
+
+def test_what_is_far_from_every_setting_is_no_error():
+    from_env(MODEL_DIQQQ="1", SED="1", SDEES="1", OUTQQ_DIR="1", model_width="1", TRAIN_SEQ_LENGTH_MAX="1")
+
+
+def test_other_variables_that_share_a_word_with_a_setting_are_named_in_one_note():
+    ours = dict(MUON_LR="1", TRAIN_DEPTH="1", BATCH_SIZE="8", EMA="1", TTT_NEW_THING="x", BETA="1")
+    others = dict(MODEL_DIR="m", SEED="1", MIN_LR="0", USE_GPTQ="1", muon_lr="1", MAX_JOBS="4", WANDB_SEED="1")
+    assert pg.unused_names(ours | others) == [f"warning: no such settings, so not read: {', '.join(sorted(ours))}"]
+    assert pg.unused_names(others) == []
 
 
 REALISTIC = """
@@ -258,25 +346,42 @@ PATH HOME USER LOGNAME SHELL PWD OLDPWD SHLVL TERM LANG LC_ALL LC_CTYPE HOSTNAME
 DISPLAY DEBIAN_FRONTEND VIRTUAL_ENV VIRTUAL_ENV_PROMPT CONDA_PREFIX CONDA_DEFAULT_ENV PYTHONPATH PYTHONUNBUFFERED PS1
 MASTER_ADDR MASTER_PORT LOCAL_WORLD_SIZE GROUP_RANK ROLE_RANK ROLE_NAME GROUP_WORLD_SIZE ROLE_WORLD_SIZE NODE_RANK
 TORCHELASTIC_RUN_ID TORCHELASTIC_RESTART_COUNT TORCHELASTIC_MAX_RESTARTS TORCHELASTIC_USE_AGENT_STORE
-TORCHELASTIC_ERROR_FILE TORCH_NCCL_ASYNC_ERROR_HANDLING TORCH_LOGS TORCH_COMPILE_DEBUG TORCHINDUCTOR_CACHE_DIR
-CUDA_HOME CUDA_VISIBLE_DEVICES CUDA_DEVICE_ORDER CUDA_VERSION CUDA_LAUNCH_BLOCKING NVIDIA_VISIBLE_DEVICES
+TORCHELASTIC_ERROR_FILE TORCH_NCCL_ASYNC_ERROR_HANDLING TORCH_LOGS TORCH_COMPILE_DEBUG TORCHINDUCTOR_CACHE_DIR CUDA_HOME
+CUDA_VISIBLE_DEVICES CUDA_DEVICE_ORDER CUDA_VERSION CUDA_LAUNCH_BLOCKING NVIDIA_VISIBLE_DEVICES
 NVIDIA_DRIVER_CAPABILITIES NCCL_DEBUG NCCL_IB_DISABLE NCCL_SOCKET_IFNAME GLOO_SOCKET_IFNAME OMP_NUM_THREADS
 OMP_WAIT_POLICY OMP_PROC_BIND MKL_NUM_THREADS KMP_AFFINITY GOMP_CPU_AFFINITY OPENBLAS_NUM_THREADS NUMEXPR_MAX_THREADS
 TOKENIZERS_PARALLELISM HF_HOME HF_TOKEN WANDB_API_KEY WANDB_PROJECT WANDB_MODE TRITON_CACHE_DIR LD_LIBRARY_PATH
 LD_PRELOAD RUNPOD_POD_ID RUNPOD_GPU_COUNT PUBLIC_KEY JUPYTER_TOKEN SSH_CLIENT SSH_CONNECTION SSH_TTY SSH_AUTH_SOCK
 XDG_RUNTIME_DIR XDG_SESSION_ID XDG_DATA_DIRS DBUS_SESSION_BUS_ADDRESS MOTD_SHOWN LS_COLORS LESSOPEN LESSCLOSE
-SLURM_JOB_ID SLURM_NTASKS SLURM_PROCID SLURM_LOCALID SLURM_NODEID SLURM_NNODES KUBERNETES_SERVICE_HOST
-KUBERNETES_PORT CI CI_COMMIT_SHA CI_JOB_ID CI_PIPELINE_ID CI_PROJECT_DIR GITHUB_ACTIONS GITHUB_RUN_ID GITHUB_SHA
-GITHUB_WORKSPACE GITHUB_REF GITHUB_JOB GITHUB_TOKEN GITLAB_CI GIT_AUTHOR_NAME RUNNER_OS RUNNER_TEMP RUNNER_ARCH
-BUILD_ID BUILD_NUMBER JOB_NAME WORKSPACE JENKINS_URL PYTEST_CURRENT_TEST PYTEST_VERSION MAKEFLAGS MAKELEVEL MFLAGS
-http_proxy https_proxy HTTP_PROXY HTTPS_PROXY NO_PROXY PIP_INDEX_URL PIP_CACHE_DIR REQUESTS_CA_BUNDLE SSL_CERT_FILE
-RANK LOCAL_RANK WORLD_SIZE REAL_TEXT_DIR MATCHED_FINEWEB_REPO_ID MATCHED_FINEWEB_REMOTE_ROOT_PREFIX _
+SLURM_JOB_ID SLURM_NTASKS SLURM_PROCID SLURM_LOCALID SLURM_NODEID SLURM_NNODES KUBERNETES_SERVICE_HOST KUBERNETES_PORT
+CI CI_COMMIT_SHA CI_JOB_ID CI_PIPELINE_ID CI_PROJECT_DIR GITHUB_ACTIONS GITHUB_RUN_ID GITHUB_SHA GITHUB_WORKSPACE
+GITHUB_REF GITHUB_JOB GITHUB_TOKEN GITLAB_CI GIT_AUTHOR_NAME RUNNER_OS RUNNER_TEMP RUNNER_ARCH BUILD_ID BUILD_NUMBER
+JOB_NAME WORKSPACE JENKINS_URL PYTEST_CURRENT_TEST PYTEST_VERSION MAKEFLAGS MAKELEVEL MFLAGS http_proxy https_proxy
+HTTP_PROXY HTTPS_PROXY NO_PROXY PIP_INDEX_URL PIP_CACHE_DIR REQUESTS_CA_BUNDLE SSL_CERT_FILE RANK LOCAL_RANK WORLD_SIZE
+REAL_TEXT_DIR MATCHED_FINEWEB_REPO_ID MATCHED_FINEWEB_REMOTE_ROOT_PREFIX _ TMP_DIR SRC_DIR DST_DIR OPT_DIR ROOT_DIR
+LOG_DIR BUILD_DIR CACHE_DIR MODEL_DIR MODEL_ID MODEL_NAME MODEL_PATH JAVA_HOME JAVA_PATH COMPILER COMPILER_PATH SED TYPE
+SPEED AUDIO NEED FEED DEBUG VERBOSE LOG_LEVEL LOG_FORMAT STAGE PORT HOST URL DB_HOST DB_PASS DATABASE_URL API_KEY
+OPENAI_API_KEY TOKEN HF_MODEL_ID NODE_VERSION YARN_VERSION NPM_CONFIG_AUDIT npm_config_audit CMAKE_BUILD_PARALLEL_LEVEL
+MAX_JOBS USE_CUDA USE_EXPERIMENTAL_CUDNN_V8_API FLASH_ATTENTION_FORCE_BUILD MODEL_SERVER_SERVICE_HOST
+MODEL_SERVER_PORT_80_TCP TRAIN_JOB_SERVICE_PORT_HTTP TRAIN_JOB_PORT TRAIN_SEED_PORT_80_TCP_ADDR POD_NAME NODE_NAME
+CONTAINER_ID SM_MODEL_DIR SM_HP_EPOCHS SM_CHANNEL_TRAIN AZUREML_RUN_ID AIP_CHECKPOINT_DIR AZ_BATCH_NODE_LIST
+AWS_BATCH_JOB_ID DET_TRIAL_SEED WANDB_RESUME WANDB_LOG_MODEL MLFLOW_RUN_ID PL_GLOBAL_SEED RAY_ADDRESS
+VLLM_ATTENTION_BACKEND NVTE_FLASH_ATTN NVTE_FUSED_ATTN NV_LIBNCCL_PACKAGE TENSORBOARD_PORT TORCH_COMPILE_DEBUG
+TORCHINDUCTOR_COMPILE_THREADS PYTORCH_CUDA_ALLOC_CONF XLA_PYTHON_CLIENT_MEM_FRACTION TF_CPP_MIN_LOG_LEVEL
+ACCELERATE_GRADIENT_ACCUMULATION_STEPS OMPI_COMM_WORLD_RANK OMPI_COMM_WORLD_SIZE PMI_RANK PMIX_RANK MPI_LOCALRANKID
+I_MPI_ROOT UCX_NET_DEVICES FI_PROVIDER FI_EFA_USE_DEVICE_RDMA ONEAPI_DEVICE_SELECTOR GPU_DEVICE_ORDINAL
+ROCR_VISIBLE_DEVICES SLURM_STEP_ID SRUN_DEBUG PBS_JOBID LSB_BATCH_JID SGE_TASK_ID MODULEPATH LOADEDMODULES LMOD_DIR
+SPACK_ROOT PARALLEL PARALLEL_SEQ PARALLEL_JOBSLOT ACTIONS_STEP_DEBUG GITHUB_HEAD_REF RUN_DISPLAY_URL
+BUILDKITE_PARALLEL_JOB DRONE_STEP_NAME CODEBUILD_SOURCE_VERSION GDK_SCALE QT_SCALE_FACTOR XCURSOR_SIZE WINDOWID SECONDS
+RANDOM HISTSIZE SOURCE_DATE_EPOCH KV_REST_API_URL AIDER_MODEL INVOCATION_ID SYSTEMD_EXEC_PID VSCODE_IPC_HOOK_CLI
+NIX_STORE out src name system outputs phases
 """.split()
 
 
 def test_a_realistic_environment_changes_nothing():
     environ = {name: "x" for name in REALISTIC}
     assert pg.Hyperparameters.from_env(environ) == pg.Hyperparameters()
+    assert pg.unused_names(environ) == []
 
 
 @pytest.mark.parametrize("prefix", ["TORCH", "CUDA", "NCCL", "GLOO", "OMP_", "PYTHON", "PYTEST", "HF_", "CI_"])
@@ -292,6 +397,7 @@ def test_other_programs_prefixes_are_never_taken_for_ours(prefix):
         ("SMEAR_GATE", "smear_gate_enabled", "0"),
         ("MUON_WEIGHT_DECAY", "muon_wd", "0.5"),
         ("USE_GPTQ", "gptq_enabled", "1"),
+        ("VAL_BATCH_TOKENS", "val_batch_size", "2"),
     ],
 )
 def test_public_names_set_our_settings(public, ours, text):
@@ -308,11 +414,61 @@ def test_every_public_name_leads_to_a_setting_and_is_no_setting_itself():
 
 @pytest.mark.parametrize("name", pg.NOT_HERE)
 def test_techniques_that_are_not_here_may_be_off_but_not_on(name):
-    off, advice = pg.NOT_HERE[name]
-    for text in off:
+    accepted, advice = pg.NOT_HERE[name]
+    for text in accepted:
         assert from_env(**{name: text}) == pg.Hyperparameters()
-    for text in ("1", "true", "3", ""):
-        assert refusal(**{name: text}) == f"{name}={text} is not offered here: {advice}; leave it out or set {off[0]}"
+        assert from_env(**{name: f" {float(text)} "}) == pg.Hyperparameters()
+    if "0" in accepted:
+        assert from_env(**{name: "False"}) == pg.Hyperparameters()
+    for text in ("7", "on", ""):
+        instead = "leave it out" + (f" or set {accepted[0]}" if accepted else "")
+        assert refusal(**{name: text}) == f"{name}={text} is not offered here: {advice}; {instead}"
+
+
+def test_advice_names_settings_that_exist():
+    for advice in {advice for _, advice in pg.NOT_HERE.values()}:
+        assert {*re.findall(r"[A-Z]+(?:_[A-Z]+)+", advice)} <= {name.upper() for name in FIELDS}
+
+
+def test_all_that_is_not_here_is_said_at_once():
+    message = refusal(WARMDOWN_FRAC=0.85, MIN_LR=0.1, EMBED_WD=0.085, LQER_ENABLED=0)
+    assert message == (
+        "EMBED_WD=0.085 is not offered here: ADAM_WD is the weight decay of tables too; leave it out. "
+        "Nor are MIN_LR, WARMDOWN_FRAC"
+    )
+
+
+# Names that public scripts read, or that their published commands set.
+PUBLISHED = """
+ADAM_EPS ADAM_WD ARTIFACT_DIR ATTN_CLIP_SIGMAS ATTN_OUT_GATE_ENABLED ATTN_OUT_GATE_SRC BETA1 BETA2 BIGRAM_DIM
+BIGRAM_VOCAB_SIZE CASEOPS_ENABLED COMPRESSOR CONTROL_TENSOR_NAME_PATTERNS DATASETS_DIR DATA_DIR DATA_PATH DTG_ENABLED
+EMA_DECAY EMA_ENABLED EMBEDDING_DIM EMBED_BITS EMBED_CLIP_SIGMAS EMBED_LR EMBED_WD ENABLE_LOOPING_AT EVAL_BATCH_SEQS
+EVAL_SEQ_LEN EVAL_STRIDE FORCE_STOP_STEP FUSED_CE_ENABLED GATED_ATTENTION GATED_ATTN_ENABLED GATED_ATTN_INIT_STD
+GATED_ATTN_QUANT_GATE GATE_WINDOW GLOBAL_TTT_BATCH_SEQS GLOBAL_TTT_CHUNK_TOKENS GLOBAL_TTT_EPOCHS GLOBAL_TTT_GRAD_CLIP
+GLOBAL_TTT_LR GLOBAL_TTT_MOMENTUM GLOBAL_TTT_RESPECT_DOC_BOUNDARIES GLOBAL_TTT_WARMUP_CHUNKS GLOBAL_TTT_WARMUP_START_LR
+GPTQ_BLOCK_SIZE GPTQ_CALIBRATION_BATCHES GPTQ_CALIB_BATCHES GPTQ_RESERVE_SECONDS GRAD_ACCUM_STEPS GRAD_CLIP_NORM HEAD_LR
+INT8_KEEP_FLOAT_FP32_NAME_PATTERNS ITERATIONS LATE_QAT LATE_QAT_THRESHOLD LAWA_ENABLED LAWA_FREQ LAWA_K LN_SCALE
+LOGIT_SOFTCAP LOOP_END LOOP_START LQER_ASYM_ENABLED LQER_ASYM_GROUP LQER_ENABLED LQER_FACTOR_BITS LQER_RANK LQER_TOP_K
+MATRIX_BITS MATRIX_CLIP_SIGMAS MATRIX_LR MAX_WALLCLOCK_SECONDS MIN_LR MLP_CLIP_SIGMAS MLP_MULT MODEL_DIM MTP_LOSS_WEIGHT
+MTP_NUM_HEADS MUON_BACKEND_STEPS MUON_BETA2 MUON_MOMENTUM MUON_MOMENTUM_WARMUP_START MUON_MOMENTUM_WARMUP_STEPS
+MUON_ROW_NORMALIZE MUON_WD MUON_WEIGHT_DECAY NGRAM_ENABLED NGRAM_TWO_PASS NUM_HEADS NUM_KV_HEADS NUM_LAYERS NUM_LOOPS
+PARALLEL_FINAL_LANE PARALLEL_RESIDUAL PARALLEL_RESIDUAL_START PARALLEL_START_LAYER PHASED_TTT_ENABLED
+PHASED_TTT_NUM_PHASES PHASED_TTT_PREFIX_DOCS PREQUANT_ONLY QAT_ENABLED QAT_THRESHOLD QK_GAIN QK_GAIN_INIT RECUR_LAYERS
+RECUR_START_STEP ROPE_BASE ROPE_DIMS ROPE_TRAIN_SEQ_LEN ROPE_YARN RUN_ID SCALAR_LR SEED SHARE_LOOPS SHARE_START
+SKIP_GATES_ENABLED SLOT_ENABLED SMEAR_GATE SMEAR_GATE_ENABLED SPARSE_ATTN_GATE_ENABLED SPARSE_ATTN_GATE_INIT_STD
+SPARSE_ATTN_GATE_SCALE SWA_ENABLED SWA_EVERY SWA_START_FRAC TARGET_MB TIED_EMBED_INIT_STD TIED_EMBED_LR TIE_EMBEDDINGS
+TOKENIZER_PATH TRAIN_BATCH_TOKENS TRAIN_LOG_EVERY TRAIN_SEQ_LEN TRIGRAM TRIGRAM_ENABLED TTT_BATCH_SEQS TTT_BATCH_SIZE
+TTT_BETA1 TTT_BETA2 TTT_CHUNK_SIZE TTT_CHUNK_TOKENS TTT_DEBUG_BYPASS TTT_ENABLED TTT_EPOCHS TTT_EVAL_BATCHES
+TTT_EVAL_ONLY TTT_EVAL_SEQ_LEN TTT_FREEZE_BLOCKS TTT_GRAD_CLIP TTT_GRAD_STEPS TTT_K_LORA TTT_LORA_ALPHA TTT_LORA_LR
+TTT_LORA_RANK TTT_LR TTT_MLP_LORA TTT_MOMENTUM TTT_OPTIMIZER TTT_O_LORA TTT_WARM_START_A TTT_WD TTT_WEIGHT_DECAY
+TWO_PASS_ENABLED USE_GPTQ VALUE_RESIDUAL VAL_BATCH_SIZE VAL_BATCH_TOKENS VAL_DOC_FRACTION VAL_LOSS_EVERY VE_DIM
+VE_ENABLED VE_LAYERS VOCAB_SIZE WARMDOWN_FRAC WARMDOWN_ITERS WARMUP_STEPS XSA_LAST_N
+""".split()
+
+
+def test_no_published_name_is_ignored():
+    others = {*pg.PUBLIC_NAMES, *pg.NOT_HERE}
+    assert others <= set(PUBLISHED) <= others | {name.upper() for name in FIELDS}
 
 
 # -----------------------------------------------------------------------------
@@ -326,6 +482,12 @@ TTT_EPOCHS=3 TTT_CHUNK_TOKENS=32768 TTT_FREEZE_BLOCKS=0 TTT_MOMENTUM=0.9 TTT_BAT
 MUON_WD=0.04 ADAM_WD=0.04 MATRIX_LR=0.025 SCALAR_LR=0.025 TIED_EMBED_LR=0.035 MUON_MOMENTUM=0.99
 MUON_MOMENTUM_WARMUP_START=0.92 MUON_MOMENTUM_WARMUP_STEPS=1500 WARMDOWN_ITERS=3500 ITERATIONS=9000
 MAX_WALLCLOCK_SECONDS=600 EVAL_STRIDE=64 SEED=1337
+"""
+APRIL = """
+NUM_LAYERS=11 XSA_LAST_N=11 MLP_MULT=4.0 QK_GAIN_INIT=5.0 NUM_LOOPS=2 LOOP_START=3 LOOP_END=5 ENABLE_LOOPING_AT=0.35
+MATRIX_LR=0.026 MUON_MOMENTUM=0.97 MUON_WD=0.095 ADAM_WD=0.02 BETA2=0.99 EMA_DECAY=0.9965 GPTQ_RESERVE_SECONDS=0.5
+EMBED_BITS=7 TTT_LORA_RANK=80 TTT_LORA_ALPHA=144 SMEAR_GATE_ENABLED=1 GATE_WINDOW=12 SPARSE_ATTN_GATE_ENABLED=1
+PARALLEL_START_LAYER=8 MIN_LR=0.1 WARMDOWN_FRAC=0.85 CASEOPS_ENABLED=1 LQER_ENABLED=1 PHASED_TTT_ENABLED=1
 """
 OTHER = "BIGRAM_VOCAB_SIZE=2048 QAT_THRESHOLD=0.15 WARMDOWN_ITERS=3000 TTT_ENABLED=0 MTP_NUM_HEADS=0 "
 OTHER += "MTP_LOSS_WEIGHT=0.2 LAWA_ENABLED=0 DTG_ENABLED=0"
@@ -346,6 +508,16 @@ def test_the_second_published_command_is_accepted():
     assert changed == same | {"BIGRAM_VOCAB_SIZE": 2048, "WARMDOWN_ITERS": 3000, "TTT_ENABLED": False}
 
 
+def test_a_command_of_another_system_is_refused_in_one_line_that_names_all_it_lacks():
+    lacking = "GATE_WINDOW LQER_ENABLED MIN_LR PARALLEL_START_LAYER PHASED_TTT_ENABLED SPARSE_ATTN_GATE_ENABLED "
+    lacking += "WARMDOWN_FRAC"
+    message = refusal(**words(APRIL))
+    assert message.startswith("CASEOPS_ENABLED=1 is not offered here: texts in CaseOps are not supported; leave it out")
+    assert message.endswith(f"Nor are {', '.join(lacking.split())}")
+    rest = {name: text for name, text in words(APRIL).items() if name not in f"{lacking} CASEOPS_ENABLED".split()}
+    pg.Hyperparameters.from_env(rest)
+
+
 def test_the_defaults_are_those_of_the_first_recipe():
     lines = (ROOT / "records" / "recipes" / "pr714.env").read_text("utf-8").splitlines()
     environ = words(" ".join(line for line in lines if line and not line.startswith("#")))
@@ -363,6 +535,7 @@ def test_the_defaults_are_those_of_the_first_recipe():
     "arguments, environ, message",
     [
         ([], dict(NUM_HEADS=7), "error: NUM_HEADS=7 must divide MODEL_DIM=512"),
+        ([], dict(OUT_DIR="sub/\udcff"), "error: OUT_DIR=sub/\\udcff must be UTF-8 text without control characters"),
         (["--help"], {}, "error: unknown argument --help; settings are environment variables"),
     ],
 )
@@ -372,6 +545,24 @@ def test_a_bad_start_is_one_line_exit_code_2_and_no_file(tmp_path, arguments, en
     assert (ran.returncode, ran.stdout) == (2, "")
     assert ran.stderr.startswith(message) and ran.stderr.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_variable_that_looks_like_a_setting_is_named_in_the_log(tiny_data, tmp_path):
+    ran = run_here(tmp_path, tiny_data, ITERATIONS=1, WARMDOWN_ITERS=1, TTT_ENABLED=0, EVAL_STRIDE=0, MUON_LR="1")
+    assert ran.code == 0 and "\nwarning: no such settings, so not read: MUON_LR\n" in ran.log.read_text("utf-8")
+
+
+def test_a_model_beyond_the_memory_is_refused_before_any_work(tiny_data, tmp_path):
+    ran = run_here(tmp_path / "out", tiny_data, MODEL_DIM=16384, MLP_MULT=64)
+    assert ran.code == 2 and not (tmp_path / "out").exists()
+    assert re.fullmatch(r"error: [\d,]+ weights take \d+ GiB at least and cpu has \d+; lower MODEL_DIM, .*\n", ran.err)
+
+
+def test_memory_that_runs_out_is_one_line(tiny_data, tmp_path, monkeypatch):
+    monkeypatch.setattr(pg, "accumulate_gradients", lambda *_: torch.empty(1 << 58))
+    ran = run_here(tmp_path, tiny_data)
+    assert ran.code == 2 and ran.err.startswith("error: out of memory; lower MICRO_BATCH_TOKENS (training), VAL_BATCH")
+    assert ran.err.count("\n") == 1 and ran.log.read_text("utf-8").endswith(ran.err)
 
 
 def test_settings_are_refused_before_the_process_group_is_made(monkeypatch, capsys):
@@ -637,7 +828,7 @@ def test_a_quantization_setting_changes_the_artifact(name, tmp_path):
     def exported(**changes) -> dict[str, pg.Stored]:
         run = make_run(tiny_hp(**{"gptq_calibration_tokens": 320, **changes}), Memory())._replace(folder=tmp_path)
         weights = weights_of(build_model(run.hp))
-        return pg.unpack_artifact(pg.export(run, weights))[1]
+        return pg.unpack_artifact(pg.export(run, weights)[1])[1]
 
     with_it, without = exported(**shared | {name: value}), exported(**shared)
     if name == "gptq_block_size":  # a matter of speed: the same codes but for ties
