@@ -11,8 +11,10 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
+import traceback
 from pathlib import Path
 
 import numpy as np
@@ -94,7 +96,7 @@ def test_first_documents_validate_and_none_is_in_both_splits(tmp_path, capsys):
     assert split_texts(tmp_path / "out", "val") == folded[:4]
     assert split_texts(tmp_path / "out", "train") == folded[4:]
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
-    assert manifest["dropped"] == {"duplicates": 4, "empty": 2}
+    assert manifest["dropped"] == {"duplicates": 4, "empty": 2, "unreadable": 0}
     assert "4 duplicates, 2 empty" in capsys.readouterr().out
 
 
@@ -133,9 +135,9 @@ def test_shards_are_cut_exactly_and_hold_every_document(tmp_path, stories, model
     assert len(manifest["splits"]["train"]["files"]) > 2
     header = np.fromfile(tmp_path / "out" / "fineweb_train_000000.bin", dtype="<i4", count=256)
     assert header.tolist() == [20240520, 1, 500] + [0] * 253
-    assert sorted(contents(tmp_path / "out")) == sorted(
-        [f["name"] for s in manifest["splits"].values() for f in s["files"]] + ["manifest.json", model.name]
-    )
+    shards = [f["name"] for s in manifest["splits"].values() for f in s["files"]]
+    others = ["manifest.json", model.name, "fineweb_val_documents.tsv"]
+    assert sorted(contents(tmp_path / "out")) == sorted(shards + others)
 
 
 def test_the_same_inputs_give_the_same_bytes_with_any_number_of_workers(tmp_path, real_text, monkeypatch):
@@ -319,7 +321,7 @@ def test_parquet_without_pyarrow_is_one_clear_line(tmp_path, monkeypatch, capsys
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "pyarrow" else find_spec(name))
     run("text", tmp_path / "in.parquet", "--val-docs", 1, "--out", tmp_path / "out", code=2)
-    assert capsys.readouterr().err == "error: .parquet inputs need pyarrow: pip install pyarrow\n"
+    assert "error: a .parquet input needs pyarrow, which is not installed: pip install pyarrow" in capsys.readouterr().err
 
 
 # -----------------------------------------------------------------------------
@@ -393,7 +395,7 @@ def test_existing_output_is_not_touched(tmp_path, stories, capsys):
 @pytest.mark.parametrize("step", ["write_shards", "train_tokenizer", "describe", "fsync"])
 def test_a_failure_at_any_step_leaves_nothing(tmp_path, stories, monkeypatch, capsys, step):
     def fail(*args):
-        assert list(tmp_path.glob(".out.*.partial")) and not (tmp_path / "out").exists()
+        assert list(tmp_path.glob(".out.preparing")) and not (tmp_path / "out").exists()
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(prepare, step, fail)
@@ -417,7 +419,7 @@ def test_an_interrupted_run_leaves_no_data_set(tmp_path, real_text, number, code
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     deadline = time.monotonic() + 30
-    while not list(tmp_path.glob(".out.*.partial/fineweb_train_000000.bin")) and time.monotonic() < deadline:
+    while not list(tmp_path.glob(".out.preparing/fineweb_train_000000.bin")) and time.monotonic() < deadline:
         time.sleep(0.01)
     if number == signal.SIGTERM:
         process.send_signal(number)
@@ -427,7 +429,7 @@ def test_an_interrupted_run_leaves_no_data_set(tmp_path, real_text, number, code
     assert process.returncode == code
     assert not out.exists()
     if number != signal.SIGKILL:
-        assert err == "interrupted: nothing was left under a final name\n"
+        assert err == "interrupted: nothing incomplete is under a final name\n"
         assert list(tmp_path.iterdir()) == []
 
 
@@ -598,19 +600,48 @@ def hub(model):
 
 
 def fetch(hub: Repository, out: Path, *args, code: int = 0, port: int | None = None) -> str:
-    """Runs the downloader as users do; returns stdout, or the one line of stderr where it is to fail."""
+    """Runs the downloader in a process of its own; returns stdout, or the one line of stderr where it is to fail."""
     hidden = {"HF_TOKEN", "HF_HUB_OFFLINE", "MATCHED_FINEWEB_REPO_ID", "MATCHED_FINEWEB_REMOTE_ROOT_PREFIX"}
     env = {key: value for key, value in os.environ.items() if key not in hidden and not key.lower().endswith("_proxy")}
     env |= {"HF_ENDPOINT": f"http://127.0.0.1:{port or hub.port}", "HF_HOME": str(out / "hf")}
     env |= {"MATCHED_FINEWEB_REPO_ID": "me/data"}
-    command = [sys.executable, ROOT / "data" / "prepare.py", "fineweb", "--variant", "sp320", "--train-shards", "2"]
-    done = subprocess.run([*command, "--out", out, *args], env=env, capture_output=True, text=True, timeout=50)
-    assert done.returncode == code, done.stderr
+    command = ["fineweb", "--variant", "sp320", "--train-shards", "2", "--out", out, *args]
+    got, stdout, stderr = forked([str(word) for word in command], env)
+    assert got == code, stderr
     if code:
-        assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
-        return done.stderr
-    assert done.stderr == ""
-    return done.stdout
+        assert stderr.startswith("error: ") and stderr.count("\n") == 1, stderr
+        return stderr
+    assert stderr == ""
+    return stdout
+
+
+def forked(argv: list[str], env: dict[str, str]) -> tuple[int, str, str]:
+    """prepare.main in a fork of this process, which has imported torch already; exit code, stdout and stderr.
+
+    huggingface_hub reads its settings when it is imported, so the child imports it anew.
+    """
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        if not (child := os.fork()):
+            code = 70
+            try:
+                os.dup2(out.fileno(), 1)
+                os.dup2(err.fileno(), 2)
+                sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
+                for name in [name for name in sys.modules if name.partition(".")[0] == "huggingface_hub"]:
+                    del sys.modules[name]
+                os.environ.clear()
+                os.environ.update(env)
+                code = prepare.main(argv)
+                sys.stdout.flush()
+            except BaseException:
+                traceback.print_exc(file=sys.stderr)
+            finally:
+                sys.stderr.flush()
+                os._exit(code)
+        _, status = os.waitpid(child, 0)
+        out.seek(0)
+        err.seek(0)
+        return os.waitstatus_to_exitcode(status), out.read().decode(), err.read().decode()
 
 
 TRAIN0 = "datasets/datasets/fineweb10B_sp320/fineweb_train_000000.bin"
