@@ -273,7 +273,8 @@ def jsonl_rows(path: Path, text_field: str) -> Iterator[str | NoText]:
             if not line.strip():
                 continue
             try:
-                record = json.loads(line)
+                # Decoded here: json.loads would guess UTF-16 and UTF-32, whose lines do not end at every newline byte.
+                record = json.loads(line.decode("utf-8-sig", "surrogatepass"))
             except ValueError as err:  # also bytes that are not UTF-8
                 yield NoText(f"{path}:{number}: not a line of JSON ({err})")
             except RecursionError:
@@ -545,58 +546,17 @@ def check_tokenizer(path: Path) -> None:
     if tokenizer.bos_id() != BOS_ID:
         raise UserError(f"{path} has BOS id {tokenizer.bos_id()}; documents start with id {BOS_ID}")
     with trainer() as t:
-        token_bytes = t.TokenBytes(path, tokenizer.vocab_size())
-    if symbols := user_defined_pieces(tokenizer.serialized_model_proto()):
+        t.TokenBytes(path, tokenizer.vocab_size())
+    if tokenizer.normalize("x") not in ("x", "\u2581x"):
         raise UserError(
-            f"{path} has user-defined pieces ({', '.join(map(ascii, symbols[:4]))}): they stand for operators such as "
-            "CaseOps', not for text, so bytes would be counted wrong; use a tokenizer without them"
+            f"{path} adds to every text: `x` becomes `{tokenizer.normalize('x')}`, so bytes would be counted that the "
+            "text does not have; use another tokenizer"
         )
-    # What every document would meet is found before any is read; `describe` looks at each document of the validation.
-    checked_text(str(path), SAMPLE, np.array([BOS_ID, *tokenizer.encode(SAMPLE)]), tokenizer, token_bytes)
-
-
-USER_DEFINED = 4  # of sentencepiece_model.proto's SentencePiece.Type
-
-
-def user_defined_pieces(model: bytes) -> list[str]:
-    """The pieces of a serialized SentencePiece model that its training was told to keep whole.
-
-    SentencePiece says of a piece whether it is control, unknown, unused or a byte, but not this.
-    """
-    pieces = (dict(proto_fields(value)) for number, value in proto_fields(model) if number == 1)
-    return [piece[1].decode("utf-8") for piece in pieces if piece.get(3) == USER_DEFINED]
-
-
-def proto_fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
-    """Number and value of each field of a serialized protocol buffer: varints as int, everything else as bytes."""
-    at = 0
-
-    def varint() -> int:
-        nonlocal at
-        value = shift = 0
-        while True:
-            byte, at = message[at], at + 1
-            value |= (byte & 127) << shift
-            shift += 7
-            if byte < 128:
-                return value
-
-    while at < len(message):
-        number, kind = divmod(varint(), 8)
-        if kind == 0:
-            yield number, varint()
-            continue
-        size = varint() if kind == 2 else 4 if kind == 5 else 8
-        yield number, message[at : at + size]
-        at += size
 
 
 # -----------------------------------------------------------------------------
 # WHETHER TOKENS SPELL THE TEXT
 # -----------------------------------------------------------------------------
-
-# What normalisers differ in: spaces at both ends and runs of them, capitals, accents, ligatures, full-width letters.
-SAMPLE = "  The ABC of na\u00efve \ufb01ngers,\r\n\n 0 1\u00bd \u0416\u0436 \u0130\u00df  \u6f22\uff21 "
 
 
 def normalised(text: str, tokenizer: spm.SentencePieceProcessor) -> str:
@@ -610,35 +570,35 @@ def reference_normalizers() -> tuple[Callable[[str], str], ...]:
     return tuple(spm.SentencePieceNormalizer(rule_name=name).normalize for name in ("nmt_nfkc", "nfkc"))
 
 
-def letters(text: str) -> str:
-    """What no normaliser may lose: the text folded as far as the challenge's own folds it, without spaces.
+def content(text: str) -> str:
+    """What no normaliser may change: the text folded as far as the challenge's own folds it, one space between words.
 
-    Folded until nothing changes, as one pass leaves what earlier folding joined: a full-width A and an accent.
+    Folded until nothing changes, as one pass leaves what its own folding joined: a full-width A and an accent.
     """
     before = None
     while text != before:
         before = text
         for normalize in reference_normalizers():
             text = normalize(text)
-        text = "".join(text.replace("\u2581", " ").split())
+        text = " ".join(text.replace("\u2581", " ").split())
     return text
 
 
 def checked_text(what: str, text: str, tokens: np.ndarray, tokenizer: spm.SentencePieceProcessor, token_bytes) -> bytes:
     """The normalised text of a document in UTF-8. Raises UserError, which names `what`, unless its tokens (T,), BOS
-    first, spell exactly that text and count exactly its bytes, and the normaliser loses no letters."""
+    first, spell exactly that text and count exactly its bytes, and the normaliser keeps the content."""
     clean = normalised(text, tokenizer)
     encoded, advice = clean.encode("utf-8"), "so bits per byte would be wrong; use another tokenizer"
-    if (was := letters(text)) != (now := letters(clean)):
+    if (was := content(text)) != (now := content(clean)):
         at = next((i for i, (a, b) in enumerate(zip(was, now, strict=False)) if a != b), min(len(was), len(now)))
         raise UserError(
-            f"{what}: the tokenizer's normaliser loses text (`{was[at : at + 12]}` becomes `{now[at : at + 12]}`), so "
-            "its bytes would not be those of the text; use a tokenizer with the normaliser nmt_nfkc, nfkc or identity"
+            f"{what}: the tokenizer's normaliser changes the text (`{was[at : at + 12]}` to `{now[at : at + 12]}`) and "
+            "with it the number of bytes; use a tokenizer with the normaliser nmt_nfkc, nfkc or identity"
         )
     if tokenizer.decode(tokens[1:].tolist()) != clean:
         raise UserError(f"{what}: its tokens decode to another text than the tokenizer's normaliser gives, {advice}")
     if (counted := int(token_bytes.count(tokens).sum())) != len(encoded):
-        raise UserError(f"{what}: its text has {len(encoded)} bytes and its tokens count {counted}, {advice}")
+        raise UserError(f"{what}: the text has {len(encoded)} bytes and its tokens count {counted}, {advice}")
     return encoded
 
 
@@ -875,14 +835,18 @@ def building(out: Path) -> Iterator[Path]:
     There is one such folder per `out`, locked by the run that fills it: what lies in it unlocked is of a run that was
     killed, and removed.
     """
-    folder = out.with_name(f".{out.name}.preparing")
 
-    def opened() -> int:
+    def absent() -> None:
         if os.path.lexists(out):
             raise UserError(f"{out} exists already and is not overwritten; remove it or name another --out")
+
+    def opened() -> int:
+        absent()  # again, as the run that held the lock may have ended well
         folder.mkdir(parents=True, exist_ok=True)
         return os.open(folder, os.O_RDONLY)
 
+    absent()
+    folder = out.with_name(f".{out.name}.preparing")
     try:
         lock, locked = claim(folder, opened, f"preparing {out}")
         left = list(folder.iterdir())
@@ -939,6 +903,9 @@ class Build:
 def build(plan: Build) -> dict:
     """Builds the folder `plan.out` and returns its manifest. Raises UserError; then nothing is left behind."""
     require("torch", "checking shards")
+    for path in filter(None, (plan.out, plan.tokenizer)):
+        if not encodable(str(path)):
+            raise UserError(f"SentencePiece opens UTF-8 paths only, and {path} is none; rename it or try PYTHONUTF8=1")
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(building(plan.out))
         if plan.tokenizer is not None:
@@ -973,6 +940,15 @@ def build(plan: Build) -> dict:
         train.path.unlink()
         val.path.unlink()
     return manifest
+
+
+def encodable(text: str) -> bool:
+    """Whether a path is UTF-8, or what this locale takes for it: other bytes are lone surrogates in Python."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def print_summary(out: Path, manifest: dict) -> None:
@@ -1379,8 +1355,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def positive(text: str, limit: int | None = None) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    if not text.isdecimal() or len(text) > 18 or int(text) < 1:  # at thousands of digits, int() raises
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a whole number above 0 of at most 18 digits")
     if limit is not None and int(text) > limit:
         raise argparse.ArgumentTypeError(f"{text} is above {limit:,}")
     return int(text)
