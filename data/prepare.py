@@ -8,6 +8,11 @@ A shard is 256 little-endian int32 (20240520, 1, number of tokens, 0 ...) follow
 document starts with BOS (id 1). Problems the user can fix end in one line `error: ...` on stderr and exit code 2.
 """
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while modules are loaded: the end, without a traceback
+
 import argparse
 import contextlib
 import errno
@@ -24,7 +29,6 @@ import os
 import re
 import shlex
 import shutil
-import signal
 import sys
 import sysconfig
 import threading
@@ -41,13 +45,11 @@ try:
     import numpy as np
     import sentencepiece as spm
     from tqdm import tqdm
-except (ModuleNotFoundError, KeyboardInterrupt) as problem:
+except ModuleNotFoundError as err:
     if __name__ != "__main__":
         raise
-    interrupted = isinstance(problem, KeyboardInterrupt)
-    missing = "" if interrupted else f"error: {problem.name} is not installed: pip install -r requirements.txt"
-    print(missing or "interrupted", file=sys.stderr)
-    sys.exit(130 if interrupted else 2)
+    print(f"error: {err.name} is not installed: pip install -r requirements.txt", file=sys.stderr)
+    sys.exit(2)
 
 # -----------------------------------------------------------------------------
 # CONSTANTS, ERRORS, PROGRESS
@@ -1429,7 +1431,7 @@ def leave(code: int, message: str) -> int:
 
 
 def interrupt(*_) -> None:
-    """A termination request takes the way of Ctrl-C, so that it cleans up as well."""
+    """Ctrl-C, a termination request and a closed terminal all clean up."""
     raise KeyboardInterrupt
 
 
@@ -1451,7 +1453,7 @@ def prepare_streams() -> None:
 
 if __name__ == "__main__":
     prepare_streams()
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) != signal.SIG_IGN:  # nohup
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # by nohup, or a shell's &
             signal.signal(number, interrupt)
     sys.exit(main())
