@@ -125,6 +125,21 @@ def say(line: str) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+INTERRUPTED = threading.Event()
+
+
+def interrupt(*_) -> None:
+    """Ctrl-C, a termination request and a closed terminal all clean up."""
+    INTERRUPTED.set()
+    raise KeyboardInterrupt
+
+
+def check_interrupt() -> None:
+    """Raises an interrupt again: Python drops the first one where it meets a destructor or a callback."""
+    if INTERRUPTED.is_set():
+        raise KeyboardInterrupt
+
+
 class Progress:
     """A tqdm bar on a terminal, a plain line every PLAIN_LINE_SECONDS otherwise."""
 
@@ -136,6 +151,7 @@ class Progress:
         self.bar = tqdm(total=total, desc=what, unit=unit, unit_scale=True, file=sys.stderr) if terminal else None
 
     def update(self, n: int = 1) -> None:
+        check_interrupt()
         self.done += n
         if self.bar is not None:
             self.bar.update(n)
@@ -575,15 +591,11 @@ def reference_normalizers() -> tuple[Callable[[str], str], ...]:
 def content(text: str) -> str:
     """What no normaliser may change: the text folded as far as the challenge's own folds it, one space between words.
 
-    Folded until nothing changes, as one pass leaves what its own folding joined: a full-width A and an accent.
+    nfkc after nmt_nfkc folds what the latter leaves or joins: a full-width tilde, a full-width A and an accent.
     """
-    before = None
-    while text != before:
-        before = text
-        for normalize in reference_normalizers():
-            text = normalize(text)
-        text = " ".join(text.replace("\u2581", " ").split())
-    return text
+    for normalize in reference_normalizers():
+        text = normalize(text)
+    return " ".join(text.replace("\u2581", " ").split())
 
 
 def checked_text(what: str, text: str, tokens: np.ndarray, tokenizer: spm.SentencePieceProcessor, token_bytes) -> bytes:
@@ -865,6 +877,7 @@ def building(out: Path) -> Iterator[Path]:
         for path in folder.iterdir():
             fsync(path)
         fsync(folder)
+        check_interrupt()
         try:
             folder.rename(out)
         except OSError as err:
@@ -1430,11 +1443,6 @@ def leave(code: int, message: str) -> int:
     return code
 
 
-def interrupt(*_) -> None:
-    """Ctrl-C, a termination request and a closed terminal all clean up."""
-    raise KeyboardInterrupt
-
-
 def prepare_streams() -> None:
     """Makes stdin, stdout and stderr usable whatever the caller did to them.
 
@@ -1456,4 +1464,5 @@ if __name__ == "__main__":
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:  # by nohup, or a shell's &
             signal.signal(number, interrupt)
+    sys.unraisablehook = lambda lost: None if INTERRUPTED.is_set() else sys.__unraisablehook__(lost)
     sys.exit(main())

@@ -726,6 +726,30 @@ def test_training_a_tokenizer_can_be_interrupted():
         prepare.in_child(os._exit, 1)
 
 
+@pytest.mark.parametrize("step", ["encode_chunk", "fsync"])
+def test_an_interrupt_that_python_drops_is_raised_again(tmp_path, stories, model, monkeypatch, capsys, step):
+    class Dropped:
+        def __del__(self):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    done = getattr(prepare, step)
+
+    def drop(*args):
+        Dropped()
+        return done(*args)
+
+    monkeypatch.setattr(prepare, step, drop)
+    monkeypatch.setattr(prepare, "INTERRUPTED", threading.Event())
+    monkeypatch.setattr(sys, "unraisablehook", lambda lost: None)
+    before = signal.signal(signal.SIGTERM, prepare.interrupt)
+    try:
+        run("text", stories, "--val-docs", 5, "--tokenizer", model, "--workers", 1, "--out", tmp_path / "out", code=130)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert "interrupted" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == [stories]
+
+
 def prepared(command: str, cwd: Path, **environ) -> subprocess.CompletedProcess:
     """`prepare.py <command>` of a shell, which can close and break its streams."""
     script = f"{shlex.quote(sys.executable)} {shlex.quote(str(ROOT / 'data' / 'prepare.py'))} {command}"
