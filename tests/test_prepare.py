@@ -538,7 +538,8 @@ def test_zst_of_a_wide_window(tmp_path):
     # As `zstd --long=28` writes it; decoders take 27 if they are not told otherwise.
     wide = zstandard.ZstdCompressionParameters.from_level(1, window_log=28)
     line = json.dumps({"text": "word " * 20}).encode() + b"\n"
-    (tmp_path / "in.jsonl.zst").write_bytes(zstandard.ZstdCompressor(compression_params=wide).compress(line))
+    frame = zstandard.ZstdCompressor(compression_params=wide).compressobj()  # of unknown size, so the window counts
+    (tmp_path / "in.jsonl.zst").write_bytes(frame.compress(line) + frame.flush())
     assert list(prepare.read_documents([tmp_path / "in.jsonl.zst"], "text", strict=True)) == ["word " * 20]
 
 
@@ -614,6 +615,19 @@ def test_what_the_user_can_fix_is_one_line(tmp_path, capfd, arguments, message):
     assert err.startswith("error: ") and err.count("\n") == 1
     assert message.format(d=tmp_path) in err
     assert sorted(tmp_path.rglob("*")) == before  # nothing is left, neither result nor temporary folder
+
+
+def test_an_error_stays_one_line_whatever_the_path(tmp_path, capsys):
+    run("text", tmp_path / "new\nline\x1b.jsonl", "--val-docs", 1, "--out", tmp_path / "out", code=2)
+    assert capsys.readouterr().err == f"error: input {tmp_path}/new\\nline\\x1b.jsonl does not exist\n"
+
+
+def test_an_input_whose_name_is_not_utf_8(tmp_path, model):
+    source = tmp_path / os.fsdecode(b"raw\xff.jsonl")
+    write_jsonl(source, [story(i) for i in range(4)])
+    run("text", source, "--val-docs", 1, "--tokenizer", model, "--out", tmp_path / "out")
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text("utf-8"))
+    assert manifest["options"]["inputs"][0]["name"] == source.name
 
 
 def test_existing_output_is_not_touched(tmp_path, stories, capsys):
