@@ -8,8 +8,15 @@ A shard is 256 little-endian int32 (20240520, 1, number of tokens, 0 ...) follow
 document starts with BOS (id 1). Problems the user can fix end in one line `error: ...` on stderr and exit code 2.
 """
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while modules are loaded: the end, without a traceback
+
 import argparse
 import contextlib
+import errno
+import fcntl
 import functools
 import gzip
 import hashlib
@@ -17,14 +24,14 @@ import importlib.util
 import io
 import itertools
 import json
+import multiprocessing
 import os
 import re
-import secrets
 import shlex
 import shutil
-import signal
 import sys
 import sysconfig
+import threading
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -32,10 +39,17 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
-import numpy as np
-import sentencepiece as spm
-from tqdm import tqdm
+try:
+    import numpy as np
+    import sentencepiece as spm
+    from tqdm import tqdm
+except ModuleNotFoundError as err:
+    if __name__ != "__main__":
+        raise
+    print(f"error: {err.name} is not installed: pip install -r requirements.txt", file=sys.stderr)
+    sys.exit(2)
 
 # -----------------------------------------------------------------------------
 # CONSTANTS, ERRORS, PROGRESS
@@ -47,11 +61,17 @@ DATA_DIR = Path(__file__).resolve().parent
 SHARD_MAGIC, SHARD_VERSION, HEADER_INTS = 20240520, 1, 256
 BOS_ID = 1
 MAX_VOCAB_SIZE = 1 << 16  # tokens are uint16
+MAX_SHARD_TOKENS = (1 << 31) - 1  # the header's number of tokens is int32
+VAL_DOCUMENTS_FILE = "fineweb_val_documents.tsv"  # bytes and sha256 of each validation document's normalised text
+
+MAX_UNREADABLE = 0.01  # up to this share of rows without a text is left out; more, and something is wrong
+HOPELESS_ROWS = 1000  # so many rows, none of them with a text, and the rest is not read
 
 CHUNK_BYTES = 1 << 20  # text handed to a worker at a time: large against its start-up cost, small against a bar's step
 COUNT_TOKENS = 1 << 22  # tokens the byte counter sees at a time, so that a large shard is not held in memory as int64
 READ_BYTES = 1 << 20
 TRANSFER_TRIES = 5  # connections in a row that may bring nothing before a download gives up
+LOCK_SECONDS = 3.0  # how long to wait for a lock: the workers of a run that was killed take a moment to notice
 PLAIN_LINE_SECONDS = 10.0  # without a terminal, progress is one line per this many seconds
 TOKENIZER_TEXT_BYTES = 200_000_000  # SentencePiece holds its training text in memory
 
@@ -73,16 +93,51 @@ def trainer() -> Iterator:
 
     Imported here and not above because it pulls in torch, which workers and the downloader have no use for.
     """
-    if importlib.util.find_spec("torch") is None:
-        raise UserError("torch is not installed, and checking shards needs it: pip install -r requirements.txt")
+    require("torch", "checking shards")
     if str(DATA_DIR.parent) not in sys.path:
         sys.path.insert(0, str(DATA_DIR.parent))
-    import train_gpt
+    try:
+        import train_gpt
+    except ImportError as err:
+        raise UserError(f"train_gpt.py, which checks the shards, cannot be imported: {one_line(err)}") from None
 
     try:
         yield train_gpt
     except train_gpt.UserError as err:
         raise UserError(str(err)) from None
+
+
+def require(module: str, what: str, advice: str = "pip install -r requirements.txt") -> None:
+    """Raises UserError where a module that `what` needs is not installed."""
+    if importlib.util.find_spec(module) is None:
+        raise UserError(f"{what} needs {module}, which is not installed: {advice}")
+
+
+def one_line(err: BaseException) -> str:
+    return " ".join(str(err).split()) or type(err).__name__
+
+
+def say(line: str) -> None:
+    """Prints a line at once. Where nobody reads it any more (`| head`, a full disk), the line is lost, not the work."""
+    try:
+        print(line, flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+INTERRUPTED = threading.Event()
+
+
+def interrupt(*_) -> None:
+    """Ctrl-C, a termination request and a closed terminal all clean up."""
+    INTERRUPTED.set()
+    raise KeyboardInterrupt
+
+
+def check_interrupt() -> None:
+    """Raises an interrupt again: Python drops the first one where it meets a destructor or a callback."""
+    if INTERRUPTED.is_set():
+        raise KeyboardInterrupt
 
 
 class Progress:
@@ -96,13 +151,14 @@ class Progress:
         self.bar = tqdm(total=total, desc=what, unit=unit, unit_scale=True, file=sys.stderr) if terminal else None
 
     def update(self, n: int = 1) -> None:
+        check_interrupt()
         self.done += n
         if self.bar is not None:
             self.bar.update(n)
         elif time.monotonic() >= self.next_line:
             self.next_line = time.monotonic() + PLAIN_LINE_SECONDS
             share = f" ({self.done / self.total:.0%})" if self.total else ""
-            print(f"{self.what}: {self.done:,} {self.unit}{share}", flush=True)
+            say(f"{self.what}: {self.done:,} {self.unit}{share}")
 
     def __enter__(self) -> "Progress":
         return self
@@ -120,48 +176,111 @@ JSONL_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 INPUT_SUFFIXES = (*JSONL_SUFFIXES, ".txt", ".parquet")
 
 
+class NoText(NamedTuple):
+    """A row (a line of JSON, a row of a table, a .txt file) without a text."""
+
+    reason: str  # with file and line
+
+
 def input_files(inputs: list[str]) -> list[Path]:
     """Every input file in order; a folder stands for the files below it that can be read, sorted by path.
 
-    Raises UserError where an input is missing, is of an unknown kind, or is a folder without documents.
+    Raises UserError where an input is missing, unreadable, of an unknown kind, or a folder without documents.
     """
     files: list[Path] = []
     for name in inputs:
         path = Path(name)
         if path.is_dir():
-            found = sorted(p for p in path.rglob("*") if p.name.endswith(INPUT_SUFFIXES) and p.is_file())
-            if not found:
-                raise UserError(f"no {', '.join(INPUT_SUFFIXES)} file in the folder {path}")
-            files += found
+            files += folder_files(path)
         elif not path.is_file():
-            raise UserError(f"input {path} does not exist")
+            raise UserError(f"input {path} is no regular file" if path.exists() else f"input {path} does not exist")
         elif not path.name.endswith(INPUT_SUFFIXES):
             raise UserError(f"cannot read {path}: inputs are {', '.join(INPUT_SUFFIXES)} files or folders of them")
         else:
             files.append(path)
-    if any(p.suffix == ".parquet" for p in files) and importlib.util.find_spec("pyarrow") is None:
-        raise UserError(".parquet inputs need pyarrow: pip install pyarrow")
+    for path in files:
+        if not os.access(path, os.R_OK):
+            raise UserError(f"cannot read {path}: permission denied")
+    if any(p.suffix == ".parquet" for p in files):
+        require("pyarrow", "a .parquet input", "pip install pyarrow")
+    if any(p.suffix == ".zst" for p in files):
+        require("zstandard", "a .zst input")
     return files
 
 
-def read_documents(files: list[Path], text_field: str) -> Iterator[str]:
-    """The text of every document, in order. Raises UserError with file and line (or row) where one cannot be read."""
-    for path in files:
-        try:
-            if path.suffix == ".parquet":
-                yield from parquet_documents(path, text_field)
-            elif path.suffix == ".txt":
+def folder_files(folder: Path) -> list[Path]:
+    """The input files below a folder, sorted by path. Links are followed; what is hidden is left out, with a line.
+
+    Raises UserError for a broken link or a folder that may not be read: documents would be missing without a word.
+    """
+    files, hidden, visited = [], [], set()
+
+    def refuse(err: OSError):
+        raise UserError(f"cannot read {err.filename}: {err.strerror}")
+
+    for parent, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+        status = os.stat(parent)
+        if (status.st_dev, status.st_ino) in visited:  # a link to a folder above
+            folders.clear()
+            continue
+        visited.add((status.st_dev, status.st_ino))
+        hidden += [name for name in folders + names if name.startswith(".")]
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for path in (Path(parent, name) for name in names if not name.startswith(".")):
+            if not path.exists():
+                raise UserError(f"{path} is a link to nothing; mend or remove it")
+            if path.name.endswith(INPUT_SUFFIXES) and path.is_file():
+                files.append(path)
+    if hidden:
+        say(f"{folder}: left out {len(hidden)} hidden files or folders, such as {min(hidden)}")
+    if not files:
+        raise UserError(f"no {', '.join(INPUT_SUFFIXES)} file in the folder {folder}")
+    return sorted(files)
+
+
+def read_documents(files: list[Path], text_field: str, strict: bool) -> Iterator[str | None]:
+    """The text of every document, in order; None for a row without one.
+
+    Raises UserError where a file cannot be read, and for rows without a text: at the first if `strict`, otherwise where
+    they are more than MAX_UNREADABLE of all.
+    """
+    rows, without, first = 0, 0, ""
+    for row in itertools.chain.from_iterable(file_rows(path, text_field) for path in files):
+        rows += 1
+        if isinstance(row, str):
+            yield row
+            continue
+        without, first = without + 1, first or row.reason
+        if strict:
+            raise UserError(first)
+        if without == rows == HOPELESS_ROWS:
+            raise UserError(f"none of the first {rows:,} rows holds a text; the first: {first}")
+        yield None
+    if without > MAX_UNREADABLE * rows:
+        limit = f"more than the {MAX_UNREADABLE:.0%} that may be left out"
+        raise UserError(f"{without:,} of {rows:,} rows hold no text, {limit}; the first: {first}")
+    if without:
+        say(f"left out: {without:,} of {rows:,} rows, which hold no text; the first: {first}")
+
+
+def file_rows(path: Path, text_field: str) -> Iterator[str | NoText]:
+    """The rows of one input file. Raises UserError where the file cannot be read to its end."""
+    try:
+        if path.suffix == ".parquet":
+            yield from parquet_rows(path, text_field)
+        elif path.suffix == ".txt":
+            try:
                 yield path.read_text(encoding="utf-8")
-            else:
-                yield from jsonl_documents(path, text_field)
-        except UnicodeDecodeError as err:
-            raise UserError(f"{path} is not UTF-8: {err}") from None
-        except (OSError, EOFError, zlib.error) as err:
-            raise UserError(f"cannot read {path}: {err}") from None
+            except UnicodeDecodeError as err:
+                yield NoText(f"{path} is not UTF-8 ({err})")
+        else:
+            yield from jsonl_rows(path, text_field)
+    except (OSError, EOFError, zlib.error) as err:
+        raise UserError(f"cannot read {path}: {one_line(err)}") from None
 
 
-def jsonl_documents(path: Path, text_field: str) -> Iterator[str]:
-    """One document per line of a .jsonl(.gz/.zst) file; blank lines are nothing."""
+def jsonl_rows(path: Path, text_field: str) -> Iterator[str | NoText]:
+    """One row per line of a .jsonl(.gz/.zst) file; blank lines are nothing."""
     with contextlib.ExitStack() as stack:
         lines: Iterable[bytes]
         if path.suffix == ".zst":
@@ -172,22 +291,32 @@ def jsonl_documents(path: Path, text_field: str) -> Iterator[str]:
             if not line.strip():
                 continue
             try:
-                record = json.loads(line)
+                # Decoded here: json.loads would guess UTF-16 and UTF-32, whose lines do not end at every newline byte.
+                record = json.loads(line.decode("utf-8-sig", "surrogatepass"))
             except ValueError as err:  # also bytes that are not UTF-8
-                raise UserError(f"{path}:{number}: not a line of JSON ({err})") from None
-            yield checked_text(record, text_field, f"{path}:{number}")
+                yield NoText(f"{path}:{number}: not a line of JSON ({err})")
+            except RecursionError:
+                yield NoText(f"{path}:{number}: JSON that is nested too deep")
+            else:
+                yield record_text(record, text_field, f"{path}:{number}")
 
 
-def checked_text(record: object, text_field: str, where: str) -> str:
-    """record[text_field]; raises UserError naming `where` unless the record is an object with such a string."""
+def record_text(record: object, text_field: str, where: str) -> str | NoText:
+    """record[text_field], or what is wrong with it."""
     if not isinstance(record, dict):
-        raise UserError(f"{where}: a JSON object with a {text_field!r} field was expected")
+        return NoText(f"{where}: a JSON object with a {text_field!r} field was expected")
     if text_field not in record:
-        has = ", ".join(map(repr, record)) or "none"
-        raise UserError(f"{where}: no text field {text_field!r} (fields: {has}); name it with --text-field")
-    if not isinstance(record[text_field], str):
-        raise UserError(f"{where}: the field {text_field!r} is not a string; name another with --text-field")
-    return record[text_field]
+        return NoText(f"{where}: {no_field(text_field, 'fields', list(record))}")
+    text = record[text_field]
+    if isinstance(text, str):
+        return text
+    kind = "null" if text is None else type(text).__name__
+    return NoText(f"{where}: the field {text_field!r} is not a string but {kind}")
+
+
+def no_field(text_field: str, kind: str, names: list[str]) -> str:
+    has = ", ".join(repr(name)[:40] for name in names[:10]) + ", ..." * (len(names) > 10)
+    return f"no text field {text_field!r} ({kind}: {has or 'none'}); name it with --text-field"
 
 
 def zst_lines(path: Path) -> Iterator[bytes]:
@@ -197,40 +326,47 @@ def zst_lines(path: Path) -> Iterator[bytes]:
     """
     import zstandard
 
-    rest, frame = b"", None
+    parts, frame = [], None  # of a line that is not complete yet: joined once, as a line may be long
     with path.open("rb") as source:
         while data := source.read(READ_BYTES):
             while data:
-                frame = frame or zstandard.ZstdDecompressor().decompressobj()
+                # The default refuses the wide windows of `zstd --long`.
+                frame = frame or zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
                 try:
-                    rest += frame.decompress(data)
+                    first, *lines = frame.decompress(data).split(b"\n")
                 except zstandard.ZstdError as err:
                     raise OSError(str(err)) from None
+                parts.append(first)
+                for line in lines:
+                    yield b"".join(parts)
+                    parts = [line]
                 data, frame = (frame.unused_data, None) if frame.eof else (b"", frame)
-            *lines, rest = rest.split(b"\n")
-            yield from lines
     if frame is not None:
         raise OSError("the file ends in the middle of its compressed data")
-    yield rest
+    yield b"".join(parts)
 
 
-def parquet_documents(path: Path, text_field: str) -> Iterator[str]:
-    """One document per row, a row group's batch at a time."""
+def parquet_rows(path: Path, text_field: str) -> Iterator[str | NoText]:
+    """One row per row of the table, a row group's batch at a time."""
     import pyarrow
     from pyarrow import parquet
 
     try:
         table = parquet.ParquetFile(path)
-        if text_field not in table.schema_arrow.names:
-            has = ", ".join(map(repr, table.schema_arrow.names))
-            raise UserError(f"{path}: no text field {text_field!r} (columns: {has}); name it with --text-field")
-        row = 0
+        names = table.schema_arrow.names
+        if text_field not in names:
+            raise UserError(f"{path}: {no_field(text_field, 'columns', names)}")
+        number = 0
         for batch in table.iter_batches(columns=[text_field]):
-            for record in batch.to_pylist():
-                row += 1
-                yield checked_text(record, text_field, f"{path}: row {row}")
-    except pyarrow.ArrowInvalid as err:
-        raise UserError(f"cannot read {path}: {err}") from None
+            for value in batch.column(text_field):
+                number += 1
+                where = f"{path}: row {number}"
+                try:
+                    yield record_text({text_field: value.as_py()}, text_field, where)
+                except UnicodeDecodeError as err:
+                    yield NoText(f"{where} is not UTF-8 ({err})")
+    except (pyarrow.ArrowException, KeyError) as err:
+        raise UserError(f"cannot read {path}: {one_line(err)}") from None
 
 
 # -----------------------------------------------------------------------------
@@ -253,6 +389,12 @@ class Spool:
 
     def __post_init__(self):
         self.file = self.path.open("wb")
+
+    def __enter__(self) -> "Spool":
+        return self
+
+    def __exit__(self, *exc) -> None:
+        self.file.close()
 
     def append(self, text: bytes) -> None:
         if not self.chunks or self.chunk_bytes >= CHUNK_BYTES:
@@ -291,19 +433,22 @@ def document_key(text: bytes, normalize: Callable[[str], str]) -> bytes:
     return hashlib.blake2b(" ".join(words).encode("utf-8"), digest_size=16).digest() if words else b""
 
 
-def split_documents(train: Spool, val: Spool, texts: Iterator[str], val_texts: Iterator[str] | None, val_docs: int,
-                    normalize: Callable[[str], str]) -> dict[str, int]:  # fmt: skip
-    """Spools every document into its split and returns how many were dropped, and why.
+def split_documents(train: Spool, val: Spool, texts: Iterator[str | None], val_texts: Iterator[str | None] | None,
+                    val_docs: int, normalize: Callable[[str], str]) -> dict[str, int]:  # fmt: skip
+    """Spools every document into its split and returns how many were dropped, and why; None is a row without a text.
 
     With `val_texts` those are the validation split, all of them; otherwise the first `val_docs` of `texts` are. A
     document of `texts` that was seen before, in either split, is dropped: no document is in both.
     Raises UserError where a split would be empty.
     """
     seen: set[bytes] = set()
-    dropped = {"duplicates": 0, "empty": 0}
+    dropped = {"duplicates": 0, "empty": 0, "unreadable": 0}
     with Progress("read", None, "doc") as progress:
         for is_val, text in itertools.chain(((True, t) for t in val_texts or ()), ((False, t) for t in texts)):
             progress.update()
+            if text is None:
+                dropped["unreadable"] += 1
+                continue
             encoded = utf8(text)
             key = document_key(encoded, normalize)
             if not key:
@@ -334,16 +479,25 @@ def train_tokenizer(spool: Spool, vocab_size: int, model_path: Path) -> None:
 
     Raises UserError where the vocabulary cannot hold the byte pieces and the characters of the text.
     """
-    started, size = time.monotonic(), 0
-    texts = []
-    for text in spooled_texts(spool.path, 0, spool.documents):
+    started = time.monotonic()
+    model_path.write_bytes(in_child(trained_model, spool.path, spool.documents, vocab_size))
+    got = load_tokenizer(model_path).vocab_size()
+    say(f"tokenizer: {got} pieces in {time.monotonic() - started:.1f} s")
+    if got != vocab_size:
+        say(f"tokenizer: the text gives {got} pieces instead of {vocab_size}; train with VOCAB_SIZE={got}")
+
+
+def trained_model(spool_path: Path, documents: int, vocab_size: int) -> bytes:
+    """A SentencePiece model of the first `documents` texts of a spool. Raises UserError."""
+    texts, size = [], 0
+    for text in spooled_texts(spool_path, 0, documents):
         # A whole document is one sentence: cut at newlines, the words after them would be counted without the `▁`
         # that they have once the normaliser has folded newlines into spaces.
         texts.append(text)
         size += len(text)
         if size >= TOKENIZER_TEXT_BYTES:
             break
-    print(f"tokenizer: training on {len(texts):,} documents, {size:,} characters", flush=True)
+    say(f"tokenizer: training on {len(texts):,} documents, {size:,} characters")
     model = io.BytesIO()
     try:
         spm.SentencePieceTrainer.train(
@@ -356,11 +510,41 @@ def train_tokenizer(spool: Spool, vocab_size: int, model_path: Path) -> None:
     except (RuntimeError, OSError) as err:
         reason = str(err).strip().splitlines()[-1]
         raise UserError(f"SentencePiece cannot train {vocab_size} pieces on this text: {reason}") from None
-    model_path.write_bytes(model.getvalue())
-    got = load_tokenizer(model_path).vocab_size()
-    print(f"tokenizer: {got} pieces in {time.monotonic() - started:.1f} s", flush=True)
-    if got != vocab_size:
-        print(f"tokenizer: the text gives {got} pieces instead of {vocab_size}; train with VOCAB_SIZE={got}")
+    return model.getvalue()
+
+
+def in_child(function: Callable[..., bytes], *args) -> bytes:
+    """function(*args) in a process of its own: SentencePiece trains for minutes, and Python hears no signal meanwhile.
+
+    Raises its UserError, or one that says that it died.
+    """
+    receiver, sender = multiprocessing.Pipe(duplex=False)
+    child = multiprocessing.Process(target=answer, args=(sender, function, args), daemon=True)
+    child.start()
+    sender.close()  # ours: the child's end is the only one, so that its death is the end of the pipe
+    try:
+        result = receiver.recv()
+    except EOFError:
+        raise UserError("the process that trains the tokenizer died, perhaps for lack of memory") from None
+    finally:
+        child.kill()
+        child.join()
+        receiver.close()
+    if isinstance(result, UserError):
+        raise result
+    return result
+
+
+def answer(sender, function: Callable[..., bytes], args: tuple) -> None:
+    """The child's part: sends the result or the UserError."""
+    worker_signals()
+    try:
+        result = function(*args)
+    except UserError as err:
+        result = err
+    except MemoryError:
+        return
+    sender.send(result)
 
 
 @functools.lru_cache(maxsize=1)
@@ -381,6 +565,55 @@ def check_tokenizer(path: Path) -> None:
         raise UserError(f"{path} has BOS id {tokenizer.bos_id()}; documents start with id {BOS_ID}")
     with trainer() as t:
         t.TokenBytes(path, tokenizer.vocab_size())
+    if tokenizer.normalize("x") not in ("x", "\u2581x"):
+        raise UserError(
+            f"{path} adds to every text: `x` becomes `{tokenizer.normalize('x')}`, so bytes would be counted that the "
+            "text does not have; use another tokenizer"
+        )
+
+
+# -----------------------------------------------------------------------------
+# WHETHER TOKENS SPELL THE TEXT
+# -----------------------------------------------------------------------------
+
+
+def normalised(text: str, tokenizer: spm.SentencePieceProcessor) -> str:
+    """The text after the tokenizer's normaliser, spaces as spaces, without the space that it may put before a text."""
+    dummy_prefix = tokenizer.normalize("x").startswith("\u2581")
+    return tokenizer.normalize(text)[dummy_prefix:].replace("\u2581", " ")
+
+
+@functools.lru_cache(maxsize=1)
+def reference_normalizers() -> tuple[Callable[[str], str], ...]:
+    return tuple(spm.SentencePieceNormalizer(rule_name=name).normalize for name in ("nmt_nfkc", "nfkc"))
+
+
+def content(text: str) -> str:
+    """What no normaliser may change: the text folded as far as the challenge's own folds it, one space between words.
+
+    nfkc after nmt_nfkc folds what the latter leaves or joins: a full-width tilde, a full-width A and an accent.
+    """
+    for normalize in reference_normalizers():
+        text = normalize(text)
+    return " ".join(text.replace("\u2581", " ").split())
+
+
+def checked_text(what: str, text: str, tokens: np.ndarray, tokenizer: spm.SentencePieceProcessor, token_bytes) -> bytes:
+    """The normalised text of a document in UTF-8. Raises UserError, which names `what`, unless its tokens (T,), BOS
+    first, spell exactly that text and count exactly its bytes, and the normaliser keeps the content."""
+    clean = normalised(text, tokenizer)
+    encoded, advice = clean.encode("utf-8"), "so bits per byte would be wrong; use another tokenizer"
+    if (was := content(text)) != (now := content(clean)):
+        at = next((i for i, (a, b) in enumerate(zip(was, now, strict=False)) if a != b), min(len(was), len(now)))
+        raise UserError(
+            f"{what}: the tokenizer's normaliser changes the text (`{was[at : at + 12]}` to `{now[at : at + 12]}`) and "
+            "with it the number of bytes; use a tokenizer with the normaliser nmt_nfkc, nfkc or identity"
+        )
+    if tokenizer.decode(tokens[1:].tolist()) != clean:
+        raise UserError(f"{what}: its tokens decode to another text than the tokenizer's normaliser gives, {advice}")
+    if (counted := int(token_bytes.count(tokens).sum())) != len(encoded):
+        raise UserError(f"{what}: the text has {len(encoded)} bytes and its tokens count {counted}, {advice}")
+    return encoded
 
 
 # -----------------------------------------------------------------------------
@@ -396,6 +629,13 @@ class ShardWriter:
         self.paths: list[Path] = []
         self.file: io.BufferedWriter | None = None
         self.in_shard = 0
+
+    def __enter__(self) -> "ShardWriter":
+        return self
+
+    def __exit__(self, *exc) -> None:
+        if self.file is not None:
+            self.file.close()
 
     def write(self, tokens: np.ndarray) -> None:
         """Appends uint16 tokens of shape (T,)."""
@@ -436,18 +676,28 @@ def encode_chunk(tokenizer_path: Path, spool_path: Path, offset: int, documents:
 
 
 def worker_signals() -> None:
-    """Ctrl-C reaches the whole process group; only the parent answers it, so that one process cleans up and speaks."""
+    """Ctrl-C reaches the whole process group; only the parent answers it, so that one process cleans up and speaks.
+
+    A parent that is killed cannot end its workers, which would wait for work for ever: they end with it.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+    def follow(parent) -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=follow, args=(multiprocessing.parent_process(),), daemon=True).start()
 
 
 def write_shards(spool: Spool, split: str, tokenizer_path: Path, shard_tokens: int, workers: int) -> list[Path]:
     """Tokenizes a spool in parallel, in order, and returns the paths of its shards."""
-    writer = ShardWriter(spool.path.parent, split, shard_tokens)
     workers = min(workers, len(spool.chunks))
     encode = functools.partial(encode_chunk, tokenizer_path, spool.path)
     offsets, counts = zip(*spool.chunks, strict=True)
     with contextlib.ExitStack() as stack:
+        writer = stack.enter_context(ShardWriter(spool.path.parent, split, shard_tokens))
         progress = stack.enter_context(Progress(f"tokenize {split}", spool.documents, "doc"))
         run = map
         if workers > 1:
@@ -458,8 +708,8 @@ def write_shards(spool: Spool, split: str, tokenizer_path: Path, shard_tokens: i
                 progress.update(documents)
         except BrokenProcessPool:
             raise UserError("a tokenizing process died, perhaps for lack of memory; try fewer --workers") from None
-    writer.finish()
-    return writer.paths
+        writer.finish()
+        return writer.paths
 
 
 # -----------------------------------------------------------------------------
@@ -489,11 +739,23 @@ def count_bytes(shards: list[np.ndarray], token_bytes) -> int:
     return total
 
 
-def decoded_bytes(shards: list[np.ndarray], tokenizer: spm.SentencePieceProcessor) -> int:
-    """Bytes of a split's text as SentencePiece itself decodes it, document by document."""
-    tokens = np.concatenate(shards)
-    documents = np.split(tokens, np.flatnonzero(tokens == BOS_ID))
-    return sum(len(tokenizer.decode(document[1:].tolist()).encode("utf-8")) for document in documents)
+def write_validation_documents(spool: Spool, tokens: np.ndarray, tokenizer, token_bytes, path: Path) -> dict:
+    """Writes a line `bytes<TAB>sha256` for the normalised text of each validation document; `tokens` are all of them.
+
+    Returns the manifest's entry. An auditor counts bytes by this file, so it comes from the text and not from the
+    tokens. Raises UserError where the two disagree.
+    """
+    documents = np.split(tokens, np.flatnonzero(tokens == BOS_ID)[1:])
+    total = 0
+    with path.open("wb") as sink, Progress("check val", len(documents), "doc") as progress:
+        texts = spooled_texts(spool.path, 0, spool.documents)
+        for number, (text, document) in enumerate(zip(texts, documents, strict=True), start=1):
+            what = f"validation document {number} ({' '.join(text[:200].split())[:40]!r})"
+            encoded = checked_text(what, text, document, tokenizer, token_bytes)
+            sink.write(b"%d\t%s\n" % (len(encoded), hashlib.sha256(encoded).hexdigest().encode()))
+            total += len(encoded)
+            progress.update()
+    return {"file": path.name, "sha256": sha256_file(path), "documents": spool.documents, "bytes": total}
 
 
 def describe_split(t, spool: Spool, paths: list[Path], token_bytes) -> dict:
@@ -520,7 +782,10 @@ def describe_split(t, spool: Spool, paths: list[Path], token_bytes) -> dict:
 
 
 def describe(tokenizer_path: Path, train: Spool, val: Spool, paths: dict[str, list[Path]]) -> dict:
-    """The manifest's part about what was written. Raises UserError where the byte counter and the text disagree."""
+    """The manifest's part about what was written, and the file of validation documents beside it.
+
+    Raises UserError where the byte counter and the text disagree.
+    """
     tokenizer = load_tokenizer(tokenizer_path)
     with trainer() as t:
         token_bytes = t.TokenBytes(tokenizer_path, tokenizer.vocab_size())
@@ -528,10 +793,13 @@ def describe(tokenizer_path: Path, train: Spool, val: Spool, paths: dict[str, li
             "train": describe_split(t, train, paths["train"], token_bytes),
             "val": describe_split(t, val, paths["val"], token_bytes),
         }
-        decoded = decoded_bytes([t.read_shard(path) for path in paths["val"]], tokenizer)
-    if decoded != splits["val"]["normalised_bytes"]:
+        tokens = np.concatenate([t.read_shard(path) for path in paths["val"]])
+    documents = write_validation_documents(
+        val, tokens, tokenizer, token_bytes, tokenizer_path.with_name(VAL_DOCUMENTS_FILE)
+    )
+    if documents["bytes"] != splits["val"]["normalised_bytes"]:
         raise UserError(
-            f"{tokenizer_path.name}: the validation text decodes to {decoded} bytes and its tokens count "
+            f"the validation documents have {documents['bytes']} bytes and their tokens count "
             f"{splits['val']['normalised_bytes']}, so bits per byte would be wrong; use another tokenizer"
         )
     return {
@@ -541,6 +809,7 @@ def describe(tokenizer_path: Path, train: Spool, val: Spool, paths: dict[str, li
             "vocab_size": tokenizer.vocab_size(),
         },
         "splits": splits,
+        "validation_documents": documents,
     }
 
 
@@ -549,28 +818,78 @@ def describe(tokenizer_path: Path, train: Spool, val: Spool, paths: dict[str, li
 # -----------------------------------------------------------------------------
 
 
+def claim(path: Path, opened: Callable[[], int], what: str) -> tuple[int, bool]:
+    """A descriptor of `path` as `opened` gives it, locked until it is closed or this process dies, however it dies.
+
+    The second value is False on a file system without locks. Raises UserError where another process holds the lock.
+    """
+    deadline = time.monotonic() + LOCK_SECONDS
+    while True:
+        descriptor, locked = opened(), True
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            if time.monotonic() > deadline:
+                raise UserError(f"another run is {what} at this moment; wait for it or end it") from None
+            time.sleep(0.1)
+            continue
+        except OSError:
+            locked = False
+        with contextlib.suppress(FileNotFoundError):  # its last holder may just have removed or renamed it
+            if os.path.samestat(os.fstat(descriptor), os.stat(path)):
+                return descriptor, locked
+        os.close(descriptor)
+
+
 @contextlib.contextmanager
 def building(out: Path) -> Iterator[Path]:
-    """A temporary folder beside `out` that becomes `out` when the block ends well and vanishes when it does not."""
-    if os.path.lexists(out):
-        raise UserError(f"{out} exists already and is not overwritten; remove it or name another --out")
-    folder = out.with_name(f".{out.name}.{secrets.token_hex(4)}.partial")
+    """A temporary folder beside `out` that becomes `out` when the block ends well and vanishes when it does not.
+
+    There is one such folder per `out`, locked by the run that fills it: what lies in it unlocked is of a run that was
+    killed, and removed.
+    """
+
+    def absent() -> None:
+        if os.path.lexists(out):
+            raise UserError(f"{out} exists already and is not overwritten; remove it or name another --out")
+
+    def opened() -> int:
+        absent()  # again, as the run that held the lock may have ended well
+        folder.mkdir(parents=True, exist_ok=True)
+        return os.open(folder, os.O_RDONLY)
+
+    absent()
+    folder = out.with_name(f".{out.name}.preparing")
     try:
-        folder.mkdir(parents=True)
+        lock, locked = claim(folder, opened, f"preparing {out}")
+        left = list(folder.iterdir())
+        if left and not locked:
+            raise UserError(f"{folder} is of another run, live or killed; remove it if none is preparing {out} now")
+        for path in left:
+            path.unlink()
     except OSError as err:
         raise UserError(f"cannot write {out}: {err.strerror}") from None
+    if left:
+        say(f"removed {len(left)} files of a run that was killed from {folder}")
     try:
         yield folder
         for path in folder.iterdir():
             fsync(path)
         fsync(folder)
+        check_interrupt()
         try:
             folder.rename(out)
         except OSError as err:
             raise UserError(f"cannot write {out}: {err.strerror}") from None
         fsync(out.parent)
+    except OSError as err:
+        if err.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise UserError(f"no room to write {out}: {err.strerror}; nothing of it was kept") from None
     finally:
         shutil.rmtree(folder, ignore_errors=True)  # gone already where the block ended well
+        os.close(lock)
 
 
 def fsync(path: Path) -> None:
@@ -586,8 +905,8 @@ class Build:
     """What a data set is made of; the same values give the same bytes, whatever the number of workers."""
 
     out: Path
-    texts: Callable[[], Iterator[str]]
-    val_texts: Callable[[], Iterator[str]] | None
+    texts: Callable[[], Iterator[str | None]]  # None is a row without a text
+    val_texts: Callable[[], Iterator[str | None]] | None
     val_docs: int  # 0 with val_texts
     vocab_size: int
     tokenizer: Path | None  # trained on the training split where None
@@ -598,13 +917,18 @@ class Build:
 
 def build(plan: Build) -> dict:
     """Builds the folder `plan.out` and returns its manifest. Raises UserError; then nothing is left behind."""
-    with building(plan.out) as folder:
+    require("torch", "checking shards")
+    for path in filter(None, (plan.out, plan.tokenizer)):
+        if not encodable(str(path)):
+            raise UserError(f"SentencePiece opens UTF-8 paths only, and {path} is none; rename it or try PYTHONUTF8=1")
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(building(plan.out))
         if plan.tokenizer is not None:
             check_tokenizer(plan.tokenizer)
             normalize = load_tokenizer(plan.tokenizer).normalize
         else:
             normalize = spm.SentencePieceNormalizer(rule_name="nmt_nfkc").normalize
-        train, val = Spool(folder / "train.spool"), Spool(folder / "val.spool")
+        train, val = (stack.enter_context(Spool(folder / f"{split}.spool")) for split in ("train", "val"))
         val_texts = plan.val_texts() if plan.val_texts is not None else None
         dropped = split_documents(train, val, plan.texts(), val_texts, plan.val_docs, normalize)
         if plan.tokenizer is not None:
@@ -625,22 +949,37 @@ def build(plan: Build) -> dict:
             "dropped": dropped,
             **describe(model_path, train, val, paths),
         }
-        (folder / "manifest.json").write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n", "utf-8")
+        # A name that is not UTF-8 has lone surrogates; the backslash makes them JSON's own escapes.
+        lines = json.dumps(manifest, indent=1, ensure_ascii=False) + "\n"
+        (folder / "manifest.json").write_text(lines, "utf-8", errors="backslashreplace")
         train.path.unlink()
         val.path.unlink()
     return manifest
 
 
+def encodable(text: str) -> bool:
+    """Whether a path is UTF-8, or what this locale takes for it: other bytes are lone surrogates in Python."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def print_summary(out: Path, manifest: dict) -> None:
     """What the data set holds, and the command that trains on it."""
     for split, entry in manifest["splits"].items():
-        print(
+        say(
             f"{split}: {entry['documents']:,} documents, {entry['tokens']:,} tokens in {len(entry['files'])} shards, "
             f"{entry['raw_bytes']:,} raw bytes, {entry['normalised_bytes']:,} normalised bytes, "
             f"fingerprint {entry['fingerprint'][:16]}"
         )
-    print(f"dropped: {manifest['dropped']['duplicates']} duplicates, {manifest['dropped']['empty']} empty documents")
-    print(f"tokenizer: {manifest['tokenizer']['file']} with {manifest['tokenizer']['vocab_size']} pieces")
+    dropped = manifest["dropped"]
+    say(
+        f"dropped: {dropped['duplicates']} duplicates, {dropped['empty']} empty documents, "
+        f"{dropped['unreadable']} rows without a text"
+    )
+    say(f"tokenizer: {manifest['tokenizer']['file']} with {manifest['tokenizer']['vocab_size']} pieces")
     print_train_command(out, None, manifest["tokenizer"]["vocab_size"])
 
 
@@ -648,7 +987,7 @@ def print_train_command(data: Path, tokenizer: Path | None, vocab_size: int) -> 
     """`tokenizer` is None where it lies beside the shards, where train_gpt.py finds it alone."""
     words = [f"DATA_PATH={shlex.quote(shown(data))}"]
     words += [f"TOKENIZER_PATH={shlex.quote(shown(tokenizer))}"] if tokenizer is not None else []
-    print(f"train with:\n  {' '.join(words)} VOCAB_SIZE={vocab_size} python train_gpt.py")
+    say(f"train with:\n  {' '.join(words)} VOCAB_SIZE={vocab_size} python train_gpt.py")
 
 
 def shown(path: Path) -> str:
@@ -678,8 +1017,8 @@ def command_text(args: argparse.Namespace) -> None:
     }
     plan = Build(
         out=args.out,
-        texts=lambda: read_documents(files, args.text_field),
-        val_texts=(lambda: read_documents(val_files, args.text_field)) if val_files else None,
+        texts=lambda: read_documents(files, args.text_field, args.strict),
+        val_texts=(lambda: read_documents(val_files, args.text_field, args.strict)) if val_files else None,
         val_docs=args.val_docs or 0,
         vocab_size=args.vocab_size,
         tokenizer=args.tokenizer,
@@ -734,7 +1073,7 @@ def command_offline(args: argparse.Namespace) -> None:
                                                 "vocab_size": args.vocab_size}}  # fmt: skip
     if os.path.lexists(args.out):
         manifest = intact_manifest(args.out, record)
-        print(f"{args.out} is already there and intact")
+        say(f"{args.out} is already there and intact")
     else:
         manifest = build(
             Build(
@@ -759,8 +1098,12 @@ def intact_manifest(out: Path, record: dict) -> dict:
         manifest = json.loads((out / "manifest.json").read_text("utf-8"))
         files = [(f["name"], f["sha256"]) for split in manifest["splits"].values() for f in split["files"]]
         files.append((manifest["tokenizer"]["file"], manifest["tokenizer"]["sha256"]))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise UserError(f"{out} exists without a manifest of a data set; {advice}") from None
+    documents = manifest.get("validation_documents")
+    if not isinstance(documents, dict) or not {"file", "sha256"} <= documents.keys():
+        raise UserError(f"{out} was prepared by an earlier version, without {VAL_DOCUMENTS_FILE}; {advice}")
+    files.append((documents["file"], documents["sha256"]))
     if any(manifest.get(key) != value for key, value in record.items()):
         raise UserError(f"{out} was prepared by another command or with other options; {advice}")
     for name, sha256 in files:
@@ -796,8 +1139,12 @@ class Hub:
     """The dataset repository at one commit. Uses nothing but the files' own addresses, which every mirror serves."""
 
     def __init__(self, repo_id: str, prefix: str, revision: str):
+        require("huggingface_hub", "fineweb")
         # Imported here: it reads HF_ENDPOINT and the like when it is imported, and the other commands need none of it.
-        from huggingface_hub import constants, errors, file_download, utils
+        try:
+            from huggingface_hub import constants, errors, file_download, utils
+        except ValueError as err:
+            raise UserError(f"a setting of the hub (HF_...) is wrong: {one_line(err)}") from None
 
         # Its warnings about each retry would surround the one line that says what finally went wrong.
         utils.logging.set_verbosity_error()
@@ -827,7 +1174,7 @@ class Hub:
             if err.response.status_code == 404:
                 return None
             raise UserError(f"{path}: {one_line(err)}") from None
-        except (errors.HTTPError, errors.HFValidationError, OSError) as err:
+        except (errors.HTTPError, ValueError, OSError) as err:  # ValueError: a wrong name, endpoint, proxy or token
             raise UserError(f"cannot reach {self.repo_id} at {self.endpoint}: {one_line(err)}") from None
         self.reached = True
         # All files come from the commit that the first one came from, even if somebody pushes meanwhile.
@@ -853,17 +1200,20 @@ class Hub:
             progress.update(file.size)
             return
         partial = file.target.with_name(f".{file.target.name}.{file.digest[:16]}.partial")
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
         try:
-            with partial.open("ab") as sink:
+            descriptor, _ = claim(partial, lambda: os.open(partial, flags, 0o666), f"fetching {file.target}")
+            with os.fdopen(descriptor, "ab") as sink:
                 self.transfer(file, sink, progress)
                 sink.flush()
                 os.fsync(sink.fileno())
+                if not matches(file, partial):
+                    partial.unlink()
+                    wrong = "arrived with the wrong size or hash and was deleted; run the command again"
+                    raise UserError(f"{file.path} {wrong}")
+                partial.replace(file.target)
         except (self.errors.HTTPError, OSError) as err:
             raise UserError(f"{file.path}: {one_line(err)}; run the command again to go on from here") from None
-        if not matches(file, partial):
-            partial.unlink()
-            raise UserError(f"{file.path} arrived with the wrong size or hash and was deleted; run the command again")
-        partial.replace(file.target)
         for stale in file.target.parent.glob(f".{file.target.name}.*.partial"):  # of a version published before
             stale.unlink()
 
@@ -901,10 +1251,6 @@ class Hub:
             for data in response.iter_bytes():
                 yield data[skip:]
                 skip = max(0, skip - len(data))
-
-
-def one_line(err: Exception) -> str:
-    return " ".join(str(err).split()) or type(err).__name__
 
 
 def matches(file: RemoteFile, path: Path) -> bool:
@@ -965,11 +1311,20 @@ def find_shards(hub: Hub, manifest: object, dataset: str, train_shards: int, fol
     return files + [hub.need(*shard("train", i)) for i in range(train_shards)]
 
 
+# Of variants whose text was transformed before the tokenizer: their names, and the file with the bytes that it had.
+TRANSFORMED_VARIANT = re.compile("caseops|lossless_caps|casefold", re.IGNORECASE)
+SIDECAR = "fineweb_val_bytes_000000.bin"
+
+
 def command_fineweb(args: argparse.Namespace) -> None:
     """The challenge's published shards."""
     dataset = f"fineweb10B_{args.variant}"
     if Path(dataset).name != dataset:
         raise UserError(f"--variant {args.variant} is not a name")
+    refusal = f"the variant {args.variant} is of transformed text, whose bytes train_gpt.py would count wrong"
+    if TRANSFORMED_VARIANT.search(args.variant):
+        raise UserError(f"{refusal}; take one of plain text, such as sp1024")
+    require("torch", "checking shards")
     folder, tokenizer_folder = args.out / "datasets" / dataset, args.out / "tokenizers"
     for path in (folder, tokenizer_folder):
         try:
@@ -981,22 +1336,26 @@ def command_fineweb(args: argparse.Namespace) -> None:
     if manifest_file := hub.find("manifest.json", folder / "manifest.json"):
         with Progress("manifest", manifest_file.size, "B") as progress:
             hub.fetch(manifest_file, progress)
-        with contextlib.suppress(ValueError):  # a manifest that is not JSON helps as little as none
+        with contextlib.suppress(ValueError, RecursionError):  # a manifest that is not JSON helps as little as none
             manifest = json.loads(manifest_file.target.read_bytes())
     tokenizer = find_tokenizer(hub, manifest, dataset, args.variant, tokenizer_folder)
-    files = [tokenizer, *find_shards(hub, manifest, dataset, args.train_shards, folder)]
+    with Progress("tokenizer", tokenizer.size, "B") as progress:
+        hub.fetch(tokenizer, progress)
+    check_tokenizer(tokenizer.target)
+    if hub.find(f"datasets/{dataset}/{SIDECAR}", folder / SIDECAR):
+        raise UserError(f"{refusal}: it comes with byte counts of its own ({SIDECAR}); take one of plain text")
+    files = find_shards(hub, manifest, dataset, args.train_shards, folder)
     total = sum(file.size for file in files)
-    print(f"{args.repo_id} at {hub.revision}: {len(files)} files, {total:,} bytes", flush=True)
+    say(f"{args.repo_id} at {hub.revision}: {len(files)} shards, {total:,} bytes")
     with Progress(f"fetch {args.variant}", total, "B") as progress:
         for file in files:
             hub.fetch(file, progress)
-    vocab_size = load_tokenizer(tokenizer.target).vocab_size()
     with trainer() as t:
         for split in ("train", "val"):
             paths = [file.target for file in files if file.target.name.startswith(f"fineweb_{split}_")]
             tokens = sum(len(t.read_shard(path)) for path in paths)
-            print(f"{split}: {tokens:,} tokens in {len(paths)} shards, fingerprint {t.data_fingerprint(paths)[:16]}")
-    print_train_command(folder, tokenizer.target, vocab_size)
+            say(f"{split}: {tokens:,} tokens in {len(paths)} shards, fingerprint {t.data_fingerprint(paths)[:16]}")
+    print_train_command(folder, tokenizer.target, load_tokenizer(tokenizer.target).vocab_size())
 
 
 # -----------------------------------------------------------------------------
@@ -1010,9 +1369,11 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; see {self.prog} --help")
 
 
-def positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+def positive(text: str, limit: int | None = None) -> int:
+    if not text.isdecimal() or len(text) > 18 or int(text) < 1:  # at thousands of digits, int() raises
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a whole number above 0 of at most 18 digits")
+    if limit is not None and int(text) > limit:
+        raise argparse.ArgumentTypeError(f"{text} is above {limit:,}")
     return int(text)
 
 
@@ -1020,6 +1381,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line; raises UserError where it is wrong."""
     parser = Parser(prog="data/prepare.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
+    vocab = functools.partial(positive, limit=MAX_VOCAB_SIZE)
+    shard = functools.partial(positive, limit=MAX_SHARD_TOKENS)
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
     text = commands.add_parser("text", help="your own documents", allow_abbrev=False)
@@ -1028,18 +1391,19 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     split.add_argument("--val-docs", type=positive, metavar="N", help="the first N documents are validation")
     split.add_argument("--val", nargs="+", metavar="INPUT", help="validation documents from files of their own")
     vocabulary = text.add_mutually_exclusive_group()
-    vocabulary.add_argument("--vocab-size", type=positive, default=1024, help="pieces to train (%(default)s)")
+    vocabulary.add_argument("--vocab-size", type=vocab, default=1024, help="pieces to train (%(default)s)")
     vocabulary.add_argument("--tokenizer", type=Path, metavar="FILE", help="a SentencePiece .model to use instead")
+    text.add_argument("--strict", action="store_true", help="end at the first row without a text, leave none out")
     text.add_argument("--text-field", default="text", help="field of a record that holds its text (%(default)s)")
     text.add_argument("--out", type=Path, required=True, help="folder to create")
 
     offline = commands.add_parser("offline", help="text of this Python installation", allow_abbrev=False)
     offline.add_argument("--out", type=Path, default=DATA_DIR / "datasets" / "offline", help="folder (%(default)s)")
-    offline.add_argument("--vocab-size", type=positive, default=1024, help="pieces to train (%(default)s)")
+    offline.add_argument("--vocab-size", type=vocab, default=1024, help="pieces to train (%(default)s)")
     offline.add_argument("--val-docs", type=positive, default=OFFLINE_VAL_DOCS, help="validation (%(default)s)")
     offline.add_argument("--max-bytes", type=positive, default=OFFLINE_BYTES, help="text to use (%(default)s)")
     for command in (text, offline):
-        command.add_argument("--shard-tokens", type=positive, default=100_000_000, help="tokens a shard (%(default)s)")
+        command.add_argument("--shard-tokens", type=shard, default=100_000_000, help="tokens a shard (%(default)s)")
         command.add_argument("--workers", type=positive, default=cpus, help="processes that tokenize (%(default)s)")
 
     fineweb = commands.add_parser("fineweb", help="the challenge's published shards", allow_abbrev=False)
@@ -1062,22 +1426,43 @@ def main(argv: list[str] | None = None) -> int:
         args = parse(argv)
         commands[args.command](args)
     except UserError as err:
-        print(f"error: {err}", file=sys.stderr)
-        return 2
-    except OSError as err:  # a full disk, a file that went away: nothing a traceback would explain better
-        print(f"error: {one_line(err)}", file=sys.stderr)
-        return 2
+        return leave(2, f"error: {err}")
+    except OSError as err:  # a file that went away, a lost disk: nothing a traceback would explain better
+        return leave(2, f"error: {one_line(err)}")
+    except MemoryError:
+        return leave(2, "error: not enough memory for this input; is one of its lines or files very large?")
     except KeyboardInterrupt:
-        print("interrupted: nothing was left under a final name", file=sys.stderr)
-        return 130
+        return leave(130, "interrupted: nothing incomplete is under a final name")
     return 0
 
 
-def interrupt(*_) -> None:
-    """A termination request takes the way of Ctrl-C, so that it cleans up as well."""
-    raise KeyboardInterrupt
+def leave(code: int, message: str) -> int:
+    """The exit code, after its one line: a path may hold a newline."""
+    with contextlib.suppress(OSError):
+        print(re.sub(r"[\x00-\x1f\x7f]", lambda found: ascii(found[0])[1:-1], message), file=sys.stderr, flush=True)
+    return code
+
+
+def prepare_streams() -> None:
+    """Makes stdin, stdout and stderr usable whatever the caller did to them.
+
+    A closed one leaves its number to the next file that is opened, which would get what is printed. A path that the
+    console's encoding lacks is shown with backslashes.
+    """
+    for descriptor in (0, 1, 2):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, which is this one
+    sys.stdout, sys.stderr = sys.stdout or open(1, "w"), sys.stderr or open(2, "w")
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, interrupt)
+    prepare_streams()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # by nohup, or a shell's &
+            signal.signal(number, interrupt)
+    sys.unraisablehook = lambda lost: None if INTERRUPTED.is_set() else sys.__unraisablehook__(lost)
     sys.exit(main())

@@ -1,25 +1,34 @@
 """data/prepare.py: splits, shards, byte counts, atomicity, error lines, and the downloader against a local server."""
 
 import dataclasses
+import errno
+import fcntl
 import gzip
 import hashlib
 import http.server
 import importlib.util
 import itertools
 import json
+import multiprocessing
 import os
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
+import traceback
 from pathlib import Path
 
+import hypothesis
 import numpy as np
 import pytest
 import sentencepiece as spm
 import zstandard
 from conftest import ROOT
+from hypothesis import strategies as st
 
 sys.path.insert(0, str(ROOT / "data"))
 import prepare
@@ -71,12 +80,18 @@ def stories(tmp_path: Path) -> Path:
     return write_jsonl(tmp_path / "stories.jsonl", [story(i) for i in range(60)])
 
 
-@pytest.fixture
-def model(tmp_path_factory, stories) -> Path:
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
     """A tokenizer of the challenge's recipe for documents like `story`."""
-    out = tmp_path_factory.mktemp("tokenizer") / "out"
-    run("text", stories, "--val-docs", 5, "--vocab-size", 320, "--out", out)
-    return next(out.glob("*.model"))
+    folder = tmp_path_factory.mktemp("tokenizer")
+    stories = write_jsonl(folder / "stories.jsonl", [story(i) for i in range(60)])
+    run("text", stories, "--val-docs", 5, "--vocab-size", 320, "--out", folder / "out")
+    return next((folder / "out").glob("*.model"))
+
+
+def digests(texts) -> list[str]:
+    """What fineweb_val_documents.tsv is to hold for documents of this normalised text."""
+    return [f"{len(data)}\t{hashlib.sha256(data).hexdigest()}" for data in (text.encode() for text in texts)]
 
 
 # -----------------------------------------------------------------------------
@@ -94,7 +109,7 @@ def test_first_documents_validate_and_none_is_in_both_splits(tmp_path, capsys):
     assert split_texts(tmp_path / "out", "val") == folded[:4]
     assert split_texts(tmp_path / "out", "train") == folded[4:]
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
-    assert manifest["dropped"] == {"duplicates": 4, "empty": 2}
+    assert manifest["dropped"] == {"duplicates": 4, "empty": 2, "unreadable": 0}
     assert "4 duplicates, 2 empty" in capsys.readouterr().out
 
 
@@ -133,9 +148,9 @@ def test_shards_are_cut_exactly_and_hold_every_document(tmp_path, stories, model
     assert len(manifest["splits"]["train"]["files"]) > 2
     header = np.fromfile(tmp_path / "out" / "fineweb_train_000000.bin", dtype="<i4", count=256)
     assert header.tolist() == [20240520, 1, 500] + [0] * 253
-    assert sorted(contents(tmp_path / "out")) == sorted(
-        [f["name"] for s in manifest["splits"].values() for f in s["files"]] + ["manifest.json", model.name]
-    )
+    shards = [f["name"] for s in manifest["splits"].values() for f in s["files"]]
+    others = ["manifest.json", model.name, "fineweb_val_documents.tsv"]
+    assert sorted(contents(tmp_path / "out")) == sorted(shards + others)
 
 
 def test_the_same_inputs_give_the_same_bytes_with_any_number_of_workers(tmp_path, real_text, monkeypatch):
@@ -169,6 +184,14 @@ def test_tokens_decode_to_the_normalised_text_and_its_bytes_are_counted(tmp_path
         assert entry["normalised_bytes"] == decoded == int(counter.count(split_tokens(out, split)).sum())
         assert entry["raw_bytes"] == sum(len(t.replace("\ud800", "\ufffd").encode()) for t in texts[part])
     assert manifest["splits"]["val"]["raw_bytes"] > manifest["splits"]["val"]["normalised_bytes"]
+    table = (out / "fineweb_val_documents.tsv").read_bytes()
+    assert table.decode().splitlines() == digests(wanted[:12])
+    assert manifest["validation_documents"] == {
+        "file": "fineweb_val_documents.tsv",
+        "sha256": hashlib.sha256(table).hexdigest(),
+        "documents": 12,
+        "bytes": manifest["splits"]["val"]["normalised_bytes"],
+    }
 
 
 def test_bytes_are_counted_across_parts_and_shards(monkeypatch, model):
@@ -181,9 +204,85 @@ def test_bytes_are_counted_across_parts_and_shards(monkeypatch, model):
 
 def test_a_wrong_byte_count_is_refused(tmp_path, stories, model, monkeypatch, capsys):
     count = train_gpt.TokenBytes.count
-    monkeypatch.setattr(train_gpt.TokenBytes, "count", lambda self, tokens: count(self, tokens) + 1)
+    third = len(spm.SentencePieceProcessor(model_file=str(model)).encode(story(2)))
+    assert third not in [len(spm.SentencePieceProcessor(model_file=str(model)).encode(story(i))) for i in (0, 1, 3, 4)]
+    wrong = {third: 1}  # in one document, and made good in another, so that the sum is right
+    monkeypatch.setattr(
+        train_gpt.TokenBytes, "count", lambda self, tokens: count(self, tokens) + wrong.get(len(tokens) - 1, 0)
+    )
     run("text", stories, "--val-docs", 5, "--tokenizer", model, "--out", tmp_path / "out", code=2)
-    assert "bits per byte would be wrong" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "validation document 3 ('Document number 2." in err and "bits per byte would be wrong" in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_tokens_of_another_text_with_as_many_bytes_are_refused(tmp_path, stories, model, monkeypatch, capsys):
+    encode = prepare.encode_chunk
+    a, b = (spm.SentencePieceProcessor(model_file=str(model)).piece_to_id(piece) for piece in "ab")
+
+    def exchange(*args):
+        tokens = encode(*args)
+        return np.where(tokens == a, b, tokens).astype(np.uint16)
+
+    monkeypatch.setattr(prepare, "encode_chunk", exchange)
+    run("text", stories, "--val-docs", 5, "--tokenizer", model, "--workers", 1, "--out", tmp_path / "out", code=2)
+    assert "validation document 1" in (err := capsys.readouterr().err) and "decode to another text" in err
+
+
+NASTY = [
+    " \ufeffTwo  spaces \u2581 and\r\na line. ",
+    "Ａ\u0301 full\u3000width \ufb01 \u2460 \u00bd\u037a",
+    "cafe\u0301 \u0130\u00df \u1100\u1161\u11a8 \U0001f469\u200d\U0001f4bb",
+    "\x00\x01 \u200b <s> </s> \ud800 \ue001the",
+]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"normalization_rule_name": "nfkc"},
+        {"normalization_rule_name": "identity"},
+        {"add_dummy_prefix": True},
+        {"add_dummy_prefix": True, "remove_extra_whitespaces": False, "normalization_rule_name": "identity"},
+        {"treat_whitespace_as_suffix": True},
+    ],
+)
+def test_documents_are_those_of_the_tokenizers_own_normaliser(tmp_path, changes):
+    model = bad_model(tmp_path, **changes)
+    source = write_jsonl(tmp_path / "in.jsonl", [*NASTY, *(story(i) for i in range(9))])
+    run("text", source, "--val-docs", 6, "--tokenizer", model, "--shard-tokens", 50, "--out", tmp_path / "out")
+    wanted = split_texts(tmp_path / "out", "val")  # by the decoder, which does not know the normaliser
+    assert (tmp_path / "out" / "fineweb_val_documents.tsv").read_text().splitlines() == digests(wanted)
+    assert len(wanted) == 6 and "\ue001the" in wanted[3]
+
+
+NORMALIZERS = [
+    spm.SentencePieceNormalizer(rule_name=rule, remove_extra_whitespaces=spaces).normalize
+    for rule in ("nmt_nfkc", "nfkc", "identity")
+    for spaces in (True, False)
+]
+FOLDS_CASE = spm.SentencePieceNormalizer(rule_name="nmt_nfkc_cf").normalize
+CHARACTERS = st.one_of(st.characters(), st.sampled_from("aA \u0301\u1161\uff21\u00a8\u200d\ufdfa\u2581\n"))
+
+
+@hypothesis.settings(max_examples=100, deadline=None)
+@hypothesis.given(st.text(CHARACTERS, max_size=20))
+def test_the_usual_normalisers_change_no_content(text):
+    text = prepare.utf8(text).decode()
+    for normalize in NORMALIZERS:
+        assert prepare.content(normalize(text).replace("\u2581", " ")) == prepare.content(text)
+    if any("A" <= c <= "Z" for c in text):
+        assert prepare.content(FOLDS_CASE(text)) != prepare.content(text)
+
+
+def test_a_normaliser_of_own_rules_is_found_in_the_document_that_it_changes(tmp_path, capsys):
+    (tmp_path / "rules.tsv").write_text("71 76\t78\n")  # qv -> x, and nothing else
+    model = bad_model(tmp_path, normalization_rule_tsv=str(tmp_path / "rules.tsv"))
+    source = write_jsonl(tmp_path / "in.jsonl", [story(0), "a qv b", *(story(i) for i in range(1, 9))])
+    run("text", source, "--val-docs", 2, "--tokenizer", model, "--out", tmp_path / "out", code=2)
+    err = capsys.readouterr().err
+    assert "validation document 2 ('a qv b')" in err and "(`qv b` to `x b`)" in err
     assert not (tmp_path / "out").exists()
 
 
@@ -255,6 +354,11 @@ def bad_model(folder: Path, **changes) -> Path:
         ({"byte_fallback": False}, "byte fallback"),
         ({"pad_id": 3, "unk_id": 0, "bos_id": 2, "eos_id": 1}, "BOS id 2"),
         ({"sentence_iterator": iter(["wordswithoutspaces"] * 9), "vocab_size": 280}, "piece of its own"),
+        ({"user_defined_symbols": ["\ue001", "<|x|>"]}, r"user-defined symbols ('\ue001', '<|x|>')"),
+        ({"normalization_rule_name": "nmt_nfkc_cf"}, "normaliser that changes letters"),
+        ({"normalization_rule_name": "nfkc_cf"}, "normaliser that changes letters"),
+        ({"remove_extra_whitespaces": False}, "keeps a document's leading spaces"),
+        ({"add_dummy_prefix": True, "treat_whitespace_as_suffix": True}, "adds to every text"),
     ],
 )
 def test_unsuitable_tokenizers_are_refused_before_any_work(tmp_path, stories, monkeypatch, capsys, changes, message):
@@ -264,6 +368,14 @@ def test_unsuitable_tokenizers_are_refused_before_any_work(tmp_path, stories, mo
     err = capsys.readouterr().err
     assert err.startswith("error: ") and err.count("\n") == 1 and message in err
     assert not (tmp_path / "out").exists()
+
+
+def test_published_tokenizers(real_text, tmp_path, stories, capsys):
+    for name in ("fineweb_1024_bpe.model", "fineweb_8192_bpe.model"):
+        prepare.check_tokenizer(real_text / name)
+    caseops = real_text / "fineweb_8192_bpe_lossless_caps_caseops_v1_reserved.model"
+    run("text", stories, "--val-docs", 5, "--tokenizer", caseops, "--out", tmp_path / "out", code=2)
+    assert r"user-defined symbols ('\ue001', '\ue002', '\ue003', '\ue004')" in capsys.readouterr().err
 
 
 # -----------------------------------------------------------------------------
@@ -314,12 +426,129 @@ def test_parquet(tmp_path, model, capsys):
     assert "no text field 'no'" in capsys.readouterr().err
 
 
+def test_rows_without_a_text_are_left_out_and_counted(tmp_path, model, capsys):
+    source = write_jsonl(tmp_path / "good.jsonl", [story(i) for i in range(400)])
+    good = source.read_bytes()
+    run("text", source, "--val-docs", 2, "--tokenizer", model, "--workers", 1, "--out", tmp_path / "good")
+    wanted = {name: data for name, data in contents(tmp_path / "good").items() if name != "manifest.json"}
+    deep = b"[" * 100_000
+    rows = {
+        "null": (b'{"text": null}', "{}:201: the field 'text' is not a string but null"),
+        "number": (b'{"text": 5}', "the field 'text' is not a string but int"),
+        "list": (b"[1]", "a JSON object with a 'text' field was expected"),
+        "no field": (b'{"body": "x"}', "no text field 'text' (fields: 'body'); name it with --text-field"),
+        "no JSON": (b'{"text": "x', "not a line of JSON"),
+        "deep": (deep, "JSON that is nested too deep"),
+        "deep in a field": (b'{"text": "x", "y": ' + deep, "JSON that is nested too deep"),
+        "bytes": (b'{"text": "caf\xe9 au lait"}', "not a line of JSON ('utf-8' codec"),
+        "digits": (b'{"text": "x", "n": ' + b"9" * 5000 + b"}", "not a line of JSON"),
+    }
+    lines = good.splitlines(keepends=True)
+    for name, (row, message) in rows.items():
+        source = tmp_path / f"{name}.jsonl"
+        source.write_bytes(b"".join([*lines[:200], row + b"\n", *lines[200:]]))
+        out = tmp_path / name
+        run("text", source, "--val-docs", 2, "--tokenizer", model, "--workers", 1, "--out", out)
+        manifest = json.loads((out / "manifest.json").read_text())
+        assert {name: data for name, data in contents(out).items() if name != "manifest.json"} == wanted
+        assert manifest["dropped"] == {"duplicates": 0, "empty": 0, "unreadable": 1}
+        said = capsys.readouterr().out
+        assert message.format(source) in said and "1 rows without a text" in said
+        assert "left out: 1 of 401 rows, which hold no text; the first: " in said
+
+        run("text", source, "--val-docs", 2, "--tokenizer", model, "--strict", "--out", tmp_path / "strict", code=2)
+        assert capsys.readouterr().err.startswith(f"error: {source}:201: ")
+        assert not (tmp_path / "strict").exists()
+
+
+def test_a_wrong_field_is_found_without_reading_everything(tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare, "HOPELESS_ROWS", 10)
+    (tmp_path / "in.jsonl").write_text('{"body": "x"}\n' * 10 + '{"text": "x"}\n' * 10_000)
+    rows = prepare.read_documents([tmp_path / "in.jsonl"], "text", strict=False)
+    with pytest.raises(prepare.UserError, match="none of the first 10 rows holds a text.*--text-field"):
+        list(rows)
+
+
+def test_lines_of_utf_16_are_not_guessed_at(tmp_path, stories, capsys):
+    source = tmp_path / "utf16.jsonl"
+    source.write_bytes(stories.read_text().encode("utf-16"))
+    run("text", source, "--val-docs", 2, "--out", tmp_path / "out", code=2)
+    assert "61 of 61 rows hold no text" in capsys.readouterr().err
+    source.write_bytes(b"\xef\xbb\xbf" + stories.read_bytes())  # but a mark that says UTF-8 is nothing
+    assert list(prepare.read_documents([source], "text", strict=True)) == [story(i) for i in range(60)]
+
+
+def test_parquet_rows(tmp_path):
+    import pyarrow
+    from pyarrow import parquet
+
+    def rows(column) -> list:
+        parquet.write_table(pyarrow.table({"text": column}), tmp_path / "in.parquet")
+        return list(prepare.file_rows(tmp_path / "in.parquet", "text"))
+
+    where = f"{tmp_path / 'in.parquet'}: row"
+    offsets, broken = pyarrow.py_buffer(b"\0\0\0\0\1\0\0\0"), pyarrow.py_buffer(b"\xff")
+    bad = pyarrow.Array.from_buffers(pyarrow.string(), 1, [None, offsets, broken])
+    good, null, bytes_ = rows(pyarrow.concat_arrays([pyarrow.array(["a", None]), bad]))
+    assert good == "a"
+    assert null.reason == f"{where} 2: the field 'text' is not a string but null"
+    assert bytes_.reason.startswith(f"{where} 3 is not UTF-8")
+    assert rows(pyarrow.array(["a", "b"], pyarrow.large_string())) == ["a", "b"]
+    assert rows(pyarrow.array(["a", "b"]).dictionary_encode()) == ["a", "b"]
+    for column, kind in (([1], "int"), ([["a"]], "list"), ([{"a": "b"}], "dict"), ([b"a"], "bytes")):
+        assert rows(column)[0].reason == f"{where} 1: the field 'text' is not a string but {kind}"
+    whole = (tmp_path / "in.parquet").read_bytes()
+    for damaged in (b"", whole[:-50], whole[:4] + b"\xff" * 60 + whole[64:]):
+        (tmp_path / "in.parquet").write_bytes(damaged)
+        with pytest.raises(prepare.UserError, match="cannot read .*in.parquet: "):
+            list(prepare.file_rows(tmp_path / "in.parquet", "text"))
+
+
+def test_a_folder_is_read_as_its_owner_sees_it(tmp_path, monkeypatch, capsys):
+    folder, elsewhere = tmp_path / "docs", tmp_path / "elsewhere"
+    (folder / ".git").mkdir(parents=True)
+    elsewhere.mkdir()
+    for path in (folder / "a.txt", folder / ".b.txt", folder / ".git" / "c.txt", elsewhere / "d.txt", folder / "e.md"):
+        path.write_text("text")
+    (folder / "d.jsonl").mkdir()  # a folder after all
+    (folder / "linked").symlink_to(elsewhere)
+    (folder / "again").symlink_to(folder)
+    assert prepare.input_files([folder]) == [folder / "a.txt", folder / "linked" / "d.txt"]
+    assert capsys.readouterr().out == f"{folder}: left out 2 hidden files or folders, such as .b.txt\n"
+    assert prepare.input_files([folder / ".b.txt"]) == [folder / ".b.txt"]  # named, it is meant
+
+    for broken in ("f.jsonl", "more"):
+        (folder / broken).symlink_to(tmp_path / "nowhere")
+        with pytest.raises(prepare.UserError, match=f"{broken} is a link to nothing"):
+            prepare.input_files([folder])
+        (folder / broken).unlink()
+    monkeypatch.setattr(os, "access", lambda path, mode: path != folder / "a.txt")
+    with pytest.raises(prepare.UserError, match="a.txt: permission denied"):
+        prepare.input_files([folder])
+
+    def denied(path):
+        raise PermissionError(errno.EACCES, "Permission denied", path)
+
+    monkeypatch.setattr(os, "scandir", denied)
+    with pytest.raises(prepare.UserError, match="cannot read .*docs: Permission denied"):
+        prepare.input_files([folder])
+
+
+def test_zst_of_a_wide_window(tmp_path):
+    # As `zstd --long=28` writes it; decoders take 27 if they are not told otherwise.
+    wide = zstandard.ZstdCompressionParameters.from_level(1, window_log=28)
+    line = json.dumps({"text": "word " * 20}).encode() + b"\n"
+    frame = zstandard.ZstdCompressor(compression_params=wide).compressobj()  # of unknown size, so the window counts
+    (tmp_path / "in.jsonl.zst").write_bytes(frame.compress(line) + frame.flush())
+    assert list(prepare.read_documents([tmp_path / "in.jsonl.zst"], "text", strict=True)) == ["word " * 20]
+
+
 def test_parquet_without_pyarrow_is_one_clear_line(tmp_path, monkeypatch, capsys):
     (tmp_path / "in.parquet").write_bytes(b"PAR1")
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "pyarrow" else find_spec(name))
     run("text", tmp_path / "in.parquet", "--val-docs", 1, "--out", tmp_path / "out", code=2)
-    assert capsys.readouterr().err == "error: .parquet inputs need pyarrow: pip install pyarrow\n"
+    assert "a .parquet input needs pyarrow, which is not installed: pip install pyarrow" in capsys.readouterr().err
 
 
 # -----------------------------------------------------------------------------
@@ -368,6 +597,12 @@ def make_bad_inputs(folder: Path) -> None:
         ("{d}/good.jsonl --val-docs 1 --val {d}/good.jsonl --out {d}/out", "not allowed with"),
         ("{d}/good.jsonl --out {d}/out", "--val-docs --val is required"),
         ("{d}/good.jsonl --val-docs 0 --out {d}/out", "above 0"),
+        ("{d}/good.jsonl --val-docs 1" + 5000 * "0" + " --out {d}/out", "at most 18 digits"),
+        ("{d}/good.jsonl --val-docs 1 --vocab-size 65537 --out {d}/out", "65537 is above 65,536"),
+        ("{d}/good.jsonl --val-docs 1 --shard-tokens 2147483648 --out {d}/out", "above 2,147,483,647"),
+        ("{d}/good.jsonl --val-docs 1 --out /", "/ exists already"),
+        ("{d}/good.jsonl --val-docs 1 --out {d}/\udcff", "SentencePiece opens UTF-8 paths only"),
+        ("/dev/null --val-docs 1 --out {d}/out", "/dev/null is no regular file"),
         ("{d}/good.jsonl --val-docs 1", "required: --out"),
         ("{d}/good.jsonl --val-docs 1 --out {d}/out --vocab-size 300 --tokenizer x", "not allowed with"),
     ],
@@ -382,6 +617,19 @@ def test_what_the_user_can_fix_is_one_line(tmp_path, capfd, arguments, message):
     assert sorted(tmp_path.rglob("*")) == before  # nothing is left, neither result nor temporary folder
 
 
+def test_an_error_stays_one_line_whatever_the_path(tmp_path, capsys):
+    run("text", tmp_path / "new\nline\x1b.jsonl", "--val-docs", 1, "--out", tmp_path / "out", code=2)
+    assert capsys.readouterr().err == f"error: input {tmp_path}/new\\nline\\x1b.jsonl does not exist\n"
+
+
+def test_an_input_whose_name_is_not_utf_8(tmp_path, model):
+    source = tmp_path / os.fsdecode(b"raw\xff.jsonl")
+    write_jsonl(source, [story(i) for i in range(4)])
+    run("text", source, "--val-docs", 1, "--tokenizer", model, "--out", tmp_path / "out")
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text("utf-8"))
+    assert manifest["options"]["inputs"][0]["name"] == source.name
+
+
 def test_existing_output_is_not_touched(tmp_path, stories, capsys):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "precious").write_text("mine")
@@ -393,7 +641,7 @@ def test_existing_output_is_not_touched(tmp_path, stories, capsys):
 @pytest.mark.parametrize("step", ["write_shards", "train_tokenizer", "describe", "fsync"])
 def test_a_failure_at_any_step_leaves_nothing(tmp_path, stories, monkeypatch, capsys, step):
     def fail(*args):
-        assert list(tmp_path.glob(".out.*.partial")) and not (tmp_path / "out").exists()
+        assert list(tmp_path.glob(".out.preparing")) and not (tmp_path / "out").exists()
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(prepare, step, fail)
@@ -403,7 +651,7 @@ def test_a_failure_at_any_step_leaves_nothing(tmp_path, stories, monkeypatch, ca
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 130), (signal.SIGKILL, -9)])
-def test_an_interrupted_run_leaves_no_data_set(tmp_path, real_text, number, code):
+def test_an_interrupted_run_leaves_no_data_set(tmp_path, real_text, number, code, capsys):
     out = tmp_path / "out"
     command = [sys.executable, ROOT / "data" / "prepare.py", "text", real_text / "webmix_train.jsonl.gz", "--val-docs",
                "9", "--tokenizer", real_text / "fineweb_1024_bpe.model", "--workers", "2", "--out", out]  # fmt: skip
@@ -416,19 +664,143 @@ def test_an_interrupted_run_leaves_no_data_set(tmp_path, real_text, number, code
         # A shell starts background jobs with SIGINT ignored, and its children would inherit that.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
-    deadline = time.monotonic() + 30
-    while not list(tmp_path.glob(".out.*.partial/fineweb_train_000000.bin")) and time.monotonic() < deadline:
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob(".out.preparing/fineweb_train_000000.bin")) and time.monotonic() < deadline:
         time.sleep(0.01)
-    if number == signal.SIGTERM:
-        process.send_signal(number)
-    else:
+    if number == signal.SIGINT:
         os.killpg(process.pid, number)  # as a terminal does: the workers get it too
-    _, err = process.communicate(timeout=30)
+    else:
+        process.send_signal(number)
+    _, err = process.communicate(timeout=120)  # until nobody can write to stderr any more: no worker is left
     assert process.returncode == code
     assert not out.exists()
     if number != signal.SIGKILL:
-        assert err == "interrupted: nothing was left under a final name\n"
+        assert err == "interrupted: nothing incomplete is under a final name\n"
         assert list(tmp_path.iterdir()) == []
+        return
+    assert [path.name for path in tmp_path.iterdir()] == [".out.preparing"]
+    source = write_jsonl(tmp_path / "in.jsonl", [story(i) for i in range(9)])
+    run("text", source, "--val-docs", 2, "--vocab-size", 300, "--workers", 1, "--out", out)
+    assert "files of a run that was killed from" in capsys.readouterr().out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "out"]
+    assert len(split_texts(out, "train")) == 7 and len(list(out.iterdir())) == 5  # nothing of the other run
+
+
+def test_of_two_runs_into_one_folder_the_second_gets_a_line(tmp_path, stories, monkeypatch, capsys):
+    monkeypatch.setattr(prepare, "LOCK_SECONDS", 0.0)
+    again = ("text", stories, "--val-docs", 5, "--vocab-size", 300, "--out", tmp_path / "out")
+    with prepare.building(tmp_path / "out") as folder:
+        (folder / "train.spool").write_bytes(b"of the first")
+        run(*again, code=2)
+        assert f"another run is preparing {tmp_path / 'out'}" in capsys.readouterr().err
+        assert contents(folder) == {"train.spool": b"of the first"}
+    run(*again, code=2)
+    assert "exists already" in capsys.readouterr().err
+    assert contents(tmp_path / "out") == {"train.spool": b"of the first"}
+
+
+def test_a_file_system_without_locks(tmp_path, stories, monkeypatch, capsys):
+    def flock(*args):
+        raise OSError(errno.ENOTSUP, "Operation not supported")
+
+    monkeypatch.setattr(prepare.fcntl, "flock", flock)
+    again = ("text", stories, "--val-docs", 5, "--vocab-size", 300, "--out", tmp_path / "out")
+    (tmp_path / ".out.preparing").mkdir()
+    (tmp_path / ".out.preparing" / "train.spool").write_bytes(b"of somebody")
+    run(*again, code=2)  # it may be alive
+    assert "is of another run, live or killed; remove it" in capsys.readouterr().err
+    assert contents(tmp_path / ".out.preparing") == {"train.spool": b"of somebody"}
+    shutil.rmtree(tmp_path / ".out.preparing")
+    run(*again)
+    assert not (tmp_path / ".out.preparing").exists()
+
+
+def test_a_lock_is_not_taken_for_a_folder_that_was_just_renamed(tmp_path):
+    (tmp_path / "old").mkdir()
+    opened = iter([tmp_path / "old", tmp_path / "new"])  # the first was renamed after it was opened
+
+    def open_next() -> int:
+        (tmp_path / "new").mkdir(exist_ok=True)
+        return os.open(next(opened), os.O_RDONLY)
+
+    descriptor, locked = prepare.claim(tmp_path / "new", open_next, "here")
+    assert locked and os.path.samestat(os.fstat(descriptor), os.stat(tmp_path / "new"))
+    os.close(descriptor)
+
+
+def test_training_a_tokenizer_can_be_interrupted():
+    def interrupt():
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Timer(0.5, interrupt).start()
+    with pytest.raises(KeyboardInterrupt):
+        prepare.in_child(time.sleep, 600)
+    assert not multiprocessing.active_children()
+    with pytest.raises(prepare.UserError, match="died, perhaps for lack of memory"):
+        prepare.in_child(os._exit, 1)
+
+
+@pytest.mark.parametrize("step", ["encode_chunk", "fsync"])
+def test_an_interrupt_that_python_drops_is_raised_again(tmp_path, stories, model, monkeypatch, capsys, step):
+    class Dropped:
+        def __del__(self):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    done = getattr(prepare, step)
+
+    def drop(*args):
+        Dropped()
+        return done(*args)
+
+    monkeypatch.setattr(prepare, step, drop)
+    monkeypatch.setattr(prepare, "INTERRUPTED", threading.Event())
+    monkeypatch.setattr(sys, "unraisablehook", lambda lost: None)
+    before = signal.signal(signal.SIGTERM, prepare.interrupt)
+    try:
+        run("text", stories, "--val-docs", 5, "--tokenizer", model, "--workers", 1, "--out", tmp_path / "out", code=130)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert "interrupted" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == [stories]
+
+
+def prepared(command: str, cwd: Path, **environ) -> subprocess.CompletedProcess:
+    """`prepare.py <command>` of a shell, which can close and break its streams."""
+    script = f"{shlex.quote(sys.executable)} {shlex.quote(str(ROOT / 'data' / 'prepare.py'))} {command}"
+    env = {**os.environ, **environ}
+    return subprocess.run(["bash", "-c", script], cwd=cwd, env=env, capture_output=True, text=True, timeout=100)
+
+
+def test_closed_streams_cost_no_data(tmp_path, stories, model):
+    run("text", stories, "--val-docs", 5, "--tokenizer", model, "--out", tmp_path / "wanted")
+    ran = prepared(f"text {stories} --val-docs 5 --tokenizer {model} --out \u00f6ut <&- >&- 2>&-", tmp_path)
+    assert (ran.returncode, ran.stdout, ran.stderr) == (0, "", "")
+    assert contents(tmp_path / "\u00f6ut") == contents(tmp_path / "wanted")
+
+
+def test_streams_that_cannot_be_written(tmp_path, offline):
+    shutil.copytree(offline, tmp_path / "\u00f6ut")
+    again = "offline --max-bytes 300000 --val-docs 6 --out \u00f6ut"
+    ran = prepared(again, tmp_path, PYTHONIOENCODING="ascii")
+    assert ran.returncode == 0 and r"DATA_PATH='\xf6ut'" in ran.stdout
+    ran = prepared(f"{again} > /dev/full", tmp_path)
+    assert (ran.returncode, ran.stderr) == (0, "")
+    ran = prepared(f"{again} | true; exit ${{PIPESTATUS[0]}}", tmp_path)
+    assert (ran.returncode, ran.stderr) == (0, "")
+    ran = prepared("text missing --val-docs 1 --out out 2>&-", tmp_path)
+    assert (ran.returncode, ran.stdout) == (2, "")
+
+
+def test_a_full_disk(tmp_path, stories):
+    script = f"ulimit -f 4; exec {sys.executable} {ROOT / 'data' / 'prepare.py'} text {stories} --val-docs 5 --out out"
+    ran = subprocess.run(["bash", "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=100)
+    assert ran.returncode == 2 and ran.stderr == "error: no room to write out: File too large; nothing of it was kept\n"
+    assert list(tmp_path.iterdir()) == [stories]
+
+
+def test_without_numpy_it_is_one_line(tmp_path):
+    ran = subprocess.run([sys.executable, "-S", "-I", ROOT / "data" / "prepare.py"], capture_output=True, text=True)
+    assert ran.returncode == 2 and ran.stderr == "error: numpy is not installed: pip install -r requirements.txt\n"
 
 
 # -----------------------------------------------------------------------------
@@ -458,7 +830,25 @@ def test_offline_repeats_itself_and_notices_damage(offline, capsys):
     run(*again, code=2)
     assert f"{shard} is missing or damaged" in capsys.readouterr().err
     shard.write_bytes(whole)
+    documents = offline / "fineweb_val_documents.tsv"
+    whole = documents.read_bytes()
+    documents.write_bytes(whole.replace(b"\t", b"0\t", 1))
+    run(*again, code=2)
+    assert f"{documents} is missing or damaged" in capsys.readouterr().err
+    documents.write_bytes(whole)
     run(*again)
+
+
+def test_offline_of_an_earlier_version_is_prepared_anew(offline, tmp_path, capsys):
+    shutil.copytree(offline, tmp_path / "out")
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    del manifest["validation_documents"]
+    (tmp_path / "out" / "manifest.json").write_text(json.dumps(manifest))
+    run("offline", "--max-bytes", 300_000, "--val-docs", 6, "--out", tmp_path / "out", code=2)
+    assert "by an earlier version, without fineweb_val_documents.tsv; remove" in capsys.readouterr().err
+    (tmp_path / "out" / "manifest.json").write_text("[" * 100_000)
+    run("offline", "--max-bytes", 300_000, "--val-docs", 6, "--out", tmp_path / "out", code=2)
+    assert "without a manifest of a data set" in capsys.readouterr().err
 
 
 def test_offline_is_deterministic(offline):
@@ -597,20 +987,49 @@ def hub(model):
     server.server_close()
 
 
-def fetch(hub: Repository, out: Path, *args, code: int = 0, port: int | None = None) -> str:
-    """Runs the downloader as users do; returns stdout, or the one line of stderr where it is to fail."""
+def fetch(hub: Repository, out: Path, *args, code: int = 0, port: int | None = None, environ=()) -> str:
+    """Runs the downloader in a process of its own; returns stdout, or the one line of stderr where it is to fail."""
     hidden = {"HF_TOKEN", "HF_HUB_OFFLINE", "MATCHED_FINEWEB_REPO_ID", "MATCHED_FINEWEB_REMOTE_ROOT_PREFIX"}
     env = {key: value for key, value in os.environ.items() if key not in hidden and not key.lower().endswith("_proxy")}
     env |= {"HF_ENDPOINT": f"http://127.0.0.1:{port or hub.port}", "HF_HOME": str(out / "hf")}
-    env |= {"MATCHED_FINEWEB_REPO_ID": "me/data"}
-    command = [sys.executable, ROOT / "data" / "prepare.py", "fineweb", "--variant", "sp320", "--train-shards", "2"]
-    done = subprocess.run([*command, "--out", out, *args], env=env, capture_output=True, text=True, timeout=50)
-    assert done.returncode == code, done.stderr
+    env |= {"MATCHED_FINEWEB_REPO_ID": "me/data"} | dict(environ)
+    command = ["fineweb", "--variant", "sp320", "--train-shards", "2", "--out", out, *args]
+    got, stdout, stderr = forked([str(word) for word in command], env)
+    assert got == code, stderr
     if code:
-        assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
-        return done.stderr
-    assert done.stderr == ""
-    return done.stdout
+        assert stderr.startswith("error: ") and stderr.count("\n") == 1, stderr
+        return stderr
+    assert stderr == ""
+    return stdout
+
+
+def forked(argv: list[str], env: dict[str, str]) -> tuple[int, str, str]:
+    """prepare.main in a fork of this process, which has imported torch already; exit code, stdout and stderr.
+
+    huggingface_hub reads its settings when it is imported, so the child imports it anew.
+    """
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        if not (child := os.fork()):
+            code = 70
+            try:
+                os.dup2(out.fileno(), 1)
+                os.dup2(err.fileno(), 2)
+                sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
+                for name in [name for name in sys.modules if name.partition(".")[0] == "huggingface_hub"]:
+                    del sys.modules[name]
+                os.environ.clear()
+                os.environ.update(env)
+                code = prepare.main(argv)
+                sys.stdout.flush()
+            except BaseException:
+                traceback.print_exc(file=sys.stderr)
+            finally:
+                sys.stderr.flush()
+                os._exit(code)
+        _, status = os.waitpid(child, 0)
+        out.seek(0)
+        err.seek(0)
+        return os.waitstatus_to_exitcode(status), out.read().decode(), err.read().decode()
 
 
 TRAIN0 = "datasets/datasets/fineweb10B_sp320/fineweb_train_000000.bin"
@@ -730,3 +1149,54 @@ def test_fetch_without_network_repository_or_room_is_one_line(hub, tmp_path):
     assert "2 training shards; --train-shards 3" in fetch(hub, tmp_path / "c", "--train-shards", "3", code=2)
     (tmp_path / "file").write_text("")
     assert "cannot write" in fetch(hub, tmp_path / "d", "--out", tmp_path / "file" / "out", code=2)
+
+
+def test_fetch_refuses_transformed_text_before_any_shard(hub, tmp_path):
+    variant = "sp8192_lossless_caps_caseops_v1_reserved"
+    assert "is of transformed text" in fetch(hub, tmp_path / "name", "--variant", variant, code=2, port=9)
+    assert not (tmp_path / "name").exists()
+
+    sidecar = "datasets/datasets/fineweb10B_sp320/fineweb_val_bytes_000000.bin"
+    hub.files[sidecar] = shard_bytes(900)
+    err = fetch(hub, tmp_path / "sidecar", code=2)
+    assert "comes with byte counts of its own (fineweb_val_bytes_000000.bin)" in err
+    del hub.files[sidecar]
+    (tmp_path / "m").mkdir()
+    for changes, message in (
+        ({"user_defined_symbols": ["\ue001"]}, "user-defined symbols"),
+        ({"normalization_rule_name": "nmt_nfkc_cf"}, "normaliser that changes letters"),
+    ):
+        hub.files["datasets/tokenizers/named.model"] = bad_model(tmp_path / "m", **changes).read_bytes()
+        assert message in fetch(hub, tmp_path / "pieces", code=2)
+    assert not list(tmp_path.rglob("*.bin")) and not list(tmp_path.rglob("*.partial"))
+
+
+def test_fetch_beside_another_run_gets_a_line(hub, tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare, "LOCK_SECONDS", 0.0)
+    hub.break_at[TRAIN0] = 60_000
+    fetch(hub, tmp_path, code=2)
+    hub.broken.clear()
+    (partial,) = (tmp_path / "datasets").rglob("*.partial")
+    with partial.open("ab") as sink:
+        fcntl.flock(sink, fcntl.LOCK_EX)
+        assert "another run is fetching" in fetch(hub, tmp_path, code=2)
+    assert partial.stat().st_size == 60_000
+    fetch(hub, tmp_path)
+    assert landed(tmp_path)[TRAIN0] == hub.files[TRAIN0]
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "HF_ENDPOINT=nonsense",
+        "HF_ENDPOINT=http://[",
+        "HF_ENDPOINT=http://127.0.0.1:99999",
+        "HF_HUB_DOWNLOAD_TIMEOUT=abc",
+        "HF_TOKEN=t\u00f6ken",
+        "HTTP_PROXY=nonsense",
+    ],
+)
+def test_fetch_with_a_wrong_setting_of_the_hub_is_one_line(hub, tmp_path, setting):
+    name, value = setting.split("=")
+    err = fetch(hub, tmp_path, code=2, environ={name: value})
+    assert "cannot reach me/data" in err or "a setting of the hub (HF_...) is wrong" in err
