@@ -1254,7 +1254,9 @@ class TokenBytes:
         normal = model.normalize(letters).replace("▁", " ").strip()
         if normal not in (letters, unicodedata.normalize("NFKC", letters)):
             return "has a normaliser that changes letters (such as nmt_nfkc_cf, which folds case)"
-        if model.decode(model.encode(" a")).startswith(" ") and not model.normalize("a").startswith("▁"):
+        if (alone := model.normalize("a")) not in ("a", "▁a"):
+            return "puts its spaces elsewhere (treat_whitespace_as_suffix with add_dummy_prefix)"
+        if alone == "a" and model.decode(model.encode(" a")).startswith(" "):
             return "keeps a document's leading spaces (trained without remove_extra_whitespaces)"
         return None
 

@@ -378,6 +378,7 @@ def train_tokenizer(folder: Path, name: str, **changes) -> tuple[Path, int]:
         (dict(normalization_rule_name="nmt_nfkc_cf"), "a normaliser that changes letters"),
         (dict(normalization_rule_name="nfkc_cf"), "a normaliser that changes letters"),
         (dict(remove_extra_whitespaces=False), "keeps a document's leading spaces"),
+        (dict(treat_whitespace_as_suffix=True, add_dummy_prefix=True), "puts its spaces elsewhere"),
     ],
 )
 def test_a_tokenizer_whose_pieces_do_not_spell_its_text_is_refused(changes, said, tmp_path):
