@@ -358,7 +358,7 @@ def bad_model(folder: Path, **changes) -> Path:
         ({"normalization_rule_name": "nmt_nfkc_cf"}, "normaliser that changes letters"),
         ({"normalization_rule_name": "nfkc_cf"}, "normaliser that changes letters"),
         ({"remove_extra_whitespaces": False}, "keeps a document's leading spaces"),
-        ({"add_dummy_prefix": True, "treat_whitespace_as_suffix": True}, "adds to every text"),
+        ({"add_dummy_prefix": True, "treat_whitespace_as_suffix": True}, "puts its spaces elsewhere"),
     ],
 )
 def test_unsuitable_tokenizers_are_refused_before_any_work(tmp_path, stories, monkeypatch, capsys, changes, message):
