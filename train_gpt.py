@@ -510,7 +510,8 @@ class Ranks:
         if wants_cuda:
             torch.cuda.set_device(self.device)
         if self.size > 1:
-            dist.init_process_group("nccl" if wants_cuda else "gloo")
+            backend, store = "nccl" if wants_cuda else "gloo", fresh_store(self.rank, self.size)
+            dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.size)
             if wants_cuda:
                 dist.barrier(device_ids=[local_rank])  # the communicator is built here, not in the first timed step
         # torch 2.13 renames the flat collectives; older versions know only the first names.
@@ -584,13 +585,35 @@ class Ranks:
 
     def lost_peer(self, error: RuntimeError) -> bool:
         """Whether a collective failed because another process is gone."""
-        return self.size > 1 and (
-            isinstance(error, dist.DistError) or re.search("gloo|NCCL|c10d", str(error)) is not None
-        )
+        return self.size > 1 and is_of_ranks(error)
 
     def close(self) -> None:
         if self.size > 1:
             dist.destroy_process_group()
+
+
+def is_of_ranks(error: RuntimeError) -> bool:
+    return isinstance(error, dist.DistError) or re.search("gloo|NCCL|c10d", str(error)) is not None
+
+
+def fresh_store(rank: int, size: int) -> dist.Store:
+    """A part of torchrun's store that no other group of processes has written to.
+
+    Processes that torchrun restarts get the store of those that died, with the addresses of the dead still in it, and
+    its count of restarts may differ between hosts. So every rank draws a key; the main rank publishes the list of them
+    until all have found their own in it, which no earlier list can hold, and its key names the part.
+    """
+    store, own = next(dist.rendezvous("env://", rank, size))[0], os.urandom(8).hex()
+    store.set(f"key{rank}", own)
+    if rank == 0:
+        while not store.check([f"{own}/met{r}" for r in range(1, size)]):
+            store.set("keys", " ".join([own] + [store.get(f"key{r}").decode() for r in range(1, size)]))
+            time.sleep(0.02)
+        return dist.PrefixStore(own, store)
+    while own not in (keys := store.get("keys").decode().split()):
+        time.sleep(0.02)
+    store.set(f"{keys[0]}/met{rank}", "")
+    return dist.PrefixStore(keys[0], store)
 
 
 class _Done:
