@@ -490,6 +490,39 @@ def settings_table() -> str:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+class Place(NamedTuple):
+    """Where torchrun has put this process; without torchrun, a single one."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1  # processes on this host
+
+    @classmethod
+    def from_env(cls, environ: Mapping[str, str]) -> "Place":
+        """Raises UserError."""
+
+        def number(name: str, default: int) -> int:
+            text = environ.get(name, str(default))
+            if not text.isdecimal():
+                raise UserError(f"{name}={text} must be a whole number; torchrun sets it, one process needs none")
+            return int(text)
+
+        rank, size, local_rank = number("RANK", 0), number("WORLD_SIZE", 1), number("LOCAL_RANK", 0)
+        local_size = number("LOCAL_WORLD_SIZE", local_rank + 1)
+        for lower, value, upper, limit in (
+            ("RANK", rank, "WORLD_SIZE", size),
+            ("LOCAL_RANK", local_rank, "LOCAL_WORLD_SIZE", local_size),
+        ):
+            if value >= limit:
+                raise UserError(f"{lower}={value} must be less than {upper}={limit}; start the processes with torchrun")
+        if size > 1 and not environ.get("MASTER_ADDR"):
+            raise UserError(f"WORLD_SIZE={size} processes need MASTER_ADDR to meet; start them with torchrun")
+        if size > 1 and not 0 < number("MASTER_PORT", 0) < 1 << 16:
+            raise UserError(f"WORLD_SIZE={size} processes need MASTER_PORT, 1 to 65535, to meet; use torchrun")
+        return cls(rank, size, local_rank, local_size)
+
+
 class Ranks:
     """This process among all of torchrun's. Every collective call of the project goes through here.
 
@@ -497,12 +530,10 @@ class Ranks:
     """
 
     def __init__(self, hp: Hyperparameters, environ: Mapping[str, str]):
-        self.rank, self.size = int(environ.get("RANK", 0)), int(environ.get("WORLD_SIZE", 1))
-        local_rank = int(environ.get("LOCAL_RANK", 0))
+        self.rank, self.size, local_rank, local_size = Place.from_env(environ)
         wants_cuda = hp.device == "cuda" or (hp.device == "auto" and torch.cuda.is_available())
         if wants_cuda and not torch.cuda.is_available():
             raise UserError("DEVICE=cuda, but torch sees no CUDA device; use DEVICE=cpu or a CUDA build of torch")
-        local_size = int(environ.get("LOCAL_WORLD_SIZE", local_rank + 1))
         if wants_cuda and local_size > torch.cuda.device_count():
             count = torch.cuda.device_count()
             raise UserError(f"{local_size} processes on a host with {count} GPUs; lower --nproc_per_node to {count}")
