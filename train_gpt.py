@@ -42,6 +42,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+if __name__ == "__main__":  # before the imports, which take seconds and open files
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until main: no traceback out of an import
+    for fd, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
+        if getattr(sys, name) is None:  # closed: a file opened later would get its number, and the lines of C++
+            os.open(os.devnull, os.O_RDWR)
+            setattr(sys, name, open(fd, mode))
+    sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: a console without UTF-8 ends no run
+
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -660,7 +668,8 @@ class Log:
     def __init__(self, path: Path | None):
         self.path = path
         self.fresh = path is None or not path.exists()  # else a run goes on
-        self._file = path.open("a", encoding="utf-8") if path else None
+        # A path may hold bytes that are no text.
+        self._file = path.open("a", encoding="utf-8", errors="backslashreplace") if path else None
 
     def __call__(self, line: str, console: bool = True) -> None:
         if self.path is None:
@@ -671,9 +680,7 @@ class Log:
                 self._file.flush()
             except OSError as error:  # a full disk must not end a run that could still be saved
                 self._file = None
-                print(
-                    f"warning: {self.path}: {error.strerror}; the log goes on here alone", file=sys.stderr, flush=True
-                )
+                complain(f"warning: {self.path}: {error.strerror}; the log goes on here alone")
         if console:
             with contextlib.suppress(OSError):  # a console that is gone; the file has the line
                 if sys.stderr.isatty():
@@ -682,6 +689,12 @@ class Log:
                     tqdm.write(line)  # does not tear the bar
                 else:
                     print(line, flush=True)
+
+
+def complain(line: str) -> None:
+    """One line to stderr, which may be gone."""
+    with contextlib.suppress(OSError):
+        print(line, file=sys.stderr, flush=True)
 
 
 def progress_bar(total: int, label: str, log: Log, initial: int = 0):
@@ -4685,13 +4698,17 @@ def main(argv: Sequence[str], environ: Mapping[str, str]) -> int:
 def leave(code: int, message: str, speak: bool) -> int:
     """The exit code, after its one line."""
     if speak:
-        print(message, file=sys.stderr, flush=True)
+        complain(message)
     return code
 
 
 if __name__ == "__main__":
     code = main(sys.argv[1:], os.environ)
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:  # gone: flushed once more on the way out, it would change the exit code
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     if dist.is_initialized():  # after a failure: peers may wait in the group, and torn down alone it can abort or hang
-        sys.stdout.flush()
         os._exit(code)
     sys.exit(code)
