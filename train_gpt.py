@@ -30,6 +30,7 @@ import math
 import os
 import queue
 import re
+import select
 import shutil
 import signal
 import statistics
@@ -60,7 +61,7 @@ BOS_ID = 1  # every document starts with it; SentencePiece itself never emits it
 
 
 class Interrupted(BaseException):
-    """SIGTERM or SIGINT; the exit code is 128 plus its number."""
+    """SIGTERM, SIGINT or SIGHUP; the exit code is 128 plus its number."""
 
     label = "interrupted"
 
@@ -725,32 +726,91 @@ LOWER_RATES = "a lower MATRIX_LR, SCALAR_LR or TIED_EMBED_LR"
 
 
 class Signals:
-    """SIGTERM and SIGINT end the run at once or, while `deferred`, are noted for the training loop to act on.
+    """SIGTERM, SIGINT and SIGHUP end the run at once or, while `deferred`, are noted for the training loop to act on.
 
-    Repeated ones are ignored: torchrun passes on to its workers what the terminal has sent them already.
+    Repeated ones are ignored: torchrun passes on to its workers what the terminal has sent them already. But one that
+    comes REPEATED seconds after the first ends a deferred run at once.
+
+    Python handles a signal between two of its own instructions. A main thread that waits for another rank, in C++, may
+    not come to one for half an hour: after PATIENCE seconds a thread ends the process in its place.
     """
 
+    PATIENCE, REPEATED = 5.0, 5.0
+
     def __init__(self):
-        self.caught, self.deferred = 0, False
+        self.patience = self.PATIENCE
+        self.caught, self.deferred, self.leaving = 0, False, False
         self.advice = "there is no checkpoint to go on from"  # what to tell whoever ends the run
+        self.speaks, self.log = True, Log(None)
 
     def __enter__(self):
-        self.before = {}
+        self.before, self.pipe = {}, None
         if threading.current_thread() is threading.main_thread():
-            self.before = {s: signal.signal(s, self.handle) for s in (signal.SIGTERM, signal.SIGINT)}
+            numbers = [signal.SIGTERM, signal.SIGINT]
+            if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # else nohup
+                numbers.append(signal.SIGHUP)
+            reads, self.pipe = os.pipe()
+            os.set_blocking(self.pipe, False)
+            self.pipe_before = signal.set_wakeup_fd(self.pipe, warn_on_full_buffer=False)
+            threading.Thread(target=self.watch, args=(reads, numbers), daemon=True, name="signals").start()
+            self.before = {s: signal.signal(s, self.handle) for s in numbers}
         return self
 
     def __exit__(self, *_) -> None:
         for number, handler in self.before.items():
             signal.signal(number, handler)
+        if self.pipe is not None:
+            signal.set_wakeup_fd(self.pipe_before)
+            os.close(self.pipe)  # ends the thread
+
+    @contextlib.contextmanager
+    def waiting(self):
+        """Where the main thread only waits, in C++, a signal is the other thread's alone, and that ends at once."""
+        self.patience, before = 0.0, signal.pthread_sigmask(signal.SIG_BLOCK, self.before)
+        try:
+            yield
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            self.patience = self.PATIENCE
 
     def resume_from(self, checkpoint: Path) -> None:
         self.advice = f"go on with the same command and RESUME={checkpoint}"
+
+    def leave(self) -> None:
+        """The run ends, for whatever reason: one is enough."""
+        self.deferred = self.leaving = True
 
     def handle(self, number: int, _) -> None:
         first, self.caught = not self.caught, self.caught or number
         if first and not self.deferred:
             raise Interrupted(number)
+
+    def watch(self, pipe: int, numbers: Sequence[int]) -> None:
+        """End the process where the main thread does not; reads the numbers of signals until the pipe is closed."""
+        first, begun, since, told, again = 0, 0.0, math.inf, False, False
+        while True:
+            ready, now = select.select([pipe], [], [], 0.1 if first else None)[0], time.monotonic()
+            if ready:
+                read = os.read(pipe, 1)
+                if not read:
+                    return os.close(pipe)
+                if read[0] in numbers:
+                    again = first and now - begun > self.REPEATED
+                    first, begun = (first, begun) if first else (read[0], now)
+            if self.deferred and not self.leaving:
+                since = math.inf
+                if first and not told and now - begun > 2:
+                    told = True
+                    self.log(f"signal:{Interrupted(first)} the step ends, then the run; another signal ends it at once")
+            elif first:
+                since = min(since, now)
+            if again or now - since > self.patience:
+                if not self.leaving:
+                    line = f"interrupted: {Interrupted(first)}; {self.advice}"
+                    if self.speaks:
+                        complain(line)
+                    self.log(line, console=False)
+                os._exit(128 + first)
 
 
 class Clock:
@@ -4509,7 +4569,7 @@ def prepare(job: Job, ranks: Ranks, signals: Signals) -> Run:
     run_id = ranks.broadcast_object(hp.run_id or (checkpoint.meta["run_id"] if checkpoint else stamp))
     log, folder = ranks.agree(lambda: open_outputs(hp, run_id, ranks))
     compile = hp.compile == "1" or (hp.compile == "auto" and ranks.device.type == "cuda")
-    phases = Phases(ranks.device)
+    phases, signals.log = Phases(ranks.device), log
     run = Run(hp, ranks, log, phases, dtype, attend, compile, val, stream, folder, source, signals, checkpoint)
     log_run(run, attention, job.notes)
     return run
@@ -4546,7 +4606,7 @@ def run_job(job: Job, ranks: Ranks, signals: Signals) -> int:
             names = "MICRO_BATCH_TOKENS (training), VAL_BATCH_SIZE (scoring) or TTT_BATCH_SEQS (a part of the method)"
             raise UserError(f"out of GPU memory; lower {names}; {signals.advice}") from None
     except (LimitError, UserError, Interrupted) as end:
-        signals.deferred = True  # one end is enough
+        signals.leave()
         run.log(f"{end.label}: {end}" + (f"; {signals.advice}" if isinstance(end, Interrupted) else ""), console=False)
         raise
 
@@ -4661,38 +4721,56 @@ def finish(run: Run, result: dict, scores: Mapping[str, Score], blob: bytes) -> 
 
 def main(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     """Exit code of a run with this environment."""
-    if list(argv) == ["--settings"]:
-        print(settings_table())
-        return 0
-    ranks, is_main = None, environ.get("RANK", "0") == "0"
+    ranks, is_main = None, True
     with Signals() as signals:
         try:
-            if argv[:1] == ["--inspect"]:
-                if len(argv) < 2 or list(argv[2:]) not in ([], ["--png"]):
-                    raise UserError("--inspect takes an artifact and, if it is to be drawn, --png")
-                return inspect_artifact(argv[1], len(argv) == 3)
             if argv:
-                raise UserError(f"unknown argument {argv[0]}; settings are environment variables: `--settings`")
+                return show(argv)
+            place = Place.from_env(environ)
+            is_main = signals.speaks = place.rank == 0
             job = read_job(environ)
             if job.trains:
-                job.hp.micro_batch(int(environ.get("WORLD_SIZE", 1)))
+                job.hp.micro_batch(place.size)
             load_compressor(job.hp.compressor)
-            ranks = Ranks(job.hp, environ)
+            with signals.waiting():
+                ranks = Ranks(job.hp, environ)
             code = run_job(job, ranks, signals)
+            ranks.close()
+            return code
         except UserError as error:
+            signals.leave()
             # Before the ranks met, all of them read the same environment; after that, an error may be one rank's own.
             return leave(2, f"error: {error}", is_main or (ranks is not None and not error.agreed))
         except LimitError as error:
+            signals.leave()
             return leave(3, f"limit: {error}", is_main)
         except Interrupted as interrupt:
+            signals.leave()
             return leave(interrupt.code, f"interrupted: {interrupt}; {signals.advice}", is_main)
         except RuntimeError as error:
-            signals.deferred = True
+            signals.leave()
+            if ranks is None and is_of_ranks(error):
+                where = f"MASTER_ADDR={environ['MASTER_ADDR']} MASTER_PORT={environ['MASTER_PORT']}"
+                reason = str(error).splitlines()[0]
+                return leave(2, f"error: rank {place.rank} did not meet the others at {where}: {reason}", True)
             if ranks is None or not ranks.lost_peer(error):
                 raise
             return leave(1, f"error: rank {ranks.rank} lost another rank, see its error; {signals.advice}", True)
-        ranks.close()
-        return code
+
+
+def show(argv: Sequence[str]) -> int:
+    """Print a table instead of a run. Raises UserError."""
+    try:
+        if list(argv) == ["--settings"]:
+            print(settings_table(), flush=True)
+            return 0
+        if argv[0] != "--inspect":
+            raise UserError(f"unknown argument {argv[0]}; settings are environment variables: `--settings`")
+        if len(argv) < 2 or list(argv[2:]) not in ([], ["--png"]):
+            raise UserError("--inspect takes an artifact and, if it is to be drawn, --png")
+        return inspect_artifact(argv[1], len(argv) == 3)
+    except BrokenPipeError:  # `| head`: who reads has enough
+        return 0
 
 
 def leave(code: int, message: str, speak: bool) -> int:
