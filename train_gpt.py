@@ -23,6 +23,7 @@ import contextlib
 import copy
 import dataclasses
 import hashlib
+import importlib
 import itertools
 import json
 import lzma
@@ -944,6 +945,25 @@ def activation_dtype(name: str, device: torch.device) -> torch.dtype:
         )
         name = "bf16" if fast else "fp32"
     return {"bf16": torch.bfloat16, "fp32": torch.float32}[name]
+
+
+def check_compiler(compile: bool, device: torch.device) -> None:
+    """Whether torch can compile here, by one small kernel, where it is to. Raises UserError.
+
+    Where it is not: the first optimizer loads torch's compiler all the same, and that makes the folder of its cache.
+    """
+    try:
+        importlib.import_module("torch._dynamo")
+    except OSError as error:
+        raise UserError(f"torch makes no cache: {error}; set TORCHINDUCTOR_CACHE_DIR to a folder that can be") from None
+    try:
+        if compile:
+            torch.compile(torch.square)(torch.ones(8, device=device))
+    except Exception as error:  # of torch, a compiler, a linker, a disk
+        text = str(error)
+        reason = (re.search(".*error: .*", text) or re.search(".+", text) or [repr(error)])[0]
+        needs = "it needs a C++ compiler, Python.h and room in TORCHINDUCTOR_CACHE_DIR"
+        raise UserError(f"torch.compile fails ({reason}); {needs}; or set COMPILE=0") from None
 
 
 def write_atomic(path: Path, parts: Iterable[bytes]) -> None:
@@ -4552,6 +4572,8 @@ def prepare(job: Job, ranks: Ranks, signals: Signals) -> Run:
     """All that can go wrong before any work goes wrong here, on all ranks alike. Raises UserError."""
     hp = job.hp
     dtype = activation_dtype(hp.dtype, ranks.device)
+    compile = hp.compile == "1" or (hp.compile == "auto" and ranks.device.type == "cuda")
+    ranks.agree(lambda: check_compiler(compile, ranks.device))
     attention, attend = ranks.agree(lambda: choose_attention(hp, ranks.device, dtype))
     val = ranks.agree(lambda: load_validation(hp))
     ranks.agree(lambda: check_data(job, val))
@@ -4568,7 +4590,6 @@ def prepare(job: Job, ranks: Ranks, signals: Signals) -> Run:
     stamp = f"{time.strftime('%Y%m%d-%H%M%S')}-seed{hp.seed}-{os.urandom(2).hex()}"
     run_id = ranks.broadcast_object(hp.run_id or (checkpoint.meta["run_id"] if checkpoint else stamp))
     log, folder = ranks.agree(lambda: open_outputs(hp, run_id, ranks))
-    compile = hp.compile == "1" or (hp.compile == "auto" and ranks.device.type == "cuda")
     phases, signals.log = Phases(ranks.device), log
     run = Run(hp, ranks, log, phases, dtype, attend, compile, val, stream, folder, source, signals, checkpoint)
     log_run(run, attention, job.notes)
@@ -4602,9 +4623,14 @@ def run_job(job: Job, ranks: Ranks, signals: Signals) -> int:
     try:
         try:
             return carry_out(run, job)
-        except torch.OutOfMemoryError:
+        except (RuntimeError, MemoryError) as error:
+            if isinstance(cause := getattr(error, "inner_exception", None), OSError):  # of torch.compile
+                raise UserError(f"torch.compile fails: {cause}; {signals.advice}") from None
+            gpu = isinstance(error, torch.OutOfMemoryError)
+            if not gpu and not isinstance(error, MemoryError) and "DefaultCPUAllocator" not in str(error):
+                raise
             names = "MICRO_BATCH_TOKENS (training), VAL_BATCH_SIZE (scoring) or TTT_BATCH_SEQS (a part of the method)"
-            raise UserError(f"out of GPU memory; lower {names}; {signals.advice}") from None
+            raise UserError(f"out of {'GPU ' * gpu}memory; lower {names}; {signals.advice}") from None
     except (LimitError, UserError, Interrupted) as end:
         signals.leave()
         run.log(f"{end.label}: {end}" + (f"; {signals.advice}" if isinstance(end, Interrupted) else ""), console=False)
