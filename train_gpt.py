@@ -4776,12 +4776,14 @@ def main(argv: Sequence[str], environ: Mapping[str, str]) -> int:
         except RuntimeError as error:
             signals.leave()
             if ranks is None and is_of_ranks(error):
-                where = f"MASTER_ADDR={environ['MASTER_ADDR']} MASTER_PORT={environ['MASTER_PORT']}"
+                where = f"MASTER_ADDR={environ.get('MASTER_ADDR')} MASTER_PORT={environ.get('MASTER_PORT')}"
                 reason = str(error).splitlines()[0]
                 return leave(2, f"error: rank {place.rank} did not meet the others at {where}: {reason}", True)
             if ranks is None or not ranks.lost_peer(error):
                 raise
-            return leave(1, f"error: rank {ranks.rank} lost another rank, see its error; {signals.advice}", True)
+            line = f"error: rank {ranks.rank} lost another rank, see its error; {signals.advice}"
+            signals.log(line, console=False)
+            return leave(1, line, True)
 
 
 def show(argv: Sequence[str]) -> int:

@@ -58,6 +58,13 @@ def die(*_) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def die_once(result, *_):
+    """In the first of torchrun's starts."""
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0":
+        die()
+    return result
+
+
 def raise_own(*_) -> None:
     raise ZeroDivisionError("a fault of its own")
 
@@ -84,7 +91,7 @@ def write_bad_token(result, *_):
     return result
 
 
-FAULTS = {f.__name__: f for f in (die, raise_own, stop_torchrun, shrink, remove, write_bad_token)}
+FAULTS = {f.__name__: f for f in (die, die_once, raise_own, stop_torchrun, shrink, remove, write_bad_token)}
 FAULTS |= dict(nan_loss=spoil_loss(math.nan), inf_gradient=spoil_gradient("blocks.0.mlp.up.weight", math.inf))
 
 
