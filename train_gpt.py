@@ -22,8 +22,8 @@ Shapes are written with B batch, T tokens, D model width, H heads, K head width,
 import contextlib
 import copy
 import dataclasses
+import functools
 import hashlib
-import importlib
 import itertools
 import json
 import lzma
@@ -511,13 +511,7 @@ class Place(NamedTuple):
     @classmethod
     def from_env(cls, environ: Mapping[str, str]) -> "Place":
         """Raises UserError."""
-
-        def number(name: str, default: int) -> int:
-            text = environ.get(name, str(default))
-            if not text.isdecimal():
-                raise UserError(f"{name}={text} must be a whole number; torchrun sets it, one process needs none")
-            return int(text)
-
+        number = functools.partial(torchrun_number, environ)
         rank, size, local_rank = number("RANK", 0), number("WORLD_SIZE", 1), number("LOCAL_RANK", 0)
         local_size = number("LOCAL_WORLD_SIZE", local_rank + 1)
         for lower, value, upper, limit in (
@@ -526,11 +520,15 @@ class Place(NamedTuple):
         ):
             if value >= limit:
                 raise UserError(f"{lower}={value} must be less than {upper}={limit}; start the processes with torchrun")
-        if size > 1 and not environ.get("MASTER_ADDR"):
-            raise UserError(f"WORLD_SIZE={size} processes need MASTER_ADDR to meet; start them with torchrun")
-        if size > 1 and not 0 < number("MASTER_PORT", 0) < 1 << 16:
-            raise UserError(f"WORLD_SIZE={size} processes need MASTER_PORT, 1 to 65535, to meet; use torchrun")
         return cls(rank, size, local_rank, local_size)
+
+
+def torchrun_number(environ: Mapping[str, str], name: str, default: int) -> int:
+    """One of torchrun's variables. Raises UserError."""
+    text = environ.get(name, str(default))
+    if not text.isdecimal():
+        raise UserError(f"{name}={text} must be a whole number; torchrun sets it, one process needs none")
+    return int(text)
 
 
 class Ranks:
@@ -541,6 +539,10 @@ class Ranks:
 
     def __init__(self, hp: Hyperparameters, environ: Mapping[str, str]):
         self.rank, self.size, local_rank, local_size = Place.from_env(environ)
+        if self.size > 1 and not environ.get("MASTER_ADDR"):
+            raise UserError(f"WORLD_SIZE={self.size} processes need MASTER_ADDR to meet; start them with torchrun")
+        if self.size > 1 and not 0 < torchrun_number(environ, "MASTER_PORT", 0) < 1 << 16:
+            raise UserError(f"WORLD_SIZE={self.size} processes need MASTER_PORT, 1 to 65535, to meet; use torchrun")
         wants_cuda = hp.device == "cuda" or (hp.device == "auto" and torch.cuda.is_available())
         if wants_cuda and not torch.cuda.is_available():
             raise UserError("DEVICE=cuda, but torch sees no CUDA device; use DEVICE=cpu or a CUDA build of torch")
@@ -953,7 +955,7 @@ def check_compiler(compile: bool, device: torch.device) -> None:
     Where it is not: the first optimizer loads torch's compiler all the same, and that makes the folder of its cache.
     """
     try:
-        importlib.import_module("torch._dynamo")
+        from torch import _dynamo  # noqa: F401
     except OSError as error:
         raise UserError(f"torch makes no cache: {error}; set TORCHINDUCTOR_CACHE_DIR to a folder that can be") from None
     try:
