@@ -42,6 +42,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from time import monotonic
 from typing import Any, NamedTuple
 
 if __name__ == "__main__":  # before the imports, which take seconds and open files
@@ -539,16 +540,16 @@ class Ranks:
 
     def __init__(self, hp: Hyperparameters, environ: Mapping[str, str]):
         self.rank, self.size, local_rank, local_size = Place.from_env(environ)
-        if self.size > 1 and not environ.get("MASTER_ADDR"):
-            raise UserError(f"WORLD_SIZE={self.size} processes need MASTER_ADDR to meet; start them with torchrun")
-        if self.size > 1 and not 0 < torchrun_number(environ, "MASTER_PORT", 0) < 1 << 16:
-            raise UserError(f"WORLD_SIZE={self.size} processes need MASTER_PORT, 1 to 65535, to meet; use torchrun")
         wants_cuda = hp.device == "cuda" or (hp.device == "auto" and torch.cuda.is_available())
         if wants_cuda and not torch.cuda.is_available():
             raise UserError("DEVICE=cuda, but torch sees no CUDA device; use DEVICE=cpu or a CUDA build of torch")
         if wants_cuda and local_size > torch.cuda.device_count():
             count = torch.cuda.device_count()
             raise UserError(f"{local_size} processes on a host with {count} GPUs; lower --nproc_per_node to {count}")
+        if self.size > 1 and not environ.get("MASTER_ADDR"):
+            raise UserError(f"WORLD_SIZE={self.size} processes need MASTER_ADDR to meet; start them with torchrun")
+        if self.size > 1 and not 0 < torchrun_number(environ, "MASTER_PORT", 0) < 1 << 16:
+            raise UserError(f"WORLD_SIZE={self.size} processes need MASTER_PORT, 1 to 65535, to meet; use torchrun")
         self.device = torch.device("cuda", local_rank) if wants_cuda else torch.device("cpu")
         if wants_cuda:
             torch.cuda.set_device(self.device)
@@ -792,7 +793,7 @@ class Signals:
         """End the process where the main thread does not; reads the numbers of signals until the pipe is closed."""
         first, begun, since, told, again = 0, 0.0, math.inf, False, False
         while True:
-            ready, now = select.select([pipe], [], [], 0.1 if first else None)[0], time.monotonic()
+            ready, now = select.select([pipe], [], [], 0.1 if first else None)[0], monotonic()
             if ready:
                 read = os.read(pipe, 1)
                 if not read:
