@@ -51,7 +51,8 @@ if __name__ == "__main__":  # before the imports, which take seconds and open fi
         if getattr(sys, name) is None:  # closed: a file opened later would get its number, and the lines of C++
             os.open(os.devnull, os.O_RDWR)
             setattr(sys, name, open(fd, mode))
-    sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: a console without UTF-8 ends no run
+    if hasattr(sys.stdout, "reconfigure"):  # a notebook's has not
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: a console without UTF-8 ends no run
 
 import numpy as np
 import torch
