@@ -22,6 +22,7 @@ Shapes are written with B batch, T tokens, D model width, H heads, K head width,
 import contextlib
 import copy
 import dataclasses
+import functools
 import hashlib
 import io
 import itertools
@@ -31,6 +32,7 @@ import math
 import os
 import queue
 import re
+import select
 import shutil
 import signal
 import statistics
@@ -43,7 +45,17 @@ import unicodedata
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from time import monotonic
 from typing import Any, NamedTuple
+
+if __name__ == "__main__":  # before the imports, which take seconds and open files
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until main: no traceback out of an import
+    for fd, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
+        if getattr(sys, name) is None:  # closed: a file opened later would get its number, and the lines of C++
+            os.open(os.devnull, os.O_RDWR)
+            setattr(sys, name, open(fd, mode))
+    if hasattr(sys.stdout, "reconfigure"):  # a notebook's has not
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: a console without UTF-8 ends no run
 
 import numpy as np
 import torch
@@ -55,7 +67,7 @@ BOS_ID = 1  # every document starts with it; SentencePiece itself never emits it
 
 
 class Interrupted(BaseException):
-    """SIGTERM or SIGINT; the exit code is 128 plus its number."""
+    """SIGTERM, SIGINT or SIGHUP; the exit code is 128 plus its number."""
 
     label = "interrupted"
 
@@ -635,6 +647,37 @@ def settings_table() -> str:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+class Place(NamedTuple):
+    """Where torchrun has put this process; without torchrun, a single one."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1  # processes on this host
+
+    @classmethod
+    def from_env(cls, environ: Mapping[str, str]) -> "Place":
+        """Raises UserError."""
+        number = functools.partial(torchrun_number, environ)
+        rank, size, local_rank = number("RANK", 0), number("WORLD_SIZE", 1), number("LOCAL_RANK", 0)
+        local_size = number("LOCAL_WORLD_SIZE", local_rank + 1)
+        for lower, value, upper, limit in (
+            ("RANK", rank, "WORLD_SIZE", size),
+            ("LOCAL_RANK", local_rank, "LOCAL_WORLD_SIZE", local_size),
+        ):
+            if value >= limit:
+                raise UserError(f"{lower}={value} must be less than {upper}={limit}; start the processes with torchrun")
+        return cls(rank, size, local_rank, local_size)
+
+
+def torchrun_number(environ: Mapping[str, str], name: str, default: int) -> int:
+    """One of torchrun's variables. Raises UserError."""
+    text = environ.get(name, str(default))
+    if not text.isdecimal():
+        raise UserError(f"{name}={text} must be a whole number; torchrun sets it, one process needs none")
+    return int(text)
+
+
 class Ranks:
     """This process among all of torchrun's. Every collective call of the project goes through here.
 
@@ -642,20 +685,23 @@ class Ranks:
     """
 
     def __init__(self, hp: Hyperparameters, environ: Mapping[str, str]):
-        self.rank, self.size = int(environ.get("RANK", 0)), int(environ.get("WORLD_SIZE", 1))
-        local_rank = int(environ.get("LOCAL_RANK", 0))
+        self.rank, self.size, local_rank, local_size = Place.from_env(environ)
         wants_cuda = hp.device == "cuda" or (hp.device == "auto" and torch.cuda.is_available())
         if wants_cuda and not torch.cuda.is_available():
             raise UserError("DEVICE=cuda, but torch sees no CUDA device; use DEVICE=cpu or a CUDA build of torch")
-        local_size = int(environ.get("LOCAL_WORLD_SIZE", local_rank + 1))
         if wants_cuda and local_size > torch.cuda.device_count():
             count = torch.cuda.device_count()
             raise UserError(f"{local_size} processes on a host with {count} GPUs; lower --nproc_per_node to {count}")
+        if self.size > 1 and not environ.get("MASTER_ADDR"):
+            raise UserError(f"WORLD_SIZE={self.size} processes need MASTER_ADDR to meet; start them with torchrun")
+        if self.size > 1 and not 0 < torchrun_number(environ, "MASTER_PORT", 0) < 1 << 16:
+            raise UserError(f"WORLD_SIZE={self.size} processes need MASTER_PORT, 1 to 65535, to meet; use torchrun")
         self.device = torch.device("cuda", local_rank) if wants_cuda else torch.device("cpu")
         if wants_cuda:
             torch.cuda.set_device(self.device)
         if self.size > 1:
-            dist.init_process_group("nccl" if wants_cuda else "gloo")
+            backend, store = "nccl" if wants_cuda else "gloo", fresh_store(self.rank, self.size)
+            dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.size)
             if wants_cuda:
                 dist.barrier(device_ids=[local_rank])  # the communicator is built here, not in the first timed step
         # torch 2.13 renames the flat collectives; older versions know only the first names.
@@ -729,13 +775,35 @@ class Ranks:
 
     def lost_peer(self, error: RuntimeError) -> bool:
         """Whether a collective failed because another process is gone."""
-        return self.size > 1 and (
-            isinstance(error, dist.DistError) or re.search("gloo|NCCL|c10d", str(error)) is not None
-        )
+        return self.size > 1 and is_of_ranks(error)
 
     def close(self) -> None:
         if self.size > 1:
             dist.destroy_process_group()
+
+
+def is_of_ranks(error: RuntimeError) -> bool:
+    return isinstance(error, dist.DistError) or re.search("gloo|NCCL|c10d", str(error)) is not None
+
+
+def fresh_store(rank: int, size: int) -> dist.Store:
+    """A part of torchrun's store that no other group of processes has written to.
+
+    Processes that torchrun restarts get the store of those that died, with the addresses of the dead still in it, and
+    its count of restarts may differ between hosts. So every rank draws a key; the main rank publishes the list of them
+    until all have found their own in it, which no earlier list can hold, and its key names the part.
+    """
+    store, own = next(dist.rendezvous("env://", rank, size))[0], os.urandom(8).hex()
+    store.set(f"key{rank}", own)
+    if rank == 0:
+        while not store.check([f"{own}/met{r}" for r in range(1, size)]):
+            store.set("keys", " ".join([own] + [store.get(f"key{r}").decode() for r in range(1, size)]))
+            time.sleep(0.02)
+        return dist.PrefixStore(own, store)
+    while own not in (keys := store.get("keys").decode().split()):
+        time.sleep(0.02)
+    store.set(f"{keys[0]}/met{rank}", "")
+    return dist.PrefixStore(keys[0], store)
 
 
 class _Done:
@@ -761,18 +829,20 @@ class Log:
         self.unwritten = bytearray()
         self._file, self._warned = open_locked(path) if path else None, False
         self._refuge = f"{path.stem}-{os.urandom(4).hex()}" if path else ""
+        self._lock = threading.Lock()  # a signal's thread may have a line too
 
     def __call__(self, line: str, console: bool = True) -> None:
         if self.path is None:
             return
-        self.unwritten += line.encode() + b"\n"
-        try:
-            while self.unwritten:
-                del self.unwritten[: self._file.write(self.unwritten)]
-        except OSError as error:
-            if not self._warned:
-                print(f"warning: {self.path}: {error.strerror}; trying again", file=sys.stderr, flush=True)
-            self._warned = True
+        with self._lock:
+            self.unwritten += line.encode(errors="backslashreplace") + b"\n"
+            try:
+                while self.unwritten:
+                    del self.unwritten[: self._file.write(self.unwritten)]
+            except OSError as error:
+                if not self._warned:
+                    complain(f"warning: {self.path}: {error.strerror}; trying again")
+                self._warned = True
         if console:
             with contextlib.suppress(OSError):  # a console that is gone; the file has the line
                 if sys.stderr.isatty():
@@ -811,8 +881,15 @@ class Log:
             return
         if self.unwritten:
             kept = self.rescue(self.path.name, self.written() + self.unwritten)
-            print(f"warning: {self.path} is not whole; the whole log is {kept}", file=sys.stderr, flush=True)
+            complain(f"warning: {self.path} is not whole; the whole log is {kept}")
         self._file.close()
+        self.path = self._file = None
+
+
+def complain(line: str) -> None:
+    """One line to stderr, which may be gone."""
+    with contextlib.suppress(OSError):
+        print(line, file=sys.stderr, flush=True)
 
 
 def open_locked(path: Path) -> io.FileIO:
@@ -828,7 +905,7 @@ def open_locked(path: Path) -> io.FileIO:
             f"RUN_ID={path.stem} is running now and holds {path}; choose another or wait for its end"
         ) from None
     except (ImportError, OSError) as error:  # some network file systems
-        print(f"warning: {path} cannot be locked ({error}); do not use its RUN_ID twice", file=sys.stderr, flush=True)
+        complain(f"warning: {path} cannot be locked ({error}); do not use its RUN_ID twice")
     return file
 
 
@@ -878,32 +955,91 @@ LOWER_RATES = "a lower MATRIX_LR, SCALAR_LR or TIED_EMBED_LR"
 
 
 class Signals:
-    """SIGTERM and SIGINT end the run at once or, while `deferred`, are noted for the training loop to act on.
+    """SIGTERM, SIGINT and SIGHUP end the run at once or, while `deferred`, are noted for the training loop to act on.
 
-    Repeated ones are ignored: torchrun passes on to its workers what the terminal has sent them already.
+    Repeated ones are ignored: torchrun passes on to its workers what the terminal has sent them already. But one that
+    comes REPEATED seconds after the first ends a deferred run at once.
+
+    Python handles a signal between two of its own instructions. A main thread that waits for another rank, in C++, may
+    not come to one for half an hour: after PATIENCE seconds a thread ends the process in its place.
     """
 
+    PATIENCE, REPEATED = 5.0, 5.0
+
     def __init__(self):
-        self.caught, self.deferred = 0, False
+        self.patience = self.PATIENCE
+        self.caught, self.deferred, self.leaving = 0, False, False
         self.advice = "there is no checkpoint to go on from"  # what to tell whoever ends the run
+        self.speaks, self.log = True, Log(None)
 
     def __enter__(self):
-        self.before = {}
+        self.before, self.pipe = {}, None
         if threading.current_thread() is threading.main_thread():
-            self.before = {s: signal.signal(s, self.handle) for s in (signal.SIGTERM, signal.SIGINT)}
+            numbers = [signal.SIGTERM, signal.SIGINT]
+            if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # else nohup
+                numbers.append(signal.SIGHUP)
+            reads, self.pipe = os.pipe()
+            os.set_blocking(self.pipe, False)
+            self.pipe_before = signal.set_wakeup_fd(self.pipe, warn_on_full_buffer=False)
+            threading.Thread(target=self.watch, args=(reads, numbers), daemon=True, name="signals").start()
+            self.before = {s: signal.signal(s, self.handle) for s in numbers}
         return self
 
     def __exit__(self, *_) -> None:
         for number, handler in self.before.items():
             signal.signal(number, handler)
+        if self.pipe is not None:
+            signal.set_wakeup_fd(self.pipe_before)
+            os.close(self.pipe)  # ends the thread
+
+    @contextlib.contextmanager
+    def waiting(self):
+        """Where the main thread only waits, in C++, a signal is the other thread's alone, and that ends at once."""
+        self.patience, before = 0.0, signal.pthread_sigmask(signal.SIG_BLOCK, self.before)
+        try:
+            yield
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            self.patience = self.PATIENCE
 
     def resume_from(self, checkpoint: Path) -> None:
         self.advice = f"go on with the same command and RESUME={checkpoint}"
+
+    def leave(self) -> None:
+        """The run ends, for whatever reason: one is enough."""
+        self.deferred = self.leaving = True
 
     def handle(self, number: int, _) -> None:
         first, self.caught = not self.caught, self.caught or number
         if first and not self.deferred:
             raise Interrupted(number)
+
+    def watch(self, pipe: int, numbers: Sequence[int]) -> None:
+        """End the process where the main thread does not; reads the numbers of signals until the pipe is closed."""
+        first, begun, since, told, again = 0, 0.0, math.inf, False, False
+        while True:
+            ready, now = select.select([pipe], [], [], 0.1 if first else None)[0], monotonic()
+            if ready:
+                read = os.read(pipe, 1)
+                if not read:
+                    return os.close(pipe)
+                if read[0] in numbers:
+                    again = first and now - begun > self.REPEATED
+                    first, begun = (first, begun) if first else (read[0], now)
+            if self.deferred and not self.leaving:
+                since = math.inf
+                if first and not told and now - begun > 2:
+                    told = True
+                    self.log(f"signal:{Interrupted(first)} the step ends, then the run; another signal ends it at once")
+            elif first:
+                since = min(since, now)
+            if again or now - since > self.patience:
+                if not self.leaving:
+                    line = f"interrupted: {Interrupted(first)}; {self.advice}"
+                    if self.speaks:
+                        complain(line)
+                    self.log(line, console=False)
+                os._exit(128 + first)
 
 
 class Clock:
@@ -1037,6 +1173,25 @@ def activation_dtype(name: str, device: torch.device) -> torch.dtype:
         )
         name = "bf16" if fast else "fp32"
     return {"bf16": torch.bfloat16, "fp32": torch.float32}[name]
+
+
+def check_compiler(compile: bool, device: torch.device) -> None:
+    """Whether torch can compile here, by one small kernel, where it is to. Raises UserError.
+
+    Where it is not: the first optimizer loads torch's compiler all the same, and that makes the folder of its cache.
+    """
+    try:
+        from torch import _dynamo  # noqa: F401
+    except OSError as error:
+        raise UserError(f"torch makes no cache: {error}; set TORCHINDUCTOR_CACHE_DIR to a folder that can be") from None
+    try:
+        if compile:
+            torch.compile(torch.square)(torch.ones(8, device=device))
+    except Exception as error:  # of torch, a compiler, a linker, a disk
+        text = str(error)
+        reason = (re.search(".*error: .*", text) or re.search(".+", text) or [repr(error)])[0]
+        needs = "it needs a C++ compiler, Python.h and room in TORCHINDUCTOR_CACHE_DIR"
+        raise UserError(f"torch.compile fails ({reason}); {needs}; or set COMPILE=0") from None
 
 
 def write_atomic(path: Path, parts: Iterable[bytes]) -> None:
@@ -1217,7 +1372,10 @@ class TokenBytes:
         import sentencepiece
 
         try:
-            model = sentencepiece.SentencePieceProcessor(model_file=str(path))
+            serialized = path.read_bytes()
+            if not serialized:
+                raise RuntimeError("it is empty")
+            model = sentencepiece.SentencePieceProcessor(model_proto=serialized)  # any path's name will do
         except (OSError, RuntimeError) as error:
             raise UserError(f"{path} is no SentencePiece model: {str(error).splitlines()[0]}") from None
         n = model.get_piece_size()
@@ -1239,7 +1397,7 @@ class TokenBytes:
         self.leading_space = np.array([p.startswith("▁") for p in pieces]) & ordinary
         lengths = [len(p.removeprefix("▁").replace("▁", " ").encode()) for p in pieces]
         self.base = np.where(is_byte, 1, np.where(ordinary, lengths, 0)).astype(np.int64)
-        self.sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+        self.sha256 = hashlib.sha256(serialized).hexdigest()
         if problem := self.misspelling(model, pieces):
             raise UserError(f"tokenizer {path} {problem}; bits per byte of the text cannot be known from its ids")
 
@@ -4396,7 +4554,7 @@ class Audit:
         """
         import sentencepiece
 
-        model = sentencepiece.SentencePieceProcessor(model_file=str(self.whole.tokenizer_path))
+        model = sentencepiece.SentencePieceProcessor(model_proto=self.whole.tokenizer_path.read_bytes())
         tokens, counted = self.whole.tokens, self.whole.bytes
         ends = np.append(np.flatnonzero(tokens == BOS_ID), len(tokens))
         documents = [(start, end) for start, end in itertools.pairwise(ends) if start < self.n]
@@ -4764,13 +4922,19 @@ def export(run: Run, weights: Mapping[str, Tensor]) -> tuple[Path, bytes]:
         room = hp.artifact_cap_bytes - len(run.source)
         factor, blob = exporter.fit(room) if hp.fit_to_cap else (1.0, exporter.pack(1.0))
         path = write_result(run, path, blob)
+        run.signals.advice = scored_again(path)
         sizes = exporter.report(factor, blob)
         if hp.fit_to_cap:
             exporter.report_fit(factor, room - len(blob), sizes)
         blob = path.read_bytes()
     path, blob = run.ranks.broadcast_object((path, blob))
-    run.signals.advice = f"the artifact is whole: EVAL_ONLY=1 ARTIFACT_PATH={path} scores it"
+    run.signals.advice = scored_again(path)
     return path, blob
+
+
+def scored_again(path: Path) -> str:
+    """What to tell whoever ends a run that has its artifact."""
+    return f"the artifact is whole: EVAL_ONLY=1 ARTIFACT_PATH={path} scores it"
 
 
 def save_weights(run: Run, weights: Mapping[str, Tensor]) -> None:
@@ -4785,6 +4949,8 @@ def prepare(job: Job, ranks: Ranks, signals: Signals) -> Run:
     """All that can go wrong before any work goes wrong here, on all ranks alike. Raises UserError."""
     hp = job.hp
     dtype = activation_dtype(hp.dtype, ranks.device)
+    compile = hp.compile == "1" or (hp.compile == "auto" and ranks.device.type == "cuda")
+    ranks.agree(lambda: check_compiler(compile, ranks.device))
     attention, attend = ranks.agree(lambda: choose_attention(hp, ranks.device, dtype))
     val = ranks.agree(lambda: load_validation(hp))
     ranks.agree(lambda: check_data(job, val))
@@ -4802,8 +4968,7 @@ def prepare(job: Job, ranks: Ranks, signals: Signals) -> Run:
     stamp = f"{time.strftime('%Y%m%d-%H%M%S')}-seed{hp.seed}-{os.urandom(2).hex()}"
     run_id = ranks.broadcast_object(hp.run_id or (checkpoint.meta["run_id"] if checkpoint else stamp))
     log, folder = ranks.agree(lambda: open_outputs(hp, run_id, ranks, checkpoint is not None))
-    compile = hp.compile == "1" or (hp.compile == "auto" and ranks.device.type == "cuda")
-    phases = Phases(ranks.device)
+    phases, signals.log = Phases(ranks.device), log
     run = Run(hp, ranks, log, phases, dtype, attend, compile, val, stream, folder, source, signals, checkpoint)
     log_run(run, attention, job.notes)
     return run
@@ -4837,17 +5002,17 @@ def run_job(job: Job, ranks: Ranks, signals: Signals) -> int:
         try:
             return carry_out(run, job)
         except (RuntimeError, MemoryError) as error:
+            if isinstance(cause := getattr(error, "inner_exception", None), OSError):  # of torch.compile
+                raise UserError(f"torch.compile fails: {cause}; {signals.advice}") from None
             on_gpu = isinstance(error, torch.OutOfMemoryError)  # torch has no such class for the CPU
             if not (on_gpu or isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error)):
                 raise
             names = "MICRO_BATCH_TOKENS (training), VAL_BATCH_SIZE (scoring) or TTT_BATCH_SEQS (a part of the method)"
             raise UserError(f"out of {'GPU ' * on_gpu}memory; lower {names}; {signals.advice}") from None
     except (LimitError, UserError, Interrupted) as end:
-        signals.deferred = True  # one end is enough
+        signals.leave()
         run.log(f"{end.label}: {end}" + (f"; {signals.advice}" if isinstance(end, Interrupted) else ""), console=False)
         raise
-    finally:
-        run.log.close()
 
 
 def carry_out(run: Run, job: Job) -> int:
@@ -4859,7 +5024,7 @@ def carry_out(run: Run, job: Job) -> int:
     trainer = None
     if hp.eval_only:
         result["mode"], path, blob = "eval_only", Path(hp.artifact_path), job.blob
-        run.signals.advice = f"the artifact is whole: EVAL_ONLY=1 ARTIFACT_PATH={hp.artifact_path} scores it"
+        run.signals.advice = scored_again(path)
     elif hp.export_only:
         log(f"export_only: weights from {hp.weights_path}; this is no timed run")
         result["mode"] = "export_only"
@@ -4959,50 +5124,76 @@ def finish(run: Run, result: dict, scores: Mapping[str, Score], path: Path, blob
 
 def main(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     """Exit code of a run with this environment."""
-    if list(argv) == ["--settings"]:
-        print(settings_table())
-        return 0
-    ranks, is_main = None, environ.get("RANK", "0") == "0"
+    ranks, is_main = None, True
     with Signals() as signals:
         try:
-            if argv[:1] == ["--inspect"]:
-                if len(argv) < 2 or list(argv[2:]) not in ([], ["--png"]):
-                    raise UserError("--inspect takes an artifact and, if it is to be drawn, --png")
-                return inspect_artifact(argv[1], len(argv) == 3)
             if argv:
-                raise UserError(f"unknown argument {argv[0]}; settings are environment variables: `--settings`")
+                return show(argv)
+            place = Place.from_env(environ)
+            is_main = signals.speaks = place.rank == 0
             job = read_job(environ)
             if job.trains:
-                job.hp.micro_batch(int(environ.get("WORLD_SIZE", 1)))
+                job.hp.micro_batch(place.size)
             load_compressor(job.hp.compressor)
-            ranks = Ranks(job.hp, environ)
+            with signals.waiting():
+                ranks = Ranks(job.hp, environ)
             code = run_job(job, ranks, signals)
+            ranks.close()
+            return code
         except UserError as error:
+            signals.leave()
             # Before the ranks met, all of them read the same environment; after that, an error may be one rank's own.
             return leave(2, f"error: {error}", is_main or (ranks is not None and not error.agreed))
         except LimitError as error:
+            signals.leave()
             return leave(3, f"limit: {error}", is_main)
         except Interrupted as interrupt:
+            signals.leave()
             return leave(interrupt.code, f"interrupted: {interrupt}; {signals.advice}", is_main)
         except RuntimeError as error:
-            signals.deferred = True
+            signals.leave()
+            if ranks is None and is_of_ranks(error):
+                where = f"MASTER_ADDR={environ.get('MASTER_ADDR')} MASTER_PORT={environ.get('MASTER_PORT')}"
+                reason = str(error).splitlines()[0]
+                return leave(2, f"error: rank {place.rank} did not meet the others at {where}: {reason}", True)
             if ranks is None or not ranks.lost_peer(error):
                 raise
-            return leave(1, f"error: rank {ranks.rank} lost another rank, see its error; {signals.advice}", True)
-        ranks.close()
-        return code
+            line = f"error: rank {ranks.rank} lost another rank, see its error; {signals.advice}"
+            signals.log(line, console=False)
+            return leave(1, line, True)
+        finally:
+            signals.log.close()
+
+
+def show(argv: Sequence[str]) -> int:
+    """Print a table instead of a run. Raises UserError."""
+    try:
+        if list(argv) == ["--settings"]:
+            print(settings_table(), flush=True)
+            return 0
+        if argv[0] != "--inspect":
+            raise UserError(f"unknown argument {argv[0]}; settings are environment variables: `--settings`")
+        if len(argv) < 2 or list(argv[2:]) not in ([], ["--png"]):
+            raise UserError("--inspect takes an artifact and, if it is to be drawn, --png")
+        return inspect_artifact(argv[1], len(argv) == 3)
+    except BrokenPipeError:  # `| head`: who reads has enough
+        return 0
 
 
 def leave(code: int, message: str, speak: bool) -> int:
     """The exit code, after its one line."""
     if speak:
-        print(message, file=sys.stderr, flush=True)
+        complain(message)
     return code
 
 
 if __name__ == "__main__":
     code = main(sys.argv[1:], os.environ)
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:  # gone: flushed once more on the way out, it would change the exit code
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     if dist.is_initialized():  # after a failure: peers may wait in the group, and torn down alone it can abort or hang
-        sys.stdout.flush()
         os._exit(code)
     sys.exit(code)

@@ -58,6 +58,13 @@ def die(*_) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def die_once(result, *_):
+    """In the first of torchrun's starts."""
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0":
+        die()
+    return result
+
+
 def raise_own(*_) -> None:
     raise ZeroDivisionError("a fault of its own")
 
@@ -84,7 +91,7 @@ def write_bad_token(result, *_):
     return result
 
 
-FAULTS = {f.__name__: f for f in (die, raise_own, stop_torchrun, shrink, remove, write_bad_token)}
+FAULTS = {f.__name__: f for f in (die, die_once, raise_own, stop_torchrun, shrink, remove, write_bad_token)}
 FAULTS |= dict(nan_loss=spoil_loss(math.nan), inf_gradient=spoil_gradient("blocks.0.mlp.up.weight", math.inf))
 
 
@@ -106,23 +113,14 @@ def broken(where: str, number: int, fault: str, rank: int) -> Iterator[None]:
 
 
 def main() -> int:
-    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    jobs, codes, init = json.loads(os.environ["JOBS"]), [], dist.init_process_group
-    if size > 1:
-        store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
-    for number, job in enumerate(jobs):
+    jobs, codes = json.loads(os.environ["JOBS"]), []
+    for job in jobs:
         fault = job.pop("fault", None)
-        # Keys of its own for each job: it would otherwise find the addresses of the one before.
-        own = functools.partial(init, store=dist.PrefixStore(str(number), store)) if size > 1 else init
-        with (
-            mock.patch.dict(os.environ, job),
-            mock.patch.object(dist, "init_process_group", functools.partial(own, rank=rank, world_size=size)),
-            broken(*fault) if fault else contextlib.nullcontext(),
-        ):
+        with mock.patch.dict(os.environ, job), broken(*fault) if fault else contextlib.nullcontext():
             codes.append(pg.main([], os.environ))
         if len(jobs) > 1 and dist.is_initialized():
             dist.destroy_process_group()
-    Path(f"codes{rank}").write_text(json.dumps(codes))
+    Path(f"codes{os.environ.get('RANK', 0)}").write_text(json.dumps(codes))
     return codes[0] if len(jobs) == 1 else 0
 
 

@@ -126,20 +126,14 @@ def torchrun(
     return ran, time.perf_counter() - start
 
 
-# Several jobs in one process: each gets keys of its own in torchrun's store, as each process group would otherwise find
-# the addresses of the one before.
 DRIVER = """
 import json, os, sys
 import torch.distributed as dist
 sys.path.insert(0, {root!r})
 import train_gpt
 
-rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
-init, codes = dist.init_process_group, []
-for number, job in enumerate(json.loads(os.environ["JOBS"])):
-    keys = dist.PrefixStore(str(number), store)
-    dist.init_process_group = lambda backend: init(backend, store=keys, rank=rank, world_size=size)
+codes = []
+for job in json.loads(os.environ["JOBS"]):
     codes.append(train_gpt.main([], {{**os.environ, **job}}))
 if dist.is_initialized():
     dist.destroy_process_group()  # left alone after an error, it may abort the interpreter's way down

@@ -106,7 +106,7 @@ def fake_processor(pieces: list[str], **kinds: set[int]):
 
 
 def fake_counter(monkeypatch, tmp_path: Path, pieces: list[str], **kinds) -> pg.TokenBytes:
-    (tmp_path / "t.model").write_bytes(b"")
+    (tmp_path / "t.model").write_bytes(b"fake")
     monkeypatch.setattr(sentencepiece, "SentencePieceProcessor", lambda **_: fake_processor(pieces, **kinds))
     return pg.TokenBytes(tmp_path / "t.model", len(pieces) + 256)
 
@@ -330,6 +330,7 @@ def test_a_tokenizer_of_another_size_is_refused(data, tmp_path):
 def test_tokenizers_whose_text_cannot_be_counted_are_refused(pieces, byte_count, said, monkeypatch, tmp_path):
     fake = fake_processor(pieces)
     size = len(pieces) + 256
+    (tmp_path / "t.model").write_bytes(b"fake")
     missing = SimpleNamespace(**{**vars(fake), "is_byte": lambda i: size - byte_count <= i})
     monkeypatch.setattr(sentencepiece, "SentencePieceProcessor", lambda **_: missing)
     with pytest.raises(pg.UserError, match=said):
@@ -339,6 +340,7 @@ def test_tokenizers_whose_text_cannot_be_counted_are_refused(pieces, byte_count,
 def test_a_tokenizer_without_a_bos_is_refused(monkeypatch, tmp_path):
     fake = fake_processor(["<unk>", "a", "b", "c", "▁"])
     fake.is_control, fake.is_unknown = lambda i: False, lambda i: i == 0
+    (tmp_path / "t.model").write_bytes(b"fake")
     monkeypatch.setattr(sentencepiece, "SentencePieceProcessor", lambda **_: fake)
     with pytest.raises(pg.UserError, match="has no control token with id 1"):
         pg.TokenBytes(tmp_path / "t.model", 5 + 256)

@@ -662,8 +662,7 @@ sys.path.insert(0, {root!r})
 import train_gpt
 
 rank, codes = int(os.environ["RANK"]), {{}}
-init, report, restore = dist.init_process_group, train_gpt.Trainer.report, train_gpt.Trainer.restore
-store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+report, restore = train_gpt.Trainer.report, train_gpt.Trainer.restore
 
 def reported(trainer):
     report(trainer)
@@ -683,8 +682,6 @@ train_gpt.Trainer.report, train_gpt.Trainer.restore = reported, restored
 for job in json.loads(os.environ["JOBS"]):
     size = int(job["WORLD_SIZE"])
     if rank < size:
-        keys = dist.PrefixStore(job["RUN_ID"], store)
-        dist.init_process_group = lambda backend: init(backend, store=keys, rank=rank, world_size=size)
         codes[job["RUN_ID"]] = train_gpt.main([], {{**os.environ, **job}})
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -1,0 +1,283 @@
+"""Where a run meets its machine: consoles, signals, torchrun's variables, the compiler, memory."""
+
+import datetime
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from broken import at_call
+from conftest import ROOT, TINY_ENV, Ran, clean_environ, run_here
+
+import train_gpt as pg
+
+QUICK = dict(ITERATIONS=3, WARMDOWN_ITERS=2, WARMUP_STEPS=0, VAL_LOSS_EVERY=0, TTT_ENABLED=0, EVAL_STRIDE=0)
+SCRIPT = [sys.executable, "-B", str(ROOT / "train_gpt.py")]
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_data, tmp_path_factory) -> Ran:
+    """The run that nothing happens to."""
+    return run_here(tmp_path_factory.mktemp("whole"), tiny_data, **QUICK)
+
+
+def said(err: str) -> str:
+    """The only line of stderr."""
+    (line,) = err.splitlines()
+    return line
+
+
+# -----------------------------------------------------------------------------
+# CONSOLES
+# -----------------------------------------------------------------------------
+
+
+def test_a_run_without_a_console_is_a_whole_run(whole, tiny_data, tmp_path):
+    """Closed from the start: files opened later must not get the numbers of stdin, stdout and stderr."""
+    environ = clean_environ(**{**TINY_ENV, **QUICK, "DATA_PATH": tiny_data, "OUT_DIR": tmp_path, "RUN_ID": "run"})
+    command = ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", *SCRIPT]
+    assert subprocess.run(command, cwd=tmp_path, env=environ, timeout=120).returncode == 0
+    assert (tmp_path / "runs" / "run" / "artifact.pgolf").read_bytes() == whole.artifact
+    lines = (tmp_path / "logs" / "run.txt").read_text("utf-8").splitlines()
+    assert lines[-1].startswith("result {") and len(lines) == len(whole.log.read_text("utf-8").splitlines())
+
+
+def test_a_table_is_printed_without_utf8_and_as_far_as_somebody_reads(tmp_path):
+    command = ["sh", "-c", '("$@"; echo code $? >&2) | head -2', "sh", *SCRIPT, "--settings"]
+    environ = clean_environ(PYTHONIOENCODING="ascii")
+    ran = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=120)
+    assert ran.stderr == "code 0\n" and ran.stdout.splitlines() == pg.settings_table().splitlines()[:2]
+
+
+def test_an_error_that_nobody_reads_keeps_its_exit_code(tmp_path):
+    reads, writes = os.pipe()
+    os.close(reads)
+    try:
+        ran = subprocess.run(SCRIPT, cwd=tmp_path, env=clean_environ(WORLD_SIZE=""), stderr=writes, timeout=120)
+    finally:
+        os.close(writes)
+    assert ran.returncode == 2
+
+
+def test_the_log_takes_a_path_that_is_no_text(tmp_path):
+    log = pg.Log(tmp_path / "log.txt")
+    log("tokenizer_path=" + os.fsdecode(b"a\xff.model"), console=False)
+    log("after it", console=False)
+    assert (tmp_path / "log.txt").read_text("utf-8") == "tokenizer_path=a\\udcff.model\nafter it\n"
+
+
+# -----------------------------------------------------------------------------
+# TORCHRUN'S VARIABLES
+# -----------------------------------------------------------------------------
+
+MEETING = dict(WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT="29771")
+
+
+@pytest.mark.parametrize(
+    "environ, words",
+    [
+        (dict(WORLD_SIZE=""), "WORLD_SIZE= must be a whole number"),
+        (dict(RANK=""), "RANK= must be a whole number"),
+        (dict(RANK="-1"), "RANK=-1 must be a whole number"),
+        (dict(LOCAL_RANK="abc"), "LOCAL_RANK=abc must be a whole number"),
+        (dict(LOCAL_WORLD_SIZE="1.0"), "LOCAL_WORLD_SIZE=1.0 must be a whole number"),
+        (dict(WORLD_SIZE="0"), "RANK=0 must be less than WORLD_SIZE=0"),
+        (dict(RANK="1"), "RANK=1 must be less than WORLD_SIZE=1"),
+        (MEETING | dict(RANK="5"), "RANK=5 must be less than WORLD_SIZE=2"),
+        (MEETING | dict(LOCAL_RANK="1", LOCAL_WORLD_SIZE="1"), "LOCAL_RANK=1 must be less than LOCAL_WORLD_SIZE=1"),
+        (MEETING | dict(MASTER_ADDR=""), "WORLD_SIZE=2 processes need MASTER_ADDR"),
+        (MEETING | dict(MASTER_PORT="70000"), "WORLD_SIZE=2 processes need MASTER_PORT"),
+        (MEETING | dict(MASTER_PORT="abc"), "MASTER_PORT=abc must be a whole number"),
+    ],
+)
+def test_a_wrong_place_is_one_line_before_any_work(environ, words, tiny_data, tmp_path):
+    ran = run_here(tmp_path, tiny_data, **environ)
+    assert ran.code == 2 and said(ran.err).startswith(f"error: {words}") and not list(tmp_path.iterdir())
+
+
+def test_places_that_are_right():
+    assert pg.Place.from_env({}) == (0, 1, 0, 1)
+    assert pg.Place.from_env(MEETING | dict(RANK="1", LOCAL_RANK="1")) == (1, 2, 1, 2)
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_ranks_that_start_again_agree_on_a_part_of_the_store_without_the_keys_of_the_dead(first, monkeypatch):
+    shared, parts = dist.HashStore(), {}
+    shared.set_timeout(datetime.timedelta(seconds=30))
+    monkeypatch.setattr(dist, "rendezvous", lambda *_: iter([(shared, 0, 0)]))
+
+    def join(rank: int) -> None:
+        parts[rank] = pg.fresh_store(rank, 2)
+
+    for start in range(3):
+        threads = [threading.Thread(target=join, args=(rank,), daemon=True) for rank in (first, 1 - first)]
+        threads[0].start()
+        time.sleep(0.05)  # it meets what the ranks before it have left
+        threads[1].start()
+        for thread in threads:
+            thread.join(30)
+            assert not thread.is_alive()
+        assert not parts[0].check(["address0"]) and not parts[1].check(["address0"])
+        parts[0].set("address0", str(start))
+        assert parts[1].get("address0") == str(start).encode()
+
+
+# -----------------------------------------------------------------------------
+# SIGNALS WHERE NO HANDLER RUNS
+# -----------------------------------------------------------------------------
+
+
+def test_a_signal_ends_a_rank_that_waits_for_the_others(tmp_path):
+    started = []
+    for number, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            port = free.getsockname()[1]
+        environ = clean_environ(**{**TINY_ENV, **MEETING, "RANK": 0, "MASTER_PORT": port})
+        process = subprocess.Popen(SCRIPT, cwd=tmp_path, env=environ, stderr=subprocess.PIPE, text=True)
+        started.append((process, port, number, code))
+    for process, port, number, code in started:
+        for _ in range(1200):  # the main rank serves the store while it waits
+            with socket.socket() as probe:
+                if probe.connect_ex(("localhost", port)) == 0:
+                    break
+            time.sleep(0.05)
+        time.sleep(0.3)
+        process.send_signal(number)
+        err = process.communicate(timeout=60)[1]
+        name = signal.Signals(number).name
+        assert (process.returncode, err) == (code, f"interrupted: {name}; there is no checkpoint to go on from\n")
+
+
+class Waits:
+    """A main thread that waits in C++, where no handler runs, until it is let go or the process would have ended."""
+
+    def __init__(self, monkeypatch):
+        self.store, self.code = dist.HashStore(), None
+        self.store.set_timeout(datetime.timedelta(seconds=60))
+        monkeypatch.setattr(pg.os, "_exit", self.end)
+
+    def end(self, code: int) -> None:
+        self.code = self.code or code
+        self.store.set("go", "")
+
+    def wait(self, *kills: float, until: float = 60) -> None:
+        """Wait with a SIGTERM after each of so many seconds."""
+        kill = (os.kill, (os.getpid(), signal.SIGTERM))
+        timers = [threading.Timer(seconds, *kill) for seconds in kills]
+        timers.append(threading.Timer(until, self.store.set, ("go", "")))
+        for timer in timers:
+            timer.daemon = True
+            timer.start()
+        self.store.wait(["go"])
+        timers[-1].cancel()
+
+
+def test_a_signal_ends_a_main_thread_that_hangs(monkeypatch, capsys, tmp_path):
+    waits = Waits(monkeypatch)
+    monkeypatch.setattr(pg.Signals, "PATIENCE", 0.3)
+    with pytest.raises(pg.Interrupted), pg.Signals() as signals:  # the handler's own, once it is let go
+        signals.log = pg.Log(tmp_path / "log.txt")
+        signals.resume_from(Path("checkpoint-3.pgckpt"))
+        waits.wait(0.1)
+    line = "interrupted: SIGTERM; go on with the same command and RESUME=checkpoint-3.pgckpt\n"
+    assert waits.code == 143 and capsys.readouterr().err.startswith(line)
+    assert (tmp_path / "log.txt").read_text().startswith(line)
+
+
+def test_a_signal_that_training_defers_ends_nothing_until_it_is_repeated(monkeypatch, capsys):
+    waits = Waits(monkeypatch)
+    monkeypatch.setattr(pg.Signals, "PATIENCE", 0.2)
+    with pg.Signals() as signals:
+        signals.deferred = True
+        waits.wait(0.1, 0.2, until=1.5)
+        assert waits.code is None and signals.caught == signal.SIGTERM and capsys.readouterr().err == ""
+        waits.store.delete_key("go")
+        monkeypatch.setattr(pg.Signals, "REPEATED", 0.0)
+        waits.wait(0.1)
+    assert waits.code == 143 and capsys.readouterr().err.startswith("interrupted: SIGTERM; ")
+
+
+def test_handlers_and_the_wakeup_pipe_are_as_before_afterwards(monkeypatch):
+    threads, handlers = threading.active_count(), [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGHUP)]
+    for _ in range(3):
+        with pg.Signals():
+            assert signal.getsignal(signal.SIGTERM) != handlers[0]
+    assert [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGHUP)] == handlers
+    before = signal.set_wakeup_fd(-1)
+    assert before == -1
+    for _ in range(100):
+        if threading.active_count() <= threads:
+            return
+        time.sleep(0.05)
+    raise AssertionError("a thread of each is left")
+
+
+# -----------------------------------------------------------------------------
+# COMPILER AND MEMORY
+# -----------------------------------------------------------------------------
+
+
+def test_compile_without_a_compiler_is_one_line_before_any_work(tiny_data, tmp_path, monkeypatch):
+    import torch._inductor.config
+
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    with torch._inductor.config.patch({"cpp.cxx": (None, "/nonexistent")}):
+        ran = run_here(tmp_path / "out", tiny_data, COMPILE=1, **QUICK)
+    assert ran.code == 2 and said(ran.err).startswith("error: torch.compile fails (") and not ran.log.exists()
+    assert "/nonexistent" in ran.err and ran.err.endswith("or set COMPILE=0\n")
+
+
+def test_a_cache_that_torch_cannot_make_is_not_blamed_on_out_dir(tiny_data, tmp_path):
+    (tmp_path / "file").touch()
+    environ = {**TINY_ENV, **QUICK, "DATA_PATH": tiny_data, "TORCHINDUCTOR_CACHE_DIR": tmp_path / "file" / "cache"}
+    environ = clean_environ(**environ)
+    ran = subprocess.run(SCRIPT, cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=120)
+    assert ran.returncode == 2 and said(ran.stderr).startswith("error: torch makes no cache: [Errno 20]")
+    assert "set TORCHINDUCTOR_CACHE_DIR" in ran.stderr and not (tmp_path / "logs").exists()
+
+
+def test_a_full_memory_is_one_line_that_names_the_settings(tiny_data, tmp_path, monkeypatch):
+    def fill(*_) -> None:
+        torch.empty(1 << 50)  # beyond any address space
+
+    monkeypatch.setattr(pg, "accumulate_gradients", at_call(pg.accumulate_gradients, 2, fill))
+    ran = run_here(tmp_path, tiny_data, **QUICK)
+    assert ran.code == 2 and said(ran.err).startswith("error: out of memory; lower MICRO_BATCH_TOKENS (training), ")
+
+
+# -----------------------------------------------------------------------------
+# RESTARTS
+# -----------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_rank_costs_seconds_where_torchrun_restarts(victim, tiny_data, tmp_path):
+    """The same artifact as without the kill, and no rank that calls the dead."""
+    long = dict(ITERATIONS=80, WARMDOWN_ITERS=70, TRAIN_LOG_EVERY=1, RESUME="auto", CHECKPOINT_EVERY=0.1)
+    environ = clean_environ(**{**TINY_ENV, **QUICK, **long, "DATA_PATH": tiny_data, "RUN_ID": "run"})
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=1"]
+    artifacts = []
+    for name in ("whole", "killed"):
+        folder, log = tmp_path / name, tmp_path / name / "logs" / "run.txt"
+        folder.mkdir()
+        script = [ROOT / "tests" / "broken.py"] if name == "killed" else [ROOT / "train_gpt.py"]
+        kill = dict(JOBS=f'[{{"fault": ["accumulate_gradients", 20, "die_once", {victim}]}}]')
+        ran = subprocess.run(
+            [*torchrun, *script], cwd=folder, env=environ | kill, capture_output=True, text=True, timeout=300
+        )
+        assert ran.returncode == 0, ran.stderr
+        assert "connectFullMesh" not in ran.stderr
+        resumed = re.findall(r"^resume:step:\d+", log.read_text("utf-8"), re.MULTILINE)
+        assert len(resumed) == (name == "killed")
+        artifacts.append((folder / "runs" / "run" / "artifact.pgolf").read_bytes())
+    assert artifacts[0] == artifacts[1]
