@@ -98,10 +98,23 @@ class LimitError(Exception):
 LARGEST = {int: 1 << 40, float: 1e12}
 
 
-def opt(section: str, default: Any, doc: str, lo: float | None = None, hi: float | None = None, choices: Sequence = ()):
-    """One setting: its type is its default's type; lo and hi are inclusive."""
+def opt(
+    section: str,
+    default: Any,
+    doc: str,
+    lo: float | None = None,
+    hi: float | None = None,
+    choices: Sequence = (),
+    off: Any = None,
+):
+    """One setting: its type is its default's type; lo and hi are inclusive.
+
+    off is what an artifact means that was made before there was this setting: the technique's absence, or any value
+    where only an absent technique reads it. Each new setting of model and evaluation states it: files outlive settings.
+    """
     hi = LARGEST.get(type(default)) if hi is None else hi
-    return dataclasses.field(default=default, metadata=dict(section=section, doc=doc, lo=lo, hi=hi, choices=choices))
+    meta = dict(section=section, doc=doc, lo=lo, hi=hi, choices=choices, off=off)
+    return dataclasses.field(default=default, metadata=meta)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,27 +150,33 @@ class Hyperparameters:
     num_heads: int = opt("model", 8, "H, query heads", lo=1)
     num_kv_heads: int = opt("model", 4, "key/value heads (grouped-query attention)", lo=1)
     mlp_mult: float = opt("model", 3.0, "MLP hidden width, in multiples of D", lo=0.01, hi=64)
-    mlp_kind: str = opt("model", "leaky_relu2", "MLP nonlinearity", choices=("leaky_relu2", "swiglu", "star_relu"))
-    leaky_relu_slope: float = opt("model", 0.5, "leaky_relu2's negative slope; 0: relu squared", lo=0, hi=1)
+    mlp_kind: str = opt(
+        "model", "leaky_relu2", "MLP nonlinearity", choices=("leaky_relu2", "swiglu", "star_relu"), off="leaky_relu2"
+    )
+    leaky_relu_slope: float = opt("model", 0.5, "leaky_relu2's negative slope; 0: relu squared", lo=0, hi=1, off=0.5)
     tie_embeddings: bool = opt("model", True, "the head is the token embedding")
     rope_base: float = opt("model", 10000.0, "rotary base frequency", lo=1)
     rope_dims: int = opt("model", 16, "rotated dimensions of each head, even; 0: all K", lo=0)
     logit_softcap: float = opt("model", 30.0, "logits pass c*tanh(z/c)", lo=1)
     qk_gain_init: float = opt("model", 1.5, "initial gain of each query head", lo=0)
-    ln_scale: bool = opt("model", True, "block l scales its normalized inputs by 1/sqrt(l+1)")
-    unet_skips: bool = opt("model", True, "second half adds the outputs of the first half in reverse order")
-    xsa_last_n: int = opt("model", 4, "last n layers remove the own value's direction from attention outputs", lo=0)
-    value_residual: bool = opt("model", False, "later layers add a learned share of the first layer's value")
-    gated_attention: bool = opt("model", False, "a learned gate of the input on each head's output")
-    num_loops: int = opt("model", 0, "extra passes over layers LOOP_START…LOOP_END with the same weights", lo=0, hi=16)
-    loop_start: int = opt("model", 3, "first layer of the loop", lo=0)
-    loop_end: int = opt("model", 5, "last layer of the loop", lo=0)
-    smear_gate_enabled: bool = opt("model", True, "blend each position's embedding with its predecessor's")
-    bigram_vocab_size: int = opt("model", 3072, "rows of the hashed bigram table; 0: none", lo=0, hi=1 << 24)
-    bigram_dim: int = opt("model", 128, "width of the bigram table", lo=1, hi=16384)
-    ve_enabled: bool = opt("model", True, "value embeddings: a token table added to the values of VE_LAYERS")
-    ve_dim: int = opt("model", 128, "width of the value table", lo=1, hi=16384)
-    ve_layers: str = opt("model", "9,10", "layers that add value embeddings, separated by commas")
+    ln_scale: bool = opt("model", True, "block l scales its normalized inputs by 1/sqrt(l+1)", off=False)
+    unet_skips: bool = opt("model", True, "second half adds the outputs of the first half in reverse order", off=False)
+    xsa_last_n: int = opt(
+        "model", 4, "last n layers remove the own value's direction from attention outputs", lo=0, off=0
+    )
+    value_residual: bool = opt("model", False, "later layers add a learned share of the first layer's value", off=False)
+    gated_attention: bool = opt("model", False, "a learned gate of the input on each head's output", off=False)
+    num_loops: int = opt(
+        "model", 0, "extra passes over layers LOOP_START…LOOP_END with the same weights", lo=0, hi=16, off=0
+    )
+    loop_start: int = opt("model", 3, "first layer of the loop", lo=0, off=3)
+    loop_end: int = opt("model", 5, "last layer of the loop", lo=0, off=5)
+    smear_gate_enabled: bool = opt("model", True, "blend each position's embedding with its predecessor's", off=False)
+    bigram_vocab_size: int = opt("model", 3072, "rows of the hashed bigram table; 0: none", lo=0, hi=1 << 24, off=0)
+    bigram_dim: int = opt("model", 128, "width of the bigram table", lo=1, hi=16384, off=128)
+    ve_enabled: bool = opt("model", True, "value embeddings: a token table added to the values of VE_LAYERS", off=False)
+    ve_dim: int = opt("model", 128, "width of the value table", lo=1, hi=16384, off=128)
+    ve_layers: str = opt("model", "9,10", "layers that add value embeddings, separated by commas", off="9,10")
     train_seq_len: int = opt("model", 2048, "training context; rotary frequencies belong to it", lo=2, hi=1 << 20)
 
     iterations: int = opt("training", 9000, "steps at most", lo=1)
@@ -224,31 +243,39 @@ class Hyperparameters:
     eval_seq_len: int = opt("evaluation", 2048, "context when scoring; beyond TRAIN_SEQ_LEN: NTK", lo=2, hi=1 << 20)
     eval_stride: int = opt("evaluation", 64, "targets per sliding window; 0: no sliding pass", lo=0)
     val_batch_size: int = opt("evaluation", 524288, "tokens per scoring batch over all ranks (a memory limit)", lo=1)
-    eval_max_seconds: float = opt("evaluation", 600.0, "evaluation clock; TTT stops adapting in time; 0: none", lo=0)
-    ttt_enabled: bool = opt("evaluation", True, "score-first test-time training after the sliding pass")
-    ttt_params: str = opt(
-        "evaluation", "all", "what adapts: weights, control tensors, LoRA", choices=("all", "scales", "lora")
+    eval_max_seconds: float = opt(
+        "evaluation", 600.0, "evaluation clock; TTT stops adapting in time; 0: none", lo=0, off=0.0
     )
-    ttt_optimizer: str = opt("evaluation", "sgd", "of test-time training", choices=("sgd", "adamw"))
+    ttt_enabled: bool = opt("evaluation", True, "score-first test-time training after the sliding pass", off=False)
+    ttt_params: str = opt(
+        "evaluation", "all", "what adapts: weights, control tensors, LoRA", choices=("all", "scales", "lora"), off="all"
+    )
+    ttt_optimizer: str = opt("evaluation", "sgd", "of test-time training", choices=("sgd", "adamw"), off="sgd")
     ttt_lr: float = opt("evaluation", 0.002, "learning rate, cosine over the chunks (LoRA: constant)", lo=0)
-    ttt_warmup_chunks: int = opt("evaluation", 0, "chunks over which the learning rate first rises", lo=0)
-    ttt_max_chunks: int = opt("evaluation", 0, "chunks to learn from, then only score; 0: all but the last", lo=0)
-    ttt_sam_rho: float = opt("evaluation", 0.0, "SAM: gradients are taken this far uphill; 0: none", lo=0)
+    ttt_warmup_chunks: int = opt("evaluation", 0, "chunks over which the learning rate first rises", lo=0, off=0)
+    ttt_max_chunks: int = opt(
+        "evaluation", 0, "chunks to learn from, then only score; 0: all but the last", lo=0, off=0
+    )
+    ttt_sam_rho: float = opt("evaluation", 0.0, "SAM: gradients are taken this far uphill; 0: none", lo=0, off=0.0)
     ttt_epochs: int = opt("evaluation", 3, "passes over each scored chunk", lo=1)
     ttt_chunk_tokens: int = opt("evaluation", 32768, "scored targets per chunk, at least", lo=1)
-    ttt_freeze_blocks: int = opt("evaluation", 0, "first blocks that stay fixed", lo=0)
+    ttt_freeze_blocks: int = opt("evaluation", 0, "first blocks that stay fixed", lo=0, off=0)
     ttt_momentum: float = opt("evaluation", 0.9, "SGD's momentum or AdamW's beta1, carried", lo=0, hi=0.9999)
     ttt_batch_seqs: int = opt("evaluation", 32, "sequences per step over all ranks", lo=1)
     ttt_grad_clip: float = opt("evaluation", 1.0, "gradient norm of a step (LoRA: per document); 0: none", lo=0)
-    ttt_lora_rank: int = opt("evaluation", 8, "of the adapters on q, v and the head", lo=1, hi=1024)
-    ttt_lora_alpha: float = opt("evaluation", 8.0, "adapters are scaled by alpha/rank", lo=0)
-    ttt_lora_chunk: int = opt("evaluation", 256, "targets of a document per step", lo=1)
-    ttt_lora_reset: bool = opt("evaluation", True, "new adapters for each document; 0: carried, one by one")
-    ttt_temperature: bool = opt("evaluation", False, "the softmax temperature that fitted the scored chunks best")
-    hedge_enabled: bool = opt("evaluation", False, "mix the model with n-grams of scored text (no ruling covers it)")
-    hedge_eta: float = opt("evaluation", 0.3, "learning rate of the mixture's weights", lo=0, hi=100)
-    hedge_alpha: float = opt("evaluation", 4.0, "n-grams: counts that the shorter context is worth", lo=1e-6)
-    hedge_temperature: float = opt("evaluation", 1.5, "of the model's second vote", lo=0.1, hi=10)
+    ttt_lora_rank: int = opt("evaluation", 8, "of the adapters on q, v and the head", lo=1, hi=1024, off=8)
+    ttt_lora_alpha: float = opt("evaluation", 8.0, "adapters are scaled by alpha/rank", lo=0, off=8.0)
+    ttt_lora_chunk: int = opt("evaluation", 256, "targets of a document per step", lo=1, off=256)
+    ttt_lora_reset: bool = opt("evaluation", True, "new adapters for each document; 0: carried, one by one", off=True)
+    ttt_temperature: bool = opt(
+        "evaluation", False, "the softmax temperature that fitted the scored chunks best", off=False
+    )
+    hedge_enabled: bool = opt(
+        "evaluation", False, "mix the model with n-grams of scored text (no ruling covers it)", off=False
+    )
+    hedge_eta: float = opt("evaluation", 0.3, "learning rate of the mixture's weights", lo=0, hi=100, off=0.3)
+    hedge_alpha: float = opt("evaluation", 4.0, "n-grams: counts that the shorter context is worth", lo=1e-6, off=4.0)
+    hedge_temperature: float = opt("evaluation", 1.5, "of the model's second vote", lo=0.1, hi=10, off=1.5)
 
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):
@@ -2941,13 +2968,12 @@ def parse_header(text: bytes) -> dict:
         raise ArtifactError("artifact is damaged: its header lacks a field or has one too many")
     if header["kind"] not in ("artifact", "weights"):
         raise ArtifactError("artifact is damaged: it is neither an artifact nor saved weights")
+    header["architecture"] = listed_settings(header["architecture"], "model")
+    header["evaluation"] = listed_settings(header["evaluation"], "evaluation", dtype=None)
     try:
         hp = Hyperparameters(**header["architecture"], **header["evaluation"])
-    except (TypeError, UserError) as error:
+    except UserError as error:
         raise ArtifactError(f"artifact is damaged: its settings are not valid ({error})") from None
-    evaluation = hp.section("evaluation") | dict(dtype=hp.dtype)
-    if header["architecture"] != hp.section("model") or header["evaluation"] != evaluation:
-        raise ArtifactError("artifact is damaged: it does not list each setting of model and evaluation")
     with torch.device("meta"):  # shapes only: nothing is allocated on a header's word
         expected = {name: list(p.shape) for name, p in GPT(hp, 2, sdpa, torch.float32).named_parameters()}
     table = header["tensors"]
@@ -2961,6 +2987,17 @@ def parse_header(text: bytes) -> dict:
         if kind not in (STORAGE[tensor_class(name)] if header["kind"] == "artifact" else ("fp32",)):
             raise ArtifactError(f"artifact is damaged: {name} is stored as {kind!r}")
     return header
+
+
+def listed_settings(listed: dict[str, Any], section: str, **more: Any) -> dict[str, Any]:
+    """A header's settings of one section; those that came after it are off. Raises ArtifactError."""
+    fields = [f for f in dataclasses.fields(Hyperparameters) if f.metadata["section"] == section]
+    offs = {f.name: f.metadata["off"] for f in fields} | more
+    if unknown := sorted(listed.keys() - offs):
+        raise ArtifactError(f"artifact has a setting that this version does not know: {shown(unknown[0])}")
+    if lacking := [name for name, off in offs.items() if off is None and name not in listed]:
+        raise ArtifactError(f"artifact is damaged: its settings lack {lacking[0]}")
+    return {name: listed.get(name, off) for name, off in offs.items()}
 
 
 def read_tensors(table: list, data: memoryview, words: bytes | None) -> dict[str, Stored]:

@@ -7,6 +7,7 @@ import hashlib
 import itertools
 import json
 import random
+import re
 import struct
 import sys
 import time
@@ -392,6 +393,47 @@ def test_forged_headers_are_artifact_errors(name):
     assert read(blob) is None
     with little_memory(64 << 20):
         assert read(blob, seconds=10) is None  # counting allocations is slow
+
+
+# What every artifact lists: there is no model without these. Whatever comes after them can be off.
+ALWAYS_LISTED = """vocab_size num_layers model_dim num_heads num_kv_heads mlp_mult tie_embeddings rope_base rope_dims
+logit_softcap qk_gain_init train_seq_len eval_seq_len eval_stride val_batch_size ttt_lr ttt_epochs ttt_chunk_tokens
+ttt_momentum ttt_batch_seqs ttt_grad_clip""".split()
+
+
+def test_every_setting_of_a_file_that_is_not_always_listed_states_its_off_value():
+    fields = [f for f in dataclasses.fields(pg.Hyperparameters) if f.metadata["section"] in ("model", "evaluation")]
+    assert [f.name for f in fields if f.metadata["off"] is None] == ALWAYS_LISTED
+    for f in fields:
+        if f.metadata["off"] is not None:
+            pg.check_value(f, f.metadata["off"])
+
+
+def without_techniques(header) -> None:
+    """As a version would have written it that knew no technique."""
+    for part in ("architecture", "evaluation"):
+        header[part] = {name: value for name, value in header[part].items() if name in (*ALWAYS_LISTED, "dtype")}
+
+
+def test_an_artifact_outlives_settings_that_came_after_it():
+    offs = {f.name: off for f in dataclasses.fields(pg.Hyperparameters) if (off := f.metadata["off"]) is not None}
+    plain = tiny_hp(**SMALL | offs)
+    blob = make_blob("lzma", plain)
+    old = edited(blob, without_techniques)
+    header, tensors = pg.unpack_artifact(old)
+    whole, same = pg.unpack_artifact(blob)
+    assert len(json.dumps(whole)) > len(split_payload(old)[0]) and header == whole
+    assert header["architecture"] == plain.section("model")
+    assert tensors.keys() == same.keys() and all(torch.equal(tensors[name].data, same[name].data) for name in same)
+    with pytest.raises(pg.ArtifactError, match="its tensors are not those of its architecture"):
+        pg.unpack_artifact(edited(make_blob("lzma"), without_techniques))  # it has tables
+
+
+@pytest.mark.parametrize("part, name", [("architecture", "surprise"), ("evaluation", "seed"), ("evaluation", "a\nb")])
+def test_a_setting_of_a_later_version_is_named(part, name):
+    said = f"artifact has a setting that this version does not know: {pg.shown(name)}"
+    with pytest.raises(pg.ArtifactError, match=f"^{re.escape(said)}$"):
+        pg.unpack_artifact(edited(make_blob("lzma"), set_in(part, name, 1)))
 
 
 def test_a_header_that_calls_itself_neither_artifact_nor_weights_is_refused():
