@@ -22,8 +22,9 @@ from typing import Any
 from urllib.parse import quote
 
 from records.submission import runlog
-from records.submission.foreign import MAX_LOG_BYTES, declared_label
+from records.submission.foreign import MAX_LOG_BYTES
 from records.submission.rules import CAP_BYTES
+from records.submission.runs import declared_label
 
 RECORDS = Path(__file__).resolve().parent.parent
 TEMPLATE = Path(__file__).with_name("board.html")

@@ -16,8 +16,8 @@ from typing import NamedTuple
 
 from records.submission import runlog
 from records.submission.board import read_json, submission_json
-from records.submission.foreign import declared_label
 from records.submission.runlog import LogError, RunLog, ScoreLine
+from records.submission.runs import declared_label
 
 POWER = 0.8  # probability of meeting a rule that the number of seeds is worked out for
 MAX_SEEDS = 1000

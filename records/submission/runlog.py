@@ -431,7 +431,8 @@ PREFIX = re.compile(
 SETTING = re.compile(r"\s{1,8}(\w[\w.-]{0,80}):(?:\s(.*))?$")  # of a `Hyperparameters:` list; its value may be empty
 FIRST_WORD = re.compile(r"[A-Za-z_]\w{0,40}(?=[:\s])")
 STEP = re.compile(
-    r"(?:(step:) ?(\d{1,12})(?:/(\d{1,12}))?|()(\d{1,12})/(\d{1,12}))[:,]? (?=.{0,200}?\b(?:loss|(?:train|val)_loss|val_bpb))"
+    r"(?:(step:) ?(\d{1,12})(?:/(\d{1,12}))?|()(\d{1,12})/(\d{1,12}))[:,]? "
+    r"(?=.{0,200}?\b(?:loss|train_loss|val_loss|val_bpb))"
 )
 FIGURE = re.compile(
     r"(?<![\w.])(train_loss|val_loss|val_bpb|train_time|eval_time|tok/s)(?:: ?|=)"
