@@ -197,8 +197,7 @@ def read_side(paths: Sequence[Path], asked: str | None) -> Side:
             for name, log in folder.runs.items():
                 log.path = path / name
         else:
-            log = runlog.parse(path)
-            found = log.parts if log.parts and all(part.candidates() for part in log.parts) else [log]
+            found = runlog.parse(path).each()
             record = (path.parent / "submission.json").is_file()
             label = load(path.parent).headline[0] if record else None
         logs += found

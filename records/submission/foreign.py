@@ -316,8 +316,8 @@ def read_log(submission: Submission, name: str) -> None:
     except (LogError, OSError) as error:
         submission.problems.append(Note("FAIL", f"{name}: cannot be read ({error})"))
         return
-    apart = len(log.parts) > 1 and all(part.candidates() for part in log.parts)
-    found = {f"{name}, run {i}": part for i, part in enumerate(log.parts, 1)} if apart else {name: log}
+    each = log.each()
+    found = {name: log} if len(each) == 1 else {f"{name}, run {i}": part for i, part in enumerate(each, 1)}
     for part in found.values():
         part.sha256, part.encoding = hashlib.sha256(data).hexdigest(), encoding
     submission.logs |= found

@@ -108,6 +108,11 @@ class RunLog:
         found = [score for score in self.scores if score.label == label]
         return found[0] if len(found) == 1 else None
 
+    def each(self) -> list["RunLog"]:
+        """The runs in the log, one by one where each has its score; else the log as it is."""
+        apart = len(self.parts) > 1 and all(part.candidates() for part in self.parts)
+        return self.parts if apart else [self]
+
     def candidates(self) -> list[ScoreLine]:
         """The results that could be the headline: all but diagnostics."""
         return [score for score in self.scores if not DIAGNOSTIC.search(score.label)]

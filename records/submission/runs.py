@@ -109,8 +109,12 @@ def headline_of(logs: Sequence[RunLog], meta: Mapping, claim: Any) -> tuple[str 
         return label, "declared"
     found = means(logs, 0)
     fits = [label for label, mean in found.items() if mean.n == len(logs) and mean.gives(claim)]
-    own = {headline.label for log in logs if (headline := log.headline()) is not None}
-    if len(own) == 1 and (number(claim) is None or own <= set(fits) or all(log.dialect == "pgolf" for log in logs)):
+    own = {getattr(log.headline(), "label", None) for log in logs}
+    if (
+        len(own) == 1
+        and None not in own
+        and (number(claim) is None or own <= set(fits) or all(log.dialect == "pgolf" for log in logs))
+    ):
         return own.pop(), "of every log"
     if fits and len({round(found[label].value, 8) for label in fits}) == 1:
         return fits[0], f"its mean is val_bpb {claim}"
