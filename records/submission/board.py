@@ -259,7 +259,7 @@ def read_folder(folder: Path) -> Entry:
     """A record folder. Its score is the mean over the runs that it declares; what only its JSON says is marked so."""
     s = load(folder)
     parent = s.folder.parent.name
-    entry = Entry(clean(s.folder.name), folder, clean(parent.removeprefix("track_"), 40))
+    entry = Entry(clean(s.folder.name, 160), folder, clean(parent.removeprefix("track_"), 40))
     if not parent.startswith("track_"):
         entry.track = clean(s.track or "no track", 40)
     for name in ("author", "date"):
@@ -296,7 +296,7 @@ def read_folder(folder: Path) -> Entry:
 
 
 def read_log(path: Path) -> Entry:
-    return from_logs(Entry(clean(path.stem), path, LOOSE), runlog.parse(path).each())
+    return from_logs(Entry(clean(path.stem, 160), path, LOOSE), runlog.parse(path).each())
 
 
 def collect(paths: Sequence[Path]) -> list[Entry]:
