@@ -407,6 +407,19 @@ def test_a_copy_of_a_log_is_one_run(tmp_path, form):
     assert any(f.check == "seeds" and "3 seeds: 42, 1337, 2025" in f.what for f in found)
 
 
+def test_a_log_of_the_evaluation_alone_is_joined_with_that_of_its_training(tmp_path):
+    made = build("baseline")
+    for run in made.runs:
+        text = f"legal_ttt_exact val_loss:2.04000000 val_bpb:1.205{run.seed % 1000:03d}00 eval_time:400000ms\n"
+        made.files[f"eval_seed{run.seed}.log"] = f"seed:{run.seed}\n{text}".encode()
+    made.meta |= dict(headline="legal_ttt", val_loss=2.04, seed_results=None, val_bpb_std=None)
+    made.meta["val_bpb"] = round(statistics.fmean(1.205 + run.seed % 1000 / 1e6 for run in made.runs), 8)
+    made.readme = f"# Core\n\nval_bpb {made.meta['val_bpb']:.5f}\n"
+    found = findings(made.write(tmp_path / "track_10min_16mb" / "f"))
+    assert [f for f in found if f.level in ("FAIL", "skip")] == []
+    assert any(f.check == "clocks" and f.what == "longest training 581.9 s, evaluation 400.0 s" for f in found)
+
+
 def test_seeds_are_counted_as_the_logs_state_them(tmp_path):
     made = build("baseline", seeds=(1, 2, 3))
     again = dataclasses.replace(made.runs[0], results=(corpus.result("final_int8_zlib_roundtrip", 2.0719),))
@@ -497,6 +510,33 @@ def test_code_beside_the_script_counts(tmp_path, form):
     assert [f.level for f in found] == ["warn"] * 3 and name in found[0].what
     assert f"{total:,} bytes in all as counted, {total + more:,} by what runs" in found[0].what
     assert not [f for f in findings(tmp_path / "f", "warn") if "not one of the files" in f.what and name in f.what]
+
+
+def test_a_packed_file_that_the_script_executes_is_its_code(tmp_path):
+    source = "import lzma, pathlib\n"
+    source += "exec(lzma.decompress(pathlib.Path(__file__).with_name('code.bin').read_bytes()))\n"
+    made = build("baseline", source=source)
+    made.files["code.bin"] = lzma.compress(ILLEGAL.encode())
+    found = findings(made.write(tmp_path / "f"))
+    assert not [f for f in found if f.check == "files" and f.level != "pass"]
+    assert any(f.check == "size" and "(train_gpt.py, code.bin)" in f.what for f in found)
+    assert any(f.check == "legality" and f.level == "FAIL" and "unpacked (1) line" in f.what for f in found)
+    made = build("baseline", source="import helper\n" + SCRIPT)
+    made.files["helper.py"] = b"TOKEN = 'hf_" + b"a" * 34 + b"'\n"
+    assert any("secret key" in f.what for f in findings(made.write(tmp_path / "g"), "FAIL"))
+
+
+def test_carriage_returns_that_a_checkout_adds_are_no_code(tmp_path):
+    made = build("baseline")
+    made.files["train_gpt.py"] = made.files["train_gpt.py"].replace(b"\n", b"\r\n")
+    found = findings(made.write(tmp_path / "track_10min_16mb" / "f"))
+    assert [f for f in found if f.level not in ("pass", "note")] == []
+
+
+def test_a_readme_may_give_the_score_with_more_digits_than_the_json(tmp_path):
+    made = build("baseline")
+    made.meta["val_bpb"] = round(made.meta["val_bpb"], 3)
+    assert not [f for f in findings(made.write(tmp_path / "f"), "FAIL") if f.check == "readme"]
 
 
 def test_a_file_that_is_only_spoken_of_does_not_count(tmp_path):

@@ -52,6 +52,7 @@ from records.submission.runs import (
     means,
     named_seed,
     number,
+    score_digits,
     seed_of,
 )
 from records.submission.smoke import check_run
@@ -104,7 +105,8 @@ def check_files(s: Submission) -> Iterator[Note]:
             yield Note(level, f"no log states seed {seed}, which submission.json claims")
     for name, size in s.files.items():
         reason = next((why for why, pattern in SURPRISE.items() if re.search(pattern, name, re.I)), None)
-        if COMPANION.fullmatch(name) or name in logs or name == script or name in beside(s):
+        used = name == script or name in beside(s)
+        if COMPANION.fullmatch(name) or name in logs or used:
             reason = None
         elif reason is None and not IMAGE.search(name) and not LOG.search(name):
             yield Note("warn", f"{name}: not one of the files a submission has")
@@ -119,7 +121,13 @@ def check_files(s: Submission) -> Iterator[Note]:
                 data = s.read(name, MAX_FOLDER)
                 if SECRET.search(data):
                     yield Note("FAIL", f"{name}: holds what looks like a secret key")
-                elif b"\0" in data[:4096] and name not in logs and not IMAGE.search(name) and "tokenizers/" not in name:
+                elif (
+                    b"\0" in data[:4096]
+                    and name not in logs
+                    and not used
+                    and not IMAGE.search(name)
+                    and "tokenizers/" not in name
+                ):
                     yield Note("FAIL", f"{name}: binary")
     if sum(s.files.values()) > MAX_FOLDER:
         yield Note("FAIL", f"{sum(s.files.values()):,} bytes in all")
@@ -313,7 +321,9 @@ def check_readme(s: Submission) -> Iterator[Note]:
         return
     scores = re.findall(r"(?<![\w.])\d\.\d{3,20}(?![\w.]*\d)", s.readme)
     value = number(claim)
-    if any(abs(float(text) - value) <= 0.5 * 10.0 ** -(len(text) - 2) * 1.001 for text in scores):
+    # The one with more digits has to give the other.
+    halves = [0.5 * 10.0 ** -min(len(text) - 2, score_digits(claim)) * 1.001 for text in scores]
+    if any(abs(float(text) - value) <= half for text, half in zip(scores, halves, strict=True)):
         return
     if any(abs(float(text) - value) < 10.0 ** -(len(text) - 2) for text in scores):
         yield Note("warn", f"README.md gives val_bpb {claim} of the JSON cut, not rounded")
@@ -336,6 +346,7 @@ def check_size(s: Submission) -> Iterator[Note]:
     script, extra = s.found_script[0], {name: s.files[name] for name in beside(s)}
     code = len(s.script) + sum(extra.values()) if s.script is not None else None
     what = f"what runs ({', '.join([script, *extra])})" if extra else script
+    carriage_returns = (s.script or b"").count(b"\r\n")  # which a checkout may add
     raw = {len(layer.encode()) for layer in s.layers.layers[1:]}
     raw |= {size for name, size in s.files.items() if COMPANION_SOURCE.fullmatch(name)}
     worst, unknown = 0, []
@@ -363,7 +374,7 @@ def check_size(s: Submission) -> Iterator[Note]:
             if counted in raw and code is not None and model is not None and model + code <= CAP_BYTES:
                 packed = f"; the log counts the raw source, with the packed script it is {model + code:,}"
             yield Note("FAIL", f"{name}: {over}{mib}{packed}")
-        if code is None or counted is None or counted == code:
+        if code is None or counted is None or counted in (code, code - carriage_returns):
             continue
         if counted in raw:
             yield Note("warn", f"{name} counts {counted:,} bytes of raw code; the packed {script} has {code:,}")
@@ -403,6 +414,7 @@ def check_size_fields(s: Submission, worst: int) -> Iterator[Note]:
             yield Note("warn", f"{s.json_name}: {total:,} bytes are not the largest seed's, {worst:,}")
     if number(counted) is not None and s.script is not None:
         sizes = {len(s.script), len(s.script) + sum(s.files[name] for name in beside(s))}
+        sizes.add(len(s.script.replace(b"\r\n", b"\n")))
         if number(counted) not in sizes:
             logged = number(counted) in {size for log in logs for size in (log.bytes_code, log.bytes_source)}
             text = f"{s.json_name}: bytes_code {counted:,}, {script} has {len(s.script):,}"

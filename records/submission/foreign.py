@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 from records.submission import runlog, unpack
 from records.submission.runlog import LogError, RunLog
-from records.submission.runs import Choice, as_seed, choose, declared_label, headline_of, number, seed_of
+from records.submission.runs import Choice, as_seed, choose, declared_label, headline_of, joined, number, seed_of
 
 MAX_ENTRIES, MAX_DEPTH = 500, 4  # of a folder
 MAX_FILE, MAX_FOLDER = 8_000_000, 64_000_000  # bytes
@@ -134,7 +134,12 @@ class Submission:
     @functools.cached_property
     def runs(self) -> dict[str, RunLog]:
         """The logs that are judged, by name."""
-        return {name: self.logs[name] for name in self.choice.judged}
+        found = {}
+        for name in self.choice.judged:
+            found[name], training = joined(name, self.logs, self.choice.others)
+            if training is not None:
+                self.choice.others.remove(training)
+        return found
 
     @functools.cached_property
     def headline(self) -> tuple[str | None, str]:

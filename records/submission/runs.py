@@ -4,6 +4,7 @@ A folder often holds more than one experiment: a first run and its rerun, an ori
 twice. Averaging over all would give a score that nobody ran, so the set is judged whose mean is the declared score.
 """
 
+import dataclasses
 import hashlib
 import math
 import re
@@ -255,3 +256,17 @@ def choose(logs: Mapping[str, RunLog], claim: Any, label: str | None, seeds: Ite
     if number(claim) is not None:
         return choice(min(parts[2], key=apart))
     return choice(max(parts[2], key=len), decided=False)
+
+
+def joined(name: str, logs: Mapping[str, RunLog], others: Iterable[str]) -> tuple[RunLog, str | None]:
+    """(a log of an evaluation alone with what the log of its training says, the name of that); any other log as it is.
+    The training is that of the same seed, where there is but one."""
+    log = logs[name]
+    found = [other for other in others if logs[other].steps and seed_of(other, logs[other]) == seed_of(name, log)]
+    if log.steps or len(found) != 1 or any(differences(log, logs[found[0]])):
+        return log, None
+    training = logs[found[0]]
+    names = [field.name for field in dataclasses.fields(RunLog) if field.name != "result"]
+    empty = [field for field in names if getattr(log, field) in (None, [], {})]
+    filled = {field: getattr(training, field) for field in empty if field not in ("undecided", "parts")}
+    return dataclasses.replace(log, **filled, printed=training.printed + log.printed), found[0]
