@@ -651,6 +651,11 @@ def test_a_switch_may_be_read_in_a_roundabout_way(form):
         ("def evaluate(args, on=False):\n    if on:\n        {0}\n", "list(map(evaluate, [args], [True]))"),
         ("", "setattr(args, 'slot_enabled', True)\n    if getattr(args, 'slot_enabled', False):\n        {0}"),
         ("", "slot = []\n    slot.append(1)\n    if slot:\n        {0}"),
+        ("", "vars(args)['slot_enabled'] = True\n    if args.slot_enabled:\n        {0}"),
+        ("", "args = dataclasses.replace(args, slot_enabled=True)\n    if args.slot_enabled:\n        {0}"),
+        ("class C:\n    slot: bool = False\n", "c = C(slot=True)\n    if c.slot:\n        {0}"),
+        ("os.environ['SLOT'] = '1'\n", "if os.environ.get('SLOT', '0') == '1':\n        {0}"),
+        ("os.environ.setdefault('SLOT', '1')\n", "if os.environ.get('SLOT', '0') == '1':\n        {0}"),
     ],
 )
 def test_a_switch_that_has_two_values_is_none(head, body):

@@ -179,6 +179,7 @@ class Settings:
         self.handed: set[str] = set()  # functions that are not only called
         self.functions: dict[str, ast.AST] = {}
         self.memo: dict[Any, Any] = {}
+        self.classes = {node.name for node in ast.walk(tree) if isinstance(node, ast.ClassDef)}
         self.bound: set[int] = set()  # targets whose value is known, and functions that are called
         self.collect(tree, ())
 
@@ -218,6 +219,18 @@ class Settings:
                 self.bind(values[-1].lstrip("-").replace("-", "_"), given.get("default", off), scope)
             elif name_of(node.func) == "setattr" and len(values) == 3 and isinstance(values[1], str):
                 self.bind(values[1], UNKNOWN, scope)
+            elif name_of(node.func) in {"setdefault", "putenv"} and values and isinstance(values[0], str):
+                self.bind(f"[{values[0]}]", UNKNOWN, scope)
+            # A field that is given where its object is made or changed.
+            fields = name_of(node.func) in self.classes | {
+                "replace",
+                "_replace",
+                "update",
+                "Namespace",
+                "SimpleNamespace",
+            }
+            for keyword in node.keywords if fields or name_of(node.func) == "dict" else ():
+                self.bind(f"{keyword.arg}" if fields else f"[{keyword.arg}]", keyword.value, scope)
         for part in ast.iter_child_nodes(node):
             if id(part) not in self.bound:
                 if isinstance(getattr(part, "ctx", None), (ast.Store, ast.Del)):
@@ -283,6 +296,8 @@ class Settings:
             return None
         default = next((k.value for k in node.keywords if k.arg == "default"), None)
         default = node.args[1] if len(node.args) > 1 else default
+        if f"[{variable}]" in self.bindings:
+            return UNKNOWN  # the file sets it itself
         found = self.logged.get(variable.lower(), getattr(default, "value", UNKNOWN if default is not None else None))
         if found is UNKNOWN or found is None:
             return UNKNOWN if found is UNKNOWN or helper else Nothing
@@ -364,7 +379,8 @@ def key_of(node: ast.AST) -> str:
     """The name that a target binds: of a variable, an attribute or a key."""
     if isinstance(node, ast.Subscript):
         key = getattr(node.slice, "value", None)
-        return f"[{key}]" if isinstance(key, str) else ""
+        of_object = isinstance(node.value, ast.Call) or name_of(node.value) == "__dict__"  # vars(args)["slot"]
+        return "" if not isinstance(key, str) else key if of_object else f"[{key}]"
     return name_of(node)
 
 
