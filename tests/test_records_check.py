@@ -1226,6 +1226,27 @@ SLOW: dict[str, Callable[[Folder], object]] = {
     "log of digits": lambda f: f.files.update(
         {"train_seed42.log": f.files["train_seed42.log"] + b"\nreserve\npeak memory allocated\ngptq " + b"1" * 500_000}
     ),
+    "log of runs": lambda f: f.files.update(
+        {
+            "train_seed42.log": b"seed:1\nstep:1/2 train_loss:1.0\nfinal val_loss:2.0 val_bpb:1.2\n" * 31
+            + b"x\n" * 900_000
+        }
+    ),
+    "logs of all kinds": lambda f: f.files.update(
+        {
+            f"a{i}_seed{i % 3}.log": corpus.noprefix(
+                corpus.Run(seed=i, source=f"x = {i}\n" + SCRIPT, settings=((f"lr{i}", i),)), dump=True
+            ).encode()
+            for i in range(480)
+        }
+    ),
+    "script of adapters": lambda f: f.files.update(
+        {"train_gpt.py": "".join(f"a{i}=f()\no=g(a{i}.parameters())\n" for i in range(3000)).encode()}
+    ),
+    "script of packages": lambda f: f.files.update({"train_gpt.py": b"import " + b"a." * 240_000 + b"a\n"}),
+    "script that executes": lambda f: f.files.update(
+        {"train_gpt.py": b"def f():\n" + b"    exec(open('README.md').read() + x)\n" * 9000}
+    ),
     "script of statements": lambda f: f.files.update({"train_gpt.py": b"a=1\n" * 1_900_000}),
 }
 

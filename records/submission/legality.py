@@ -38,6 +38,7 @@ class Finding(NamedTuple):
 
 
 MAX_FOLLOWED = 1_000_000  # nodes visited while values are followed; this project's script takes 200,000
+MAX_WARM_UP = 100  # statements of a block that a warm-up may take
 UNKNOWN, Nothing = object(), object()  # no value that is known; the value None
 Function = (ast.FunctionDef, ast.AsyncFunctionDef)
 Scopes = list[tuple[str, list[ast.AST]]]  # (name, own nodes) of the module and of every function
@@ -822,7 +823,7 @@ def thrown_away(found: tuple[list[ast.stmt], bool]) -> Iterator[int]:
         if not (isinstance(target, ast.Name) and isinstance(made.value, ast.Call)):
             continue
         name, end = target.id, None
-        for j, later in enumerate(block[i + 1 :], i + 1):
+        for j, later in enumerate(block[i + 1 : i + MAX_WARM_UP], i + 1):
             gone = isinstance(later, ast.Delete) and name in names_in(later)
             anew = isinstance(later, ast.Assign) and any(name_of(part) == name for part in later.targets)
             reset = isinstance(later, ast.Expr) and isinstance(later.value, ast.Call)
@@ -830,7 +831,7 @@ def thrown_away(found: tuple[list[ast.stmt], bool]) -> Iterator[int]:
             if gone or anew or reset:
                 end = j
                 break
-        if end is None and not whole:
+        if end is None and not (whole and len(block) - i < MAX_WARM_UP):
             continue
         within = block[i + 1 : end]
         last = max((k for k, part in enumerate(within) if "backward" in names_in(part)), default=-1)

@@ -17,6 +17,7 @@ CODE = re.compile(
     r"\.(?:py|pyx|c|cc|cpp|cxx|cu|cuh|h|hpp|rs|metal|so|ptx|cubin)$"
 )  # that a script may import or compile
 LOADERS = {"__import__", "import_module", "find_spec", "run_module"}
+MAX_PACKAGES = 5  # within one another
 MAX_SOURCES = 2_000_000  # characters of all layers and files of the source that are examined
 
 
@@ -208,8 +209,8 @@ def modules(node: ast.Import | ast.ImportFrom) -> Iterator[str]:
     if isinstance(node, ast.ImportFrom):
         names = [node.module or "", *(f"{node.module or ''}.{name}".strip(".") for name in names)]
     for name in names:
-        parts = name.split(".")
-        yield from (".".join(parts[: i + 1]) for i in range(len(parts)) if name.isprintable() and all(parts))
+        parts = name.split(".")[:MAX_PACKAGES]
+        yield from (".".join(parts[: i + 1]) for i in range(len(parts)) if all(parts))
 
 
 def imports(tree: ast.Module) -> Iterator[tuple[str, int, bool]]:

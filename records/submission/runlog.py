@@ -185,7 +185,7 @@ def parse_text(text: str, path: Path) -> RunLog:
         bounds = [0, *(line - 1 for line in log.runs[1:]), len(lines)]
         for start, end in zip(bounds, bounds[1:], strict=False):
             part = RunLog(log.path, log.sha256, log.encoding, lines=end - start)
-            _Reader(part, [*[""] * start, *lines[start:end], ""]).read()  # blank lines keep the numbers right
+            _Reader(part, lines[start:end], start).read()
             log.parts.append(part)
     return log
 
@@ -506,8 +506,8 @@ HEADS = ("code_sha256:", "Running Python", "Hyperparameters:", "seed:", "===== s
 class _Reader:
     """Collects what the lines say, then decides. A fact said twice in two ways is not decided."""
 
-    def __init__(self, log: RunLog, lines: list[str]):
-        self.log, self.raw = log, lines
+    def __init__(self, log: RunLog, lines: list[str], first: int = 0):
+        self.log, self.raw, self.first = log, lines, first  # the number of lines before these
         self.lines = [without_prefix(line) for line in lines]
         self.facts: dict[str, dict[object, int]] = defaultdict(dict)  # field -> value -> first line that says so
         self.named: list[tuple[str, SizeLine]] = []  # every size, with what it is the size of
@@ -523,13 +523,13 @@ class _Reader:
         log, start = self.log, 0
         for dump in find_dumps(self.lines):
             self.read_lines(start, dump.start)
-            self.head(dump.start + 1)
+            self.head(self.first + dump.start + 1)
             stamped = self.raw[dump.start] != self.lines[dump.start]
             plain = None if stamped else next(find_dumps(self.raw[dump.start : dump.end]), None)
-            self.fact("source", (plain or dump).source, dump.start + 1)
+            self.fact("source", (plain or dump).source, self.first + dump.start + 1)
             start = dump.end
             if not dump.whole:
-                self.undecided(f"the source that begins at line {dump.start + 1} does not end")
+                self.undecided(f"the source that begins at line {self.first + dump.start + 1} does not end")
         self.read_lines(start, len(self.lines))
         log.runs.insert(0, 1)
         if len(log.runs) > 1:
@@ -542,7 +542,7 @@ class _Reader:
         for i in range(start, end):
             line = self.lines[i]
             if line and not line.isspace():
-                self.line(line, i + 1)
+                self.line(line, self.first + i + 1)
 
     def undecided(self, message: str) -> None:
         """Note what is not decided; a log that is all riddles need not repeat it."""

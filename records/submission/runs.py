@@ -5,6 +5,7 @@ twice. Averaging over all would give a score that nobody ran, so the set is judg
 """
 
 import dataclasses
+import functools
 import hashlib
 import math
 import re
@@ -17,6 +18,7 @@ from records.submission import runlog
 from records.submission.rules import may_differ
 from records.submission.runlog import RunLog
 
+MAX_COMPARED = 60  # logs of a folder that are compared with one another
 EXACT_DIGITS = 5e-9  # half a unit of the eighth decimal, which `_exact` lines have
 ROUNDED_DIGITS = 5e-5  # of the fourth, which other lines have
 
@@ -161,17 +163,18 @@ def family(name: str, log: RunLog) -> str:
     return re.sub(r"[^a-z0-9/]+", "_", stem.lower()).strip("_")
 
 
+@functools.lru_cache(256)
+def short_hash(source: str) -> str:
+    return hashlib.sha256(source.strip().encode("utf-8", "replace")).hexdigest()[:12]
+
+
 def differences(a: RunLog, b: RunLog) -> Iterator[tuple[str, Any, Any]]:
     """(what, of a, of b) of all that two seeds of one configuration share and these do not; unknowns are left out."""
-
-    def source(log: RunLog) -> str | None:
-        return log.source and hashlib.sha256(log.source.strip().encode("utf-8", "replace")).hexdigest()[:12]
-
     pairs = {
         name: (getattr(a, name), getattr(b, name))
         for name in ("code_sha256", "model_params", "world_size", "settings_hash")
     }
-    pairs["source"] = source(a), source(b)
+    pairs["source"] = tuple(log.source and short_hash(log.source) for log in (a, b))
     for name in ("train_fingerprint", "val_fingerprint", "tokenizer_sha256"):
         pairs[name] = (a.result or {}).get(name), (b.result or {}).get(name)
     ours = a.dialect == b.dialect == "pgolf"
@@ -216,6 +219,7 @@ def choose(logs: Mapping[str, RunLog], claim: Any, label: str | None, seeds: Ite
         if figures is not None and originals.setdefault(figures, name) != name:
             copies[name] = originals[figures]
     names = [name for name in logs if name not in copies]
+    names, beyond = names[:MAX_COMPARED], names[MAX_COMPARED:]
 
     def distinct(group: Sequence[str]) -> bool:
         known = [seed for name in group if (seed := seed_of(name, logs[name])) is not None]
@@ -238,7 +242,7 @@ def choose(logs: Mapping[str, RunLog], claim: Any, label: str | None, seeds: Ite
     candidates = [group for group in candidates if group and distinct(group)]
 
     def choice(group: Sequence[str], decided: bool = True) -> Choice:
-        return Choice(list(group), [name for name in names if name not in group], copies, decided)
+        return Choice(list(group), [name for name in [*names, *beyond] if name not in group], copies, decided)
 
     if len(parts[2]) <= 1:
         return choice(names)

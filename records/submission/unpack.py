@@ -16,6 +16,7 @@ import functools
 import io
 import lzma
 import posixpath
+import re
 import string
 import warnings
 import zlib
@@ -24,6 +25,7 @@ from typing import Any, NamedTuple
 
 MAX_SOURCE = 500_000  # characters that are parsed; the largest public script has 160,000
 MAX_FIELDS = 20_000  # braces in them: Python before 3.12 takes quadratic time for the fields of an f-string
+MAX_DOTTED = 300  # parts of a name: they take quadratic time as well
 MAX_BYTES = 8_000_000  # of one unwrapped layer
 MAX_LAYERS = 8
 MAX_DICTIONARY = 1 << 26  # of a raw LZMA stream, which names its own memory need
@@ -75,6 +77,8 @@ def check_length(source: str) -> None:
         raise TooLong(f"longer than {MAX_SOURCE:,} characters")
     if source.count("{") > MAX_FIELDS:
         raise TooLong(f"more than {MAX_FIELDS:,} braces")
+    if re.search(rf"(?:\.\w{{1,99}}){{{MAX_DOTTED}}}", source):
+        raise TooLong(f"a name of more than {MAX_DOTTED} parts")
 
 
 def read_tree(source: str, version: tuple[int, int] = (3, 10)) -> tuple[ast.Module, list[Problem]]:
