@@ -290,26 +290,12 @@ def read_json(submission: Submission) -> None:
         meta = json.loads(text, parse_float=Decimal, parse_constant=constant, object_pairs_hook=once)
         if not isinstance(meta, dict):
             problem(Note("FAIL", f"{name}: not an object"))
-        elif depth(meta) > MAX_JSON_DEPTH:
+        elif not runlog.shallow(meta, MAX_JSON_DEPTH):
             problem(Note("FAIL", f"{name}: nested too deeply"))
         else:
             submission.meta = meta
     except (ValueError, ArithmeticError, RecursionError, OSError) as error:
         problem(Note("FAIL", f"{name} does not parse: {str(error)[:120]}"))
-
-
-def depth(value: Any) -> int:
-    """How deeply a JSON value is nested; stops at the limit."""
-    level, layer = 0, [value]
-    while layer and level <= MAX_JSON_DEPTH:
-        layer = [
-            part
-            for outer in layer
-            if isinstance(outer, (dict, list))
-            for part in (outer.values() if isinstance(outer, dict) else outer)
-        ]
-        level += 1
-    return level
 
 
 def read_log(submission: Submission, name: str) -> None:

@@ -102,7 +102,7 @@ def examine(source: str, settings: Mapping[str, Any] | None = None) -> list[Find
 
 def inspect(tree: ast.Module) -> list[Finding]:
     """All rules on one tree, each line once per rule."""
-    rules = (target_in_key, best_of_passes, unnormalised_mix, network, training_data_in_eval, calibration_on_validation)
+    rules = (target_in_key, unnormalised_mix, forbidden_calls, forbidden_uses)
     scopes = [("", list(own_nodes(tree)))]
     scopes += [(node.name, list(own_nodes(node))) for node in ast.walk(tree) if isinstance(node, Function)]
     found: dict[tuple[str, int], Finding] = {}
@@ -1022,31 +1022,6 @@ def written_tables(nodes: list[ast.AST]) -> set[int]:
     return written
 
 
-def best_of_passes(scopes: Scopes) -> Iterator[Finding]:
-    for _, nodes in scopes:
-        for node in nodes:
-            if not isinstance(node, ast.Call):
-                continue
-            name, where = name_of(node.func), dotted(node.func)
-            scored = [part for part in node.args if any(SCORE.search(word) for word in names_in(part))]
-            tracking = any("best" in word for word in names_in(node))
-            if name in {"minimum", "fmin", "min"} and len(scored) >= 2 and not tracking:
-                yield Finding("best_of_passes", "FAIL", node.lineno, f"keeps the smaller of two scores ({where})")
-            elif name == "where" and len(node.args) == 3 and len(scored) == 3:
-                yield Finding("best_of_passes", "FAIL", node.lineno, "chooses between two scores by comparing them")
-            elif name in {"min", "amin", "minimum.reduce"} and any(SCORE.search(word) for word in names_in(node)):
-                axis = [k.arg for k in node.keywords if k.arg in {"dim", "axis"}]
-                gathered = {"stack", "vstack", "array", "cat"} & {name_of(call.func) for call in calls_of(node)}
-                if gathered or (axis and any(re.search(r"all|pass|runs|stack", word) for word in names_in(node))):
-                    yield Finding("best_of_passes", "FAIL", node.lineno, "keeps the smallest score over several passes")
-        for node in nodes:
-            if isinstance(node, ast.If) and isinstance(node.test, ast.Compare) and isinstance(node.test.ops[0], ast.Lt):
-                left, right = name_of(node.test.left), name_of(node.test.comparators[0])
-                if re.search(r"val_(?:loss|bpb)|^bpb|_bpb$", left) and "best" in right:
-                    text = "keeps what has the best validation score: choosing after seeing validation outcomes"
-                    yield Finding("best_of_passes", "warn", node.lineno, text)
-
-
 def unnormalised_mix(scopes: Scopes) -> Iterator[Finding]:
     """exp(-nll) of the realised token, blended with another probability and logged again."""
     for _, nodes in scopes:
@@ -1073,58 +1048,121 @@ def unnormalised_mix(scopes: Scopes) -> Iterator[Finding]:
                     yield Finding("unnormalised_mix", level, node.lineno, text)
 
 
-NETWORK_CALLS = re.compile(
-    r"(?:^|\.)(?:urlopen|urlretrieve|hf_hub_download|snapshot_download|load_dataset|create_connection|HTTPS?Connection)$"
-    r"|^(?:requests|httpx|aiohttp)\.(?:get|post|put|head|request|Session|Client|ClientSession)$"
-    r"|^wget\.download$|^boto3\.(?:client|resource)$"
-)
+def words_of(node: ast.AST) -> set[str]:
+    """Names and constants in an expression, as text."""
+    return names_in(node) | {str(part.value) for part in ast.walk(node) if isinstance(part, ast.Constant)}
+
+
+def scores_in(node: ast.Call) -> int:
+    """How many arguments have the name of a score."""
+    return sum(any(SCORE.search(word) for word in names_in(part)) for part in node.args)
+
+
+def over_passes(node: ast.Call) -> bool:
+    """Whether a minimum runs over several passes: over what is stacked, or along an axis of them."""
+    axis = any(keyword.arg in {"dim", "axis"} for keyword in node.keywords)
+    gathered = {"stack", "vstack", "array", "cat"} & {name_of(call.func) for call in calls_of(node)}
+    passes = axis and any(re.search(r"all|pass|runs|stack", word) for word in names_in(node))
+    return any(SCORE.search(word) for word in names_in(node)) and bool(gathered or passes)
+
+
+def takes_validation(node: ast.Call) -> bool:
+    return any(is_validation(part) for part in (*node.args, *(keyword.value for keyword in node.keywords)))
+
+
 NETWORK_COMMANDS = re.compile(
     r"\b(?:pip3? install|curl |wget |git clone|apt(?:-get)? install|conda install|hf download)"
 )
+TRAIN_WORDS = re.compile(rf"{TRAINING_DATA.pattern}|fineweb_train")
 
 
-def network(scopes: Scopes) -> Iterator[Finding]:
-    for _, nodes in scopes:
-        for node in nodes:
-            if not isinstance(node, ast.Call):
-                continue
-            name = dotted(node.func)
-            if NETWORK_CALLS.search(name):
-                yield Finding("network", "FAIL", node.lineno, f"{name}() uses the network at run time")
-            elif name_of(node.func) in {"system", "run", "call", "check_call", "check_output", "Popen"}:
-                words = [part.value for part in ast.walk(node) if isinstance(part, ast.Constant)]
-                command = " ".join(word for word in words if isinstance(word, str)) + " "
-                if NETWORK_COMMANDS.search(command):
-                    yield Finding("network", "FAIL", node.lineno, f"{name}() fetches something at run time")
+class CallRule(NamedTuple):
+    """A call that breaks a rule: its dotted name, the function around it, and what else has to hold of it."""
+
+    rule: str
+    call: re.Pattern
+    inside: re.Pattern
+    holds: Callable[[ast.Call], bool]
+    text: str
 
 
-def training_data_in_eval(scopes: Scopes) -> Iterator[Finding]:
-    readers = re.compile(r"load|loader|read|open|glob|next_batch|shard|prefill|update|stream|memmap|fromfile", re.I)
+ANYWHERE = re.compile("")
+CALL_RULES = tuple(
+    CallRule(rule, re.compile(call), inside, holds, text)
+    for rule, call, inside, holds, text in (
+        (
+            "best_of_passes",
+            r"(?:^|\.)(?:minimum|fmin|min)$",
+            ANYWHERE,
+            lambda node: scores_in(node) >= 2 and not any("best" in word for word in names_in(node)),
+            "keeps the smaller of two scores ({call})",
+        ),
+        (
+            "best_of_passes",
+            r"(?:^|\.)where$",
+            ANYWHERE,
+            lambda node: len(node.args) == 3 == scores_in(node),
+            "chooses between two scores by comparing them",
+        ),
+        ("best_of_passes", r"(?:^|\.)a?min$", ANYWHERE, over_passes, "keeps the smallest score over several passes"),
+        (
+            "network",
+            r"(?:^|\.)(?:urlopen|urlretrieve|hf_hub_download|snapshot_download|load_dataset|create_connection"
+            r"|HTTPS?Connection)$|^(?:requests|httpx|aiohttp)\.(?:get|post|put|head|request|Session|Client|ClientSession)$"
+            r"|^wget\.download$|^boto3\.(?:client|resource)$",
+            ANYWHERE,
+            lambda node: True,
+            "{call}() uses the network at run time",
+        ),
+        (
+            "network",
+            r"(?:^|\.)(?:system|run|call|check_call|check_output|Popen)$",
+            ANYWHERE,
+            lambda node: NETWORK_COMMANDS.search(
+                " ".join(str(part.value) for part in ast.walk(node) if isinstance(part, ast.Constant)) + " "
+            ),
+            "{call}() fetches something at run time",
+        ),
+        (
+            "training_data_in_eval",
+            r"(?i)load|loader|read|open|glob|next_batch|shard|prefill|update|stream|memmap|fromfile",
+            re.compile(rf"^(?!.*train).*{EVALUATION.pattern}"),
+            lambda node: any(TRAIN_WORDS.search(word) for word in words_of(node)),
+            "{scope}() reads training data",
+        ),
+        (
+            "calibration_on_validation",
+            rf"(?:{CALIBRATION.pattern})[^.]*$",
+            ANYWHERE,
+            lambda node: takes_validation(node) and not EVALUATION.search(name_of(node.func)),
+            "{call}() gets validation tokens",
+        ),
+    )
+)
+
+
+def forbidden_calls(scopes: Scopes) -> Iterator[Finding]:
+    """What CALL_RULES name."""
     for scope, nodes in scopes:
-        if not EVALUATION.search(scope) or "train" in scope:
-            continue
         for node in nodes:
-            if not isinstance(node, ast.Call):
-                continue
-            words = names_in(node) | {str(p.value) for p in ast.walk(node) if isinstance(p, ast.Constant)}
-            found = [word for word in words if TRAINING_DATA.search(word) or "fineweb_train" in word]
-            if found and readers.search(dotted(node.func)):
-                yield Finding("training_data_in_eval", "FAIL", node.lineno, f"{scope}() reads training data")
+            for rule in CALL_RULES if isinstance(node, ast.Call) else ():
+                call = dotted(node.func)
+                if rule.call.search(call) and rule.inside.search(scope) and rule.holds(node):
+                    yield Finding(rule.rule, "FAIL", node.lineno, rule.text.format(call=call, scope=scope))
 
 
-def calibration_on_validation(scopes: Scopes) -> Iterator[Finding]:
-    rule = "calibration_on_validation"
+def forbidden_uses(scopes: Scopes) -> Iterator[Finding]:
+    """Validation tokens inside a calibration, and a best validation score that decides."""
     for scope, nodes in scopes:
-        inside = CALIBRATION.search(scope) and not EVALUATION.search(scope)
+        calibrates = CALIBRATION.search(scope) and not EVALUATION.search(scope)
         for node in nodes:
-            if isinstance(node, ast.Call) and CALIBRATION.search(name_of(node.func)):
-                parts = [*node.args, *(keyword.value for keyword in node.keywords)]
-                if not EVALUATION.search(name_of(node.func)) and any(is_validation(part) for part in parts):
-                    text = f"{name_of(node.func)}() gets validation tokens"
-                    yield Finding(rule, "FAIL", node.lineno, text)
-            elif inside and isinstance(node, (ast.Name, ast.Attribute)) and is_validation(node):
-                if isinstance(node.ctx, ast.Load):
-                    yield Finding(rule, "FAIL", node.lineno, f"{scope}() uses validation tokens")
+            if isinstance(node, ast.If) and isinstance(node.test, ast.Compare) and isinstance(node.test.ops[0], ast.Lt):
+                left, right = name_of(node.test.left), name_of(node.test.comparators[0])
+                if re.search(r"val_(?:loss|bpb)|^bpb|_bpb$", left) and "best" in right:
+                    text = "keeps what has the best validation score: choosing after seeing validation outcomes"
+                    yield Finding("best_of_passes", "warn", node.lineno, text)
+            elif calibrates and isinstance(getattr(node, "ctx", None), ast.Load) and is_validation(node):
+                yield Finding("calibration_on_validation", "FAIL", node.lineno, f"{scope}() uses validation tokens")
 
 
 def is_validation(node: ast.AST) -> bool:
