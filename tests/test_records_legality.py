@@ -614,6 +614,19 @@ ROUNDABOUT = {
         "def env_flag(name, default):\n    return os.environ.get(name, default) == '1'\n",
         "if env_flag('SLOT_ENABLED', '0'):\n        {0}",
     ),
+    "a local name that is the setting's": (
+        "",
+        "slot_enabled = bool(args.slot_enabled)\n    if slot_enabled:\n        {0}",
+    ),
+    "the same, from getattr": ("", "use_slots = getattr(args, 'use_slots', False)\n    if use_slots:\n        {0}"),
+    "an argument's default": (
+        "import argparse\nP = argparse.ArgumentParser()\nP.add_argument('--slot-enabled', action='store_true')\n",
+        "a = P.parse_args()\n    slot_enabled = a.slot_enabled\n    if slot_enabled:\n        {0}",
+    ),
+    "a helper with a default of its own": (
+        "def enabled(name):\n    return bool(int(os.environ.get(name, '0')))\nUSE = enabled('SLOT_ENABLED')\n",
+        "if USE:\n        {0}",
+    ),
     "its presence in the environment": ("", "if 'SLOT_ENABLED' in os.environ:\n        {0}"),
     "a constant of the module": ("SLOT_ENABLED = False\n", "if SLOT_ENABLED:\n        {0}"),
 }
@@ -635,7 +648,7 @@ def test_a_switch_may_be_read_in_a_roundabout_way(form):
     )
     switched = switched.replace("slot=False", "slot=True").replace("'use_slots', False", "'use_slots', True")
     switched = switched.replace("SLOT_ENABLED = False", "SLOT_ENABLED = True")
-    if "in os.environ" not in body:
+    if "in os.environ" not in body and "store_true" not in head and "name, '0'" not in head:
         assert "scored_region" in rules(switched)
 
 

@@ -176,6 +176,7 @@ class Settings:
     def __init__(self, tree: ast.Module, logged: Mapping[str, Any]):
         self.logged = {name.lower(): value for name, value in logged.items()}
         self.bindings: dict[str, list[tuple[Any, Scope]]] = {}  # name -> (expression or UNKNOWN, scope)
+        self.fallbacks: dict[str, list[tuple[Any, Scope]]] = {}  # the same of what nothing else binds
         self.calls: dict[str, list[tuple[ast.Call, Scope]]] = {}
         self.handed: set[str] = set()  # functions that are not only called
         self.functions: dict[str, ast.AST] = {}
@@ -203,7 +204,10 @@ class Settings:
                     pairs = list(zip(target.elts, node.value.elts, strict=False))
                 for part, value in pairs:
                     if key := key_of(part):
-                        self.bind(key, value, scope)
+                        if isinstance(part, ast.Name) and (again := same_name(key, value)) is not None:
+                            self.fallbacks.setdefault(key, []).extend((default, scope) for default in again)
+                        else:
+                            self.bind(key, value, scope)
                         self.bound.add(id(part))
             self.bound |= {id(target) for target in targets if node.value is None}
         elif isinstance(node, ast.Dict):
@@ -245,7 +249,10 @@ class Settings:
         for function in reversed(scope):
             if name in parameters(function):
                 return self.once(("parameter", id(function), name), lambda f=function: self.parameter(f, name))
-        return self.once(name, lambda: self.logged.get(name.lower(), self.agreed(self.bindings.get(name, ()))))
+        return self.once(
+            name,
+            lambda: self.logged.get(name.lower(), self.agreed(self.bindings.get(name) or self.fallbacks.get(name, ()))),
+        )
 
     def keyed(self, key: str) -> Any:
         """The value that a dictionary has by a key, or an object by a name."""
@@ -290,13 +297,16 @@ class Settings:
         helper = self.functions.get(name) if isinstance(node.func, ast.Name) else None
         reads = name == "getenv" or (name in {"get", "pop"} and "environ" in dotted(node.func))
         if helper is not None and node is not helper:
-            inner = (call for call in calls_of(helper) if call is not node and name_of(call.func) in {"get", "getenv"})
-            reads = any(call.args and name_of(call.args[0]) in parameters(helper)[:1] for call in inner)
+            inner = [call for call in calls_of(helper) if name_of(call.func) in {"get", "getenv"} and call.args]
+            inner = [call for call in inner if name_of(call.args[0]) in parameters(helper)[:1]]
+            reads = bool(inner)
         variable = getattr(node.args[0], "value", None) if node.args else None
         if not reads or not isinstance(variable, str):
             return None
         default = next((k.value for k in node.keywords if k.arg == "default"), None)
         default = node.args[1] if len(node.args) > 1 else default
+        if default is None and helper is not None and len(inner[0].args) > 1:
+            default = inner[0].args[1]
         if f"[{variable}]" in self.bindings:
             return UNKNOWN  # the file sets it itself
         found = self.logged.get(variable.lower(), getattr(default, "value", UNKNOWN if default is not None else None))
@@ -374,6 +384,16 @@ class Settings:
             return CASTS[name](inner) if name in CASTS else getattr(str(inner), name)()
         except (ValueError, TypeError, OverflowError):
             return UNKNOWN
+
+
+def same_name(name: str, value: ast.AST) -> list[ast.AST] | None:
+    """The default in `slot = bool(getattr(args, "slot", default))`; [] in `slot = args.slot`, which says nothing new;
+    None in any other binding."""
+    if isinstance(value, ast.Call) and name_of(value.func) in CASTS and len(value.args) == 1:
+        value = value.args[0]
+    if isinstance(value, ast.Call) and name_of(value.func) == "getattr" and len(value.args) > 1:
+        return value.args[2:3] if getattr(value.args[1], "value", None) == name else None
+    return [] if isinstance(value, ast.Attribute) and value.attr == name else None
 
 
 def key_of(node: ast.AST) -> str:
