@@ -434,6 +434,7 @@ def test_the_end_of_a_log_without_newline():
 
 PREFIXES = ["[rank0]: ", "[default0]:", "2026-03-20 18:24:05,123 - ", "2026-03-20T18:24:05.123+00:00 ", "[12:34:56] "]
 PREFIXES += ["\x1b[32m", "1776142360.538 ", "12:34:56.789 ", "2026-03-20 18:24:05,123 - INFO - ", "INFO:root:"]
+PREFIXES += ["1776142360 ", "1776142360538 ", "[  12.3s] "]
 
 
 @pytest.mark.parametrize("prefix", PREFIXES)

@@ -352,6 +352,8 @@ def check_size(s: Submission) -> Iterator[Note]:
     worst, unknown = 0, []
     for name, log in s.runs.items():
         total, model, counted = log.bytes_total, log.bytes_model, log.bytes_code
+        if counted is None and None not in (total, model):
+            counted = total - model
         for message in log.undecided:
             if "add up to the total" in message:
                 yield Note("FAIL" if message.startswith("none of") else "warn", f"{name}: {message}")
