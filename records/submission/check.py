@@ -259,7 +259,7 @@ def check_headline(s: Submission) -> Iterator[Note]:
             if index == 0:
                 yield Note("skip", "the JSON claims no val_bpb")
             continue
-        found, rounded = means(logs, index), rounded_mean(s, key)
+        found = means(logs, index)
         if label is not None and label not in found:
             if index == 0:
                 yield Note("FAIL", f"no log has a line {label}, which is declared as the headline")
@@ -272,8 +272,8 @@ def check_headline(s: Submission) -> Iterator[Note]:
                 yield Note("pass", f"{what}, tolerance {mean.reach(claim):.1g} (the line: {how})")
             elif label in matching:
                 yield Note("warn", f"{what}, but {len(logs) - mean.n} logs lack the line")
-            elif rounded is not None and rounded._replace(tolerance=0.0).gives(claim) and mean.gives(claim, rounded[2]):
-                yield Note("pass", f"{what}, that of the rounded seed scores {rounded.value:.8f}")
+            elif is_mean_of_rounded(s, key, claim, mean):
+                yield Note("pass", f"{what}, and it is that of the seeds' scores as they were rounded")
             else:
                 yield Note("FAIL", f"{what}{other_source(s, index, claim, matching)}")
         elif matching:
@@ -294,12 +294,15 @@ def rounded_scores(s: Submission, key: str) -> list[Any]:
     return values if values and None not in map(number, values) else []
 
 
-def rounded_mean(s: Submission, key: str) -> Mean | None:
-    """The mean of the seeds' scores as the JSON states them; the check of numbers compares each with its log."""
+def is_mean_of_rounded(s: Submission, key: str, claim: Any, mean: Mean) -> bool:
+    """Whether a claim is the mean of the seeds' scores as the JSON or README.md rounds them, and within that rounding
+    of the mean of the logs; the check of numbers compares each of them with its log."""
     values = rounded_scores(s, key) or readme_scores(s.readme, s.seeds)
     if not values:
-        return None
-    return Mean(statistics.fmean(map(float, values)), len(values), 0.5 * 10.0 ** -max(map(decimals, values)))
+        return False
+    rounding = 0.5 * 10.0 ** -max(map(decimals, values))
+    stated = Mean(statistics.fmean(map(float, values)), len(values), tolerance=0.0)
+    return stated.gives(claim) and mean.gives(claim, rounding)
 
 
 def other_source(s: Submission, index: int, claim: Any, matching: list[str]) -> str:
