@@ -42,7 +42,9 @@ id and paths.
         "check record folders, one's own or anybody's",
         """\
 Checks files, JSON, figures against logs, headline, sizes, clocks, seeds, statistics and static legality of record
-folders: one line per check, pass, warn or FAIL. Executes nothing of a folder unless --run is given.
+folders: one line per check and finding: pass, warn, FAIL, skip where nothing could be examined, or note. A folder
+passes (exit code 0) if nothing failed and nothing was skipped that the challenge requires. Of several experiments in
+a folder, the one is judged whose score its JSON or README declares. Executes nothing of a folder unless --run is given.
 
   submit.py check records/track_10min_16mb/2026-04-27_XSA4
   submit.py check records/track_10min_16mb/* --json
@@ -65,8 +67,8 @@ bytes that count against the cap. The same input gives the same bytes.
         "whether runs A are better than runs B: means, Welch's test, seeds still needed",
         """\
 Compares the headline scores of two sets of runs. A is the candidate, B what it has to beat; each is given as logs or
-as record folders. Says mean, standard deviation and number of seeds of both sides, the difference in nats and bpb, and
-whether A meets the two rules of acceptance in use:
+as record folders, and counts with the score that it declares itself. Says mean, standard deviation and number of seeds
+of both sides, the difference in nats and bpb, and whether A meets the two rules of acceptance in use:
 
   0.005 nats  one-sided Welch test at p < 0.01 against "A is better by 0.005 nats per token or less"
   frontier    one-sided Welch test at p < 0.25 against "A is not better"

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import records_corpus as corpus
 
-from records.submission import board, runlog
+from records.submission import board, foreign, runlog
 
 LOGS = Path(__file__).resolve().parent.parent / "records" / "logs"
 EVIL = (
@@ -112,7 +112,7 @@ def test_the_declared_score_counts_and_its_absence_is_noted(tmp_path):
 def test_the_board_does_not_say_where_it_was_made(tmp_path):
     (folder(tmp_path, "broken", {1: 1.2}) / "train_seed2.log").write_bytes(bytes(range(256)) * 50)
     entries = board.collect([tmp_path])
-    assert entries[0].notes == ["train_seed2.log: not a text file"]
+    assert entries[0].notes == ["train_seed2.log: cannot be read (train_seed2.log: not a text file)"]
     assert str(tmp_path) not in board.markdown(entries, tmp_path) + board.page(entries)
 
 
@@ -149,12 +149,12 @@ def test_curves_files_and_texts_are_bounded(tmp_path, monkeypatch):
     path = folder(tmp_path, "many", dict.fromkeys(range(20), 1.2))
     (many,) = board.collect([path])
     assert len(many.curves) == board.MAX_LOGS and any("20 logs" in note for note in many.notes)
-    monkeypatch.setattr(board, "MAX_LOG_BYTES", 10)
-    assert any("not all logs are read" in note for note in board.collect([path])[0].notes)
+    monkeypatch.setattr(foreign, "MAX_LOG_BYTES", 10)
+    assert any("the logs have more than" in note for note in board.collect([path])[0].notes)
     (path / "submission.json").write_text("[" * 100_000)
-    assert "no JSON" in board.collect([path])[0].notes[0]
-    (path / "submission.json").write_text(" " * (board.MAX_JSON + 1))
-    assert "is over" in board.collect([path])[0].notes[0]
+    assert "does not parse" in board.collect([path])[0].notes[0]
+    (path / "submission.json").write_text(" " * (foreign.MAX_JSON + 1))
+    assert "larger than" in board.collect([path])[0].notes[0]
     monkeypatch.setattr(board, "MAX_ENTRIES", 1)
     assert run(tmp_path, "--readme", tmp_path / "R.md") == 2
 
@@ -181,6 +181,65 @@ def test_links_that_lead_out_of_a_folder_are_not_followed(tmp_path):
     (path.parent / "elsewhere").symlink_to(tmp_path, target_is_directory=True)
     (entry,) = board.collect([tmp_path / "in"])
     assert entry.seeds == 1
+
+
+def several(root: Path, scores: dict[str, tuple[float, ...]], **fields) -> Path:
+    """A folder with a log <name>_seed<1…>.log for each score of each experiment."""
+    path = folder(root, "both", {}, **fields)
+    for name, bpbs in scores.items():
+        for seed, bpb in enumerate(bpbs, 1):
+            (path / f"{name}_seed{seed}.log").write_text(pgolf(seed, bpb, run_id=f"{name}{seed}"), "utf-8")
+    return path
+
+
+def test_experiments_of_one_folder_are_never_averaged(tmp_path):
+    scores = dict(a=(1.2001, 1.2002, 1.2003), b=(1.1001, 1.1002, 1.1003))
+    (entry,) = board.collect([several(tmp_path / "declared", scores, val_bpb=1.2002)])
+    assert entry.bpb == pytest.approx(1.2002) and entry.seeds == 3 and len(entry.curves) == 3
+    assert entry.notes == ["3 logs of other experiments do not count"]
+    (entry,) = board.collect([several(tmp_path / "open", scores, val_bpb=None)])
+    assert entry.bpb is None and entry.notes == ["several experiments, and nothing says which one counts"]
+
+
+def test_a_copy_of_a_log_is_no_further_seed(tmp_path):
+    path = folder(tmp_path, "copied", {1: 1.2, 2: 1.3})
+    shutil.copy(path / "train_seed1.log", path / "train.log")
+    (entry,) = board.collect([path])
+    assert entry.seeds == 2 and entry.bpb == pytest.approx(1.25) and len(entry.curves) == 2
+
+
+def test_a_folder_without_a_json_file_is_shown_as_such(tmp_path):
+    path = folder(tmp_path, "2026-03-05_bare", {1: 1.2, 2: 1.21})
+    (path / "submission.json").unlink()
+    other = folder(tmp_path, "elsewhere", {1: 1.3}, place="mine")
+    (other / "submission.json").unlink()
+    (other / "train_gpt.py").write_text("x = 1\n")
+    for start in ([tmp_path / "track_10min_16mb", other], [path, other]):
+        entries = board.collect(start)
+        assert [(e.name, e.track, e.seeds) for e in entries] == [
+            ("2026-03-05_bare", "10min_16mb", 2),
+            ("elsewhere", "no track", 1),
+        ]
+        assert all(e.notes[0] == "no submission.json" for e in entries)
+
+
+def test_logs_in_subfolders_are_a_folder_s_logs(tmp_path):
+    path = folder(tmp_path, "deep", {})
+    for seed in (1, 2, 3):
+        (path / "logs" / f"seed{seed}").mkdir(parents=True)
+        (path / "logs" / f"seed{seed}" / "train.log").write_text(pgolf(seed, 1.2 + seed / 1000), "utf-8")
+    (entry,) = board.collect([tmp_path])
+    assert entry.bpb == pytest.approx(1.202) and entry.seeds == 3
+
+
+@pytest.mark.parametrize("dialect", ["baseline", "baseline-noprefix"])
+def test_several_runs_in_one_log_are_several_curves(dialect, tmp_path):
+    texts = [corpus.log_text(dialect, seed=seed, final_loss=2 + seed / 100) for seed in (1, 2, 3)]
+    (tmp_path / "three.log").write_text("".join(texts))
+    (entry,) = board.collect([tmp_path / "three.log"])
+    assert [curve["seed"] for curve in entry.curves] == [1, 2, 3] and entry.seeds == 3
+    assert len({tuple(curve["train"][-1]) for curve in entry.curves}) == 3
+    assert all(a[0] < b[0] for curve in entry.curves for a, b in zip(curve["train"], curve["train"][1:], strict=False))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -403,6 +462,46 @@ def test_the_theme_follows_the_system_until_it_is_switched(scheme, show, tree):
 def test_the_page_fits_its_window(width, show, tree, hostile):
     page = show(tree, viewport={"width": width, "height": 800})
     assert page.evaluate("document.documentElement.scrollWidth") <= width
+
+
+LONG = "2026-04-09_SP8192_3LayerRecurrence_ParallelResiduals_QKGain525_LegalScoreFirstTTT"
+
+
+def test_at_1280_pixels_no_column_is_cut_and_no_word_broken(show, tmp_path):
+    for i, place in enumerate(("track_10min_16mb", "track_non_record_unlimited_compute_16mb")):
+        path = folder(tmp_path, f"{LONG}_{i}", {}, place, author="A participant of a long name", hardware="8xH100")
+        for seed in (1337, 42, 2025):
+            log = pgolf(seed, 1.1 + seed / 1e6, device="NVIDIA H100 80GB HBM3", model_params=135_991_841)
+            (path / f"train_seed{seed}.log").write_text(log, "utf-8")
+    page = show(tmp_path)
+    table = page.locator("#table")
+    assert table.evaluate("t => t.scrollWidth <= t.parentElement.clientWidth"), "the table is wider than its section"
+    cut = "cells => cells.filter(c => c.scrollWidth > c.clientWidth + 1).map(c => c.innerText)"
+    assert page.locator("#table th, #table td").evaluate_all(cut) == []
+    broken = """cells => cells.flatMap(cell => [...cell.querySelectorAll("bdi")].flatMap(bdi => [...bdi.childNodes]
+      .filter(node => node.nodeType === 3 && /^\\S+$/.test(node.data))
+      .filter(node => { const r = document.createRange(); r.selectNode(node); return r.getClientRects().length > 1; })
+      .map(node => node.data)))"""
+    assert page.locator("#table td.name, #table td.brief").evaluate_all(broken) == []
+
+
+def test_a_run_that_diverged_does_not_flatten_the_others(show, tmp_path):
+    for i in range(6):
+        (tmp_path / f"run{i}.txt").write_text(pgolf(i, 1.2 + i / 100, final_loss=2 + i / 100), "utf-8")
+    heights = []
+    for outlier in (False, True):
+        if outlier:
+            wild = pgolf(9, 9.5, final_loss=40.0, bytes_model=90_000_000, steps=(1, 2, 10, 200, 90_000))
+            (tmp_path / "wild.txt").write_text(wild, "utf-8")
+        page = show(*sorted(tmp_path.glob("*.txt")))
+        boxes = [b.bounding_box()["y"] for b in page.locator("#by-bytes .point:not(.off)").all()]
+        heights.append(max(boxes) - min(boxes))
+        assert page.locator("#by-bytes .off").count() == outlier
+        assert page.locator("#curves .off").count() == outlier
+        assert ("1 beyond the axes" in page.locator("#by-bytes").text_content()) == outlier
+    assert heights[1] > 0.8 * heights[0]
+    page.locator("#by-bytes .off").hover()
+    assert "9.5000 bpb" in page.inner_text("#by-bytes .tip")
 
 
 def test_hostile_text_is_text(show, hostile):

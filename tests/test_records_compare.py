@@ -223,7 +223,7 @@ def test_a_folder_declares_its_headline(tmp_path, capsys):
 
 
 def test_a_headline_that_is_not_declared_is_asked_for(tmp_path, capsys):
-    results = (corpus.result("quantized", 2.1), corpus.result("quantized_ttt", 2.0))
+    results = (corpus.result("quantized_ttt", 2.0), corpus.result("quantized", 2.1))  # the last is not the best
     a = write_side(tmp_path, "a", [0], "baseline-noprefix", results=results)
     b = write_side(tmp_path, "b", [2.2], "baseline-noprefix")
     error = error_of(capsys, *a, "--", *b)
@@ -231,6 +231,49 @@ def test_a_headline_that_is_not_declared_is_asked_for(tmp_path, capsys):
     report = report_of(capsys, *a, "--", *b, "--headline", "quantized_exact")
     assert report["better_by"]["nats"] == pytest.approx(0.1)
     assert "no single result 'x'" in error_of(capsys, *a, "--", *b, "--headline", "x")
+
+
+def generations(folder: Path) -> tuple[Path, Path]:
+    """A has score x; B has x and a better y that its JSON states as its val_bpb."""
+    for name, found in (("a", [("x", 2.05)]), ("b", [("x", 2.06), ("y", 2.0)])):
+        (folder / name).mkdir()
+        for seed in (1, 2):
+            results = tuple(corpus.result(label, loss + seed / 1000) for label, loss in found)
+            text = corpus.log_text(
+                "baseline", seed=seed, run_id=f"{name}{seed}", results=(*results, corpus.result("z", 3))
+            )
+            (folder / name / f"train_seed{seed}.log").write_text(text)
+        mean = round((found[-1][1] + 0.0015) * corpus.BPB_PER_NAT, 5)
+        (folder / name / "submission.json").write_text(json.dumps({"val_bpb": mean}))
+    return folder / "a", folder / "b"
+
+
+def test_each_side_is_compared_by_the_score_that_it_declares(needs_scipy, tmp_path, capsys):
+    a, b = generations(tmp_path)
+    for sides in ([str(a), "--", str(b)], [*map(str, a.glob("*.log")), "--", *map(str, b.glob("*.log"))]):
+        report = report_of(capsys, *sides)
+        assert [report[side]["label"] for side in "ab"] == ["x", "y"]
+        assert report["better_by"]["nats"] == pytest.approx(-0.05)
+        assert report["remarks"] == ["different results are compared: A x, B y"]
+
+
+def test_a_score_that_is_asked_for_and_not_the_declared_one_is_said(needs_scipy, tmp_path, capsys):
+    a, b = generations(tmp_path)
+    report = report_of(capsys, str(a), "--", str(b), "--headline", "x_exact")
+    assert report["better_by"]["nats"] == pytest.approx(0.01) and report["b"]["declared"] == "y"
+    assert report["remarks"] == ["B declares y (val_bpb 1.18231), not x, which was asked for"]
+    assert submit.main(["compare", str(a), "--", str(b), "--headline", "x"]) == 0
+    assert "note: B declares y" in capsys.readouterr().out
+
+
+def test_a_folder_of_several_experiments_is_the_one_that_it_declares(needs_scipy, tmp_path, capsys):
+    (tmp_path / "both").mkdir()
+    write_side(tmp_path / "both", "a", [2.05, 2.051, 2.052])
+    write_side(tmp_path / "both", "b", [1.95, 1.951, 1.952])
+    mean = round(2.051 * corpus.BPB_PER_NAT, 5)
+    (tmp_path / "both" / "submission.json").write_text(json.dumps({"val_bpb": mean}))
+    report = report_of(capsys, str(tmp_path / "both"), "--", *write_side(tmp_path, "c", [2.1, 2.11]))
+    assert report["a"]["val_loss"]["mean"] == pytest.approx(2.051) and report["a"]["seeds"] == [0, 1, 2]
 
 
 def test_what_cannot_be_compared(tmp_path, capsys):

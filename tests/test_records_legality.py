@@ -598,6 +598,147 @@ def test_code_behind_a_setting_that_is_off_is_a_note(form):
     assert "scored_region" in rules(source.replace('"SLOT_ENABLED", "0"', '"SLOT_ENABLED", "1"'))
 
 
+# A switch that is read in a roundabout way, where {0} is its use
+ROUNDABOUT = {
+    "a local name": ("", "slot = args.slot_enabled\n    if slot:\n        {0}"),
+    "a name of a name": ("", "slot = bool(args.slot_enabled)\n    use = slot and True\n    if use:\n        {0}"),
+    "getattr": ("", "if getattr(args, 'slot_enabled', False):\n        {0}"),
+    "getattr of what is nowhere set": ("", "if getattr(args, 'use_slots', False):\n        {0}"),
+    "a local name from getattr": ("", "on = bool(getattr(args, 'slot_enabled', 0))\n    if on:\n        {0}"),
+    "a parameter": ("def evaluate(args, on):\n    if on:\n        {0}\n", "evaluate(args, args.slot_enabled)"),
+    "a parameter's default": ("def evaluate(args, *, slot=False):\n    if slot:\n        {0}\n", "evaluate(args)"),
+    "a field of another object": ("", "cfg.run_slot = args.slot_enabled\n    if cfg.run_slot:\n        {0}"),
+    "a dictionary": ("", "cfg = dict_of()\n    cfg = {{'slot': args.slot_enabled}}\n    if cfg['slot']:\n        {0}"),
+    "a dictionary's get": ("", "c = {{'slot': args.slot_enabled}}\n    if c.get('slot', True):\n        {0}"),
+    "a helper for the environment": (
+        "def env_flag(name, default):\n    return os.environ.get(name, default) == '1'\n",
+        "if env_flag('SLOT_ENABLED', '0'):\n        {0}",
+    ),
+    "a local name that is the setting's": (
+        "",
+        "slot_enabled = bool(args.slot_enabled)\n    if slot_enabled:\n        {0}",
+    ),
+    "the same, from getattr": ("", "use_slots = getattr(args, 'use_slots', False)\n    if use_slots:\n        {0}"),
+    "an argument's default": (
+        "import argparse\nP = argparse.ArgumentParser()\nP.add_argument('--slot-enabled', action='store_true')\n",
+        "a = P.parse_args()\n    slot_enabled = a.slot_enabled\n    if slot_enabled:\n        {0}",
+    ),
+    "a helper with a default of its own": (
+        "def enabled(name):\n    return bool(int(os.environ.get(name, '0')))\nUSE = enabled('SLOT_ENABLED')\n",
+        "if USE:\n        {0}",
+    ),
+    "its presence in the environment": ("", "if 'SLOT_ENABLED' in os.environ:\n        {0}"),
+    "a constant of the module": ("SLOT_ENABLED = False\n", "if SLOT_ENABLED:\n        {0}"),
+}
+
+
+@pytest.mark.parametrize("form", ROUNDABOUT)
+def test_a_switch_may_be_read_in_a_roundabout_way(form):
+    use = "eval_val_slot(args, model, val_tokens, [0])"
+    head, body = (part.format(use.replace("model", "None")) for part in ROUNDABOUT[form])
+    if "def evaluate" in head:
+        head = head.replace("val_tokens", "load_val_tokens()")
+    source = script(SLOT + head, body)
+    assert rules(source) == set() and "scored_region" in rules(source, "note")
+    name = "use_slots" if "use_slots" in body else "slot" if form == "a parameter's default" else "slot_enabled"
+    if form != "a parameter's default":
+        assert "scored_region" in rules(source, **{name: True})
+    switched = source.replace('"SLOT_ENABLED", "0"', '"SLOT_ENABLED", "1"').replace(
+        "'SLOT_ENABLED', '0'", "'SLOT_ENABLED', '1'"
+    )
+    switched = switched.replace("slot=False", "slot=True").replace("'use_slots', False", "'use_slots', True")
+    switched = switched.replace("SLOT_ENABLED = False", "SLOT_ENABLED = True")
+    if "in os.environ" not in body and "store_true" not in head and "name, '0'" not in head:
+        assert "scored_region" in rules(switched)
+
+
+@pytest.mark.parametrize(
+    "head, body",
+    [
+        ("", "slot = args.slot_enabled\n    slot = True\n    if slot:\n        {0}"),
+        ("", "for slot in (args.slot_enabled, True):\n        if slot:\n            {0}"),
+        (
+            "def evaluate(args, on):\n    if on:\n        {0}\n",
+            "evaluate(args, args.slot_enabled); evaluate(args, True)",
+        ),
+        ("def evaluate(args, on=False):\n    if on:\n        {0}\n", "list(map(evaluate, [args], [True]))"),
+        ("", "setattr(args, 'slot_enabled', True)\n    if getattr(args, 'slot_enabled', False):\n        {0}"),
+        ("", "slot = []\n    slot.append(1)\n    if slot:\n        {0}"),
+        ("", "vars(args)['slot_enabled'] = True\n    if args.slot_enabled:\n        {0}"),
+        ("", "args = dataclasses.replace(args, slot_enabled=True)\n    if args.slot_enabled:\n        {0}"),
+        ("class C:\n    slot: bool = False\n", "c = C(slot=True)\n    if c.slot:\n        {0}"),
+        ("os.environ['SLOT'] = '1'\n", "if os.environ.get('SLOT', '0') == '1':\n        {0}"),
+        ("os.environ.setdefault('SLOT', '1')\n", "if os.environ.get('SLOT', '0') == '1':\n        {0}"),
+    ],
+)
+def test_a_switch_that_has_two_values_is_none(head, body):
+    use = "eval_val_slot(args, None, load_val_tokens(), [0])"
+    assert "scored_region" in rules(script(SLOT + head.format(use), body.format(use)))
+
+
+THROWN = {
+    "deleted": "del warm, opt",
+    "made anew": "warm = BatchedTTTLoRA(model)",
+    "reset": "warm.reset()",
+}
+WARM_UP = """
+    warm = BatchedTTTLoRA(model)
+    opt = torch.optim.AdamW(warm.parameters(), lr=1e-4)
+    for _ in range(2):
+        x, y = val_tokens[:256], val_tokens[1:257]
+        loss = model(x, y, lora=warm)
+        loss.backward()
+        opt.step()
+        opt.zero_grad()
+    """
+
+
+@pytest.mark.parametrize("form", THROWN)
+def test_an_adapter_that_is_warmed_up_and_thrown_away_is_for_a_reader(form):
+    warm = WARM_UP.strip() + "\n    " + THROWN[form]
+    source = script(LEGAL_TTT, warm + "\n    eval_val_ttt(args, model, val_tokens, [], optimizer)")
+    assert rules(source) == set() and rules(source, "warn") == {"train_before_score"}
+    (found,) = [f for f in legality.examine(source) if f.level == "warn"]
+    assert "thrown away" in found.text
+    assert (
+        rules(source.replace("val_tokens[:256], val_tokens[1:257]", "torch.randint(9, (256,)), None"), "warn") == set()
+    )
+
+
+def test_an_adapter_that_is_left_behind_with_its_function_is_thrown_away():
+    source = script("def warm_up(model, val_tokens):" + WARM_UP, "warm_up(model, val_tokens)")
+    assert rules(source) == set() and rules(source, "warn") == {"train_before_score"}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        ("torch.optim.AdamW(warm.parameters(), lr=1e-4)", "torch.optim.AdamW(model.parameters())"),
+        ("opt.zero_grad()", "optimizer.step()"),
+        ("del warm, opt", "eval_with(model, warm)"),
+        ("        loss.backward()", "        loss.backward()\n            loss_sum += model(x, y, lora=warm).sum()"),
+    ],
+)
+def test_an_adapter_that_stays_or_another_that_moves_is_not_thrown_away(change):
+    warm = (WARM_UP.strip() + "\n    del warm, opt").replace(*change)
+    assert "train_before_score" in rules(script("", warm.replace("            loss_sum", "        loss_sum")))
+
+
+def test_a_parameter_may_require_its_gradient_by_a_name():
+    for flag in ("GRAD = True\n", "GRAD = 1\n"):
+        source = script(
+            flag + SLOT.replace("requires_grad=True", "requires_grad=GRAD"), "eval_val_slot(1, 2, val_tokens, [0])"
+        )
+        assert "scored_region" in rules(source)
+    local = SLOT.replace("    loss_sum = 0.0\n", "    loss_sum, learn = 0.0, True\n").replace("d=True", "d=learn")
+    assert "scored_region" in rules(script(local, "eval_val_slot(1, 2, val_tokens, [0])"))
+    off = LEGAL_TTT.replace(
+        "loss_sum = torch.zeros((), dtype=torch.float64)",
+        "GRAD = False\n    loss_sum = torch.zeros((), requires_grad=GRAD)",
+    )
+    assert legality.examine(script(off, "eval_val_ttt(args, model, val_tokens, [], optimizer)")) == []
+
+
 def test_a_function_that_nothing_calls_is_a_note():
     source = script(SLOT)
     assert rules(source) == set() and "scored_region" in rules(source, "note")
@@ -739,8 +880,33 @@ def test_what_cannot_be_unwrapped_is_said(source, why):
     assert why in unpack.unwrap(source).problems[0].text
 
 
-def test_files_that_are_executed_are_named():
-    assert unpack.unwrap("exec(open('inner.py').read())").files == ["inner.py"]
+FILES = {"inner.py": INNER.encode(), "src/code.xz": lzma.compress(INNER.encode())}
+RUN = {
+    "open": "exec(open('inner.py').read())",
+    "beside the script": "import os\nhere = os.path.dirname(os.path.abspath(__file__))\n"
+    "exec(open(os.path.join(here, 'inner.py')).read())",
+    "pathlib": "from pathlib import Path\nhere = Path(__file__).resolve().parent\n"
+    "exec(compile((here / 'inner.py').read_text(), 'x', 'exec'))",
+    "with_name": "import pathlib\nexec(pathlib.Path(__file__).with_name('inner.py').read_bytes())",
+    "a name": "P = 'inner.py'\nwith open(P) as f:\n    source = f.read()\nexec(source, globals())",
+    "in a function": "def main():\n    with open('inner.py', encoding='utf-8') as f:\n        exec(f.read())\nmain()",
+    "run_path": "import runpy, os\nhere = os.path.dirname(__file__)\n"
+    "runpy.run_path(os.path.join(here, 'inner.py'), run_name='__main__')",
+}
+
+
+@pytest.mark.parametrize("form", RUN)
+def test_files_that_are_executed_are_named(form):
+    found = unpack.unwrap(RUN[form], FILES.get)
+    assert (found.files, found.problems, len(found.layers)) == (["inner.py"], [], 1)
+    assert unpack.unwrap(RUN[form]).files == ["inner.py"]  # and so is one that is not there
+
+
+def test_a_packed_file_that_is_executed_is_followed():
+    source = "import lzma\nfrom pathlib import Path\nhere = Path(__file__).parent\n"
+    source += "exec(lzma.decompress((here / 'src' / 'code.xz').read_bytes()))"
+    found = unpack.unwrap(source, FILES.get)
+    assert (found.layers[1:], found.files, found.problems) == ([INNER], ["src/code.xz"], [])
 
 
 def test_same_program_ignores_comments_docstrings_and_annotations():

@@ -544,15 +544,21 @@ def test_a_log_of_another_dialect_makes_a_folder_where_it_is_clear(dialect, new,
     assert ("| `LOGIT_OFFSET` | `-2` | `-1` |  |" in readme(path)) == stated
 
 
-def test_several_results_need_a_headline(new, logs):
+def test_a_last_result_that_is_the_best_is_the_headline_and_said_to_be(new, logs):
     results = (corpus.result("quantized", 2.05), corpus.result("quantized_ttt", 2.03))
+    code, folder, out, _ = new("x", *logs("baseline-noprefix", seeds={1: 0, 2: 0}, results=results))
+    assert code == 0 and "note: quantized_ttt counts: it is the last of the log and the best; --headline LABEL" in out
+
+
+def test_several_results_of_which_the_last_is_not_the_best_need_a_headline(new, logs):
+    results = (corpus.result("quantized", 2.03), corpus.result("quantized_ttt", 2.05))
     paths = logs("baseline-noprefix", seeds={1: 0, 2: 0}, results=results)
     code, _, _, err = new("x", *paths)
     assert code == 2 and "which score counts is not clear" in err and "--headline LABEL names it" in err
     code, path, _, _ = new(
         "x", *logs("baseline-noprefix", seeds={1: 0, 2: 0}, results=results), "--headline", "quantized"
     )
-    assert code == 0 and submission(path)["headline"] == "quantized" and submission(path)["val_loss"] == 2.05
+    assert code == 0 and submission(path)["headline"] == "quantized" and submission(path)["val_loss"] == 2.03
     code, _, _, err = new("y", *paths, "--headline", "other")
     assert code == 2 and "no single result is called other" in err
 

@@ -77,6 +77,24 @@ def test_diverged_losses_are_left_out(tmp_path):
     assert plot.points(log, "train_loss") == ([1, 2, 3, 4, 5], [3.0] * 5)
 
 
+def test_a_run_that_diverged_does_not_flatten_the_others(pixels, tmp_path):
+    texts = [corpus.log_text("baseline", seed=i, final_loss=2 + i / 100) for i in range(5)]
+    logs = [runlog.parse_text(text, Path("x")) for text in texts]
+    wild = runlog.parse_text(corpus.log_text("baseline", final_loss=60.0), Path("x"))
+    assert plot.limits([*logs, wild]) == plot.limits(logs) and plot.limits([]) is None
+    assert plot.limits([logs[0], wild])[1] > 60  # of two nobody knows which is the outlier
+    for i, text in enumerate([*texts, corpus.log_text("baseline", final_loss=60.0)]):
+        (tmp_path / f"{i}.log").write_text(text)
+    assert run(*sorted(tmp_path.glob("*.log")), "-o", tmp_path / "o.png") == 0
+    assert plot.COLOURS[5] in colours_in(pixels(tmp_path / "o.png"))  # marked at the edge
+
+
+def test_each_run_of_a_log_is_a_curve(pixels, tmp_path):
+    (tmp_path / "three.log").write_text("".join(corpus.log_text("baseline", seed=s, final_loss=s) for s in (2, 3, 4)))
+    assert run(tmp_path / "three.log") == 0
+    assert colours_in(pixels(tmp_path / "three.png")) == set(plot.COLOURS[:3])
+
+
 def test_bits_and_nats_share_an_axis_only_where_their_ratio_is_one():
     one, other = runlog.parse(LOGS[0]), runlog.parse(LOGS[1])
     assert plot.bpb_per_nat([one, other]) == pytest.approx(2.03707141 / 3.38476440, abs=1e-4)

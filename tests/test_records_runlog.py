@@ -212,8 +212,17 @@ def test_a_source_with_windows_newlines_keeps_them():
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def test_several_results_are_no_headline():
+def test_a_last_score_that_is_the_best_is_the_headline():
     found = [result("final_int6_roundtrip", 2.0), result("final_int6_sliding_window", 1.9), result("legal_ttt", 1.8)]
+    log = read(corpus.baseline(Run(results=tuple(found))))
+    assert log.headline_and_why() == (log.score("legal_ttt"), "it is the last of the log and the best")
+    assert log.undecided == []
+    again = corpus.result("final_int8_zlib_roundtrip", 1.8)  # the last, repeated for the sake of a parser
+    assert read(corpus.baseline(Run(results=(*found, again)))).headline().label == "legal_ttt"
+
+
+def test_several_results_of_which_the_last_is_not_the_best_are_no_headline():
+    found = [result("final_int6_roundtrip", 2.0), result("legal_ttt", 1.8), result("final_int6_sliding_window", 1.9)]
     log = read(corpus.baseline(Run(results=tuple(found))))
     assert log.headline() is None
     assert [said for said in log.undecided if said.startswith("headline") and "legal_ttt" in said]
@@ -423,10 +432,89 @@ def test_the_end_of_a_log_without_newline():
     assert read(corpus.log_text("pgolf").rstrip("\n")).undecided == []
 
 
-@pytest.mark.parametrize("prefix", ["[rank0]: ", "[default0]:", "2026-03-20 18:24:05,123 - ", "\x1b[32m"])
-def test_what_launchers_put_in_front_of_a_line(prefix):
+PREFIXES = ["[rank0]: ", "[default0]:", "2026-03-20 18:24:05,123 - ", "2026-03-20T18:24:05.123+00:00 ", "[12:34:56] "]
+PREFIXES += ["\x1b[32m", "1776142360.538 ", "12:34:56.789 ", "2026-03-20 18:24:05,123 - INFO - ", "INFO:root:"]
+PREFIXES += ["1776142360 ", "1776142360538 ", "[  12.3s] "]
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+def test_what_launchers_and_loggers_put_in_front_of_a_line(prefix):
     text = "".join(prefix + line + "\n" for line in corpus.console().splitlines())
     assert_read(read(text), Run(), "baseline")
+    stamped = read("".join(prefix + line + "\n" for line in corpus.baseline().splitlines()))  # its source, too
+    assert_read(stamped, Run(), "baseline")
+    assert stamped.source == Run().source
+    first, _, rest = corpus.baseline().partition("\n")  # one stamp to a message, and the source is one
+    assert read(f"{prefix}{first}\n{rest}").source == Run().source
+
+
+def test_a_dialect_of_short_names():
+    """`step:N/M loss:… t:…ms`, `params:… s:42`, `budget:A/B`."""
+    lines = ["params:17059912 s:42 world_size:8", "step:1/20 loss:6.9310 t:45ms", "step:20/20 loss:3.2100 t:900ms"]
+    lines += ["budget:15873489/16000000", "wall budget:590/600", "final val_loss:2.06000000 val_bpb:1.21000000"]
+    log = read("".join(line + "\n" for line in lines))
+    assert (log.seed, log.model_params, log.bytes_total, log.train_seconds) == (42, 17059912, 15873489, 0.9)
+    assert [step[:3] + step[5:6] for step in log.steps] == [(1, 20, 6.931, 45.0), (20, 20, 3.21, 900.0)]
+    assert log.headline().val_bpb == 1.21 and log.undecided == []
+
+
+def test_an_early_stop_that_names_no_step():
+    text = corpus.baseline()
+    last = Run().steps[-1]
+    log = read(text.replace(f"train_time:{Run().train_ms}ms step:{last}/20000\n", f"train_time:{Run().train_ms}ms\n"))
+    assert log.train_seconds == Run().train_ms / 1000 and ("stopping_early", last) in log.events
+
+
+@pytest.mark.parametrize("empty", ["  blurb:\n", "  blurb: \n", "  blurb:  \n"])
+def test_a_setting_with_an_empty_value(empty):
+    run = corpus.run_of("baseline-noprefix")
+    log = read(corpus.noprefix(run).replace("  data_path: data\n", empty + "  data_path: data\n"))
+    assert log.settings["blurb"] == "" and log.settings["num_layers"] == 9 and log.settings["ttt_enabled"] is True
+    assert_read(log, run, "baseline-noprefix")
+
+
+def test_the_exact_line_may_have_its_mark_inside_the_label():
+    text = "final_x sliding val_loss:2.0600 val_bpb:1.2100 eval_time:900ms\n"
+    log = read(text + "final_x_exact sliding val_loss:2.06001234 val_bpb:1.21001234\n")
+    assert [score[:4] for score in log.scores] == [("final_x sliding", 2.06001234, 1.21001234, True)]
+    assert log.headline().label == "final_x sliding" and log.eval_seconds == 0.9
+
+
+def test_an_evaluation_time_of_nothing_is_none():
+    rounded = "legal_ttt val_loss:2.0600 val_bpb:1.2100 eval_time:{0}ms\n"
+    exact = "legal_ttt_exact val_loss:2.06001234 val_bpb:1.21001234 eval_time:{0}ms\n"
+    for first, second in ((0, 412_000), (412_000, 0)):
+        assert read(rounded.format(first) + exact.format(second)).eval_seconds == 412.0
+    assert read(rounded.format(0) + exact.format(0)).eval_seconds is None
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        "Code size (uncompressed): 131887 bytes\nCode size (compressed): {0} bytes\n",
+        "Code size uncompressed: 131887 bytes\nCode size compressed: {0} bytes\n",
+        "Uncompressed code size: 131887 bytes\nCompressed code size: {0} bytes\n",
+        "Code size (raw): 131,887 bytes\nCode size (packed): {0} bytes\n",
+        "Code size: {0} bytes\nRaw code size: 131887\n",
+    ],
+)
+def test_two_sizes_of_the_code(lines):
+    run = corpus.run_of("baseline")
+    log = read(corpus.baseline(run).replace(f"Code size: {run.bytes_code} bytes\n", lines.format(run.bytes_code)))
+    assert (log.bytes_code, log.bytes_source, log.bytes_total) == (run.bytes_code, 131887, run.bytes_total)
+
+
+def test_the_python_of_the_run():
+    assert [read(corpus.log_text(dialect)).python for dialect in corpus.DIALECTS] == ["3.11", "3.12", "3.12"]
+
+
+def test_each_of_several_runs_in_one_log_is_read_by_itself():
+    runs = [Run(seed=seed, results=(result("quantized", loss),)) for seed, loss in ((1, 2.06), (2, 2.07), (3, 2.08))]
+    log = read("".join(map(corpus.baseline, runs)))
+    assert [part.seed for part in log.parts] == [1, 2, 3] and log.headline() is None
+    for part, run in zip(log.parts, runs, strict=True):
+        assert_read(part, run, "baseline")
+    assert log.parts[1].scores[0].line > log.parts[0].scores[0].line + 100
 
 
 def test_files_that_are_no_logs(tmp_path, monkeypatch):
@@ -598,8 +686,8 @@ def test_what_was_written_is_what_is_read(tmp_path, dialect, encoding, seed, res
     log = parse(path)
     assert_read(log, run, dialect)
     assert log.source == run.source
-    one = len({(r.loss, r.bpb) for r in results}) == 1
-    assert (log.headline() is not None) == (dialect == "pgolf" or one)
+    best = results[-1].bpb == min(r.bpb for r in results)
+    assert (log.headline() is not None) == (dialect == "pgolf" or best)
     assert all(said.startswith("headline: ") for said in log.undecided)
 
 

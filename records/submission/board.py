@@ -22,15 +22,17 @@ from typing import Any
 from urllib.parse import quote
 
 from records.submission import runlog
-from records.submission.foreign import MAX_LOG_BYTES, declared_label
+from records.submission.foreign import load
 from records.submission.rules import CAP_BYTES
+from records.submission.runs import declared_label
+from records.submission.runs import number as exact
 
 RECORDS = Path(__file__).resolve().parent.parent
 TEMPLATE = Path(__file__).with_name("board.html")
 BEGIN, END = "<!-- board:begin -->", "<!-- board:end -->"
 LOOSE = "loose logs"
 
-MAX_ENTRIES, MAX_LOGS, MAX_JSON = 1000, 16, 1 << 20  # folders and loose logs; logs of a folder; bytes of a JSON file
+MAX_ENTRIES, MAX_LOGS = 1000, 16  # folders and loose logs; curves of a folder
 MAX_POINTS, MAX_ALL_POINTS = 500, 200_000  # of one curve; of all curves of a page
 MAX_SETTINGS, MAX_EVENTS, MAX_PHASES, MAX_NOTES = 400, 40, 32, 6
 AGREES = 1e-4  # bpb between a JSON file and its logs: the rounding of four decimals
@@ -126,32 +128,32 @@ def is_plain(path: Path) -> bool:
     return path.is_file() and not path.is_symlink()
 
 
-def submission_json(folder: Path) -> Path | None:
-    """`submission.json`, or the one file that is called nearly so."""
-    found = sorted(path for path in folder.glob("submission*.json") if is_plain(path))
-    exact = [path for path in found if path.name == "submission.json"]
-    return exact[0] if exact else found[0] if len(found) == 1 else None
-
-
 def logs_in(folder: Path) -> list[Path]:
     suffixes = (".log", ".txt")
     files = (path for path in sorted(folder.iterdir()) if path.suffix.lower() in suffixes and is_plain(path))
     return [path for path in files if "requirements" not in path.name.lower()]
 
 
+def is_record(folder: Path) -> bool:
+    """A folder with a submission.json, or one that lacks it: in a track, or a script with its logs."""
+    if any(is_plain(path) for path in folder.glob("submission*.json")):
+        return True
+    in_track = folder.resolve().parent.name.startswith("track_") and any(map(is_plain, folder.iterdir()))
+    return in_track or (is_plain(folder / "train_gpt.py") and bool(logs_in(folder)))
+
+
 def find(path: Path) -> Iterator[Path]:
     """Record folders and logs at or below a path: itself, a folder of logs, a track, or `records/`."""
-    if path.is_file():
-        yield path
-    elif submission_json(path) is not None:
+    if path.is_file() or (path.is_dir() and is_record(path)):
         yield path
     elif path.is_dir():
         yield from logs_in(path)
         for inner in sorted(path.iterdir()):
-            if inner.is_dir() and not inner.is_symlink() and (inner.name.startswith("track_") or inner.name == "logs"):
-                yield from find(inner)
-            elif inner.is_dir() and not inner.is_symlink() and submission_json(inner) is not None:
-                yield inner
+            if inner.is_dir() and not inner.is_symlink():
+                if inner.name.startswith("track_") or inner.name == "logs":
+                    yield from find(inner)
+                elif is_record(inner):
+                    yield inner
     else:
         raise BoardError(f"{path} does not exist")
 
@@ -227,7 +229,8 @@ def from_logs(entry: Entry, logs: Sequence[runlog.RunLog], label: str | None = N
     """The entry with all that its logs show."""
     scores = scored(logs, label)
     if logs and None not in scores:
-        entry.bpb, entry.seeds = statistics.fmean(scores), len(scores)
+        known = {log.seed for log in logs if log.seed is not None}
+        entry.bpb, entry.seeds = statistics.fmean(scores), len(known) or len(scores)
         entry.std = statistics.stdev(scores) if len(scores) > 1 else None
     entry.bytes = whole(largest(log.bytes_total for log in logs))
     entry.train_s = mean(number(log.train_seconds) for log in logs)
@@ -236,7 +239,7 @@ def from_logs(entry: Entry, logs: Sequence[runlog.RunLog], label: str | None = N
     entry.params = next((params for log in logs if (params := whole(log.model_params))), None)
     entry.device = next((clean(log.device, 40) for log in logs if log.device), None)
     entry.settings = next((settings for log in logs if (settings := settings_of(log)) is not None), None)
-    entry.curves = [curve(log) for log in logs]
+    entry.curves = [curve(part) for log in logs for part in log.parts or [log]][:MAX_LOGS]
     for log in logs:
         prefix = f"seed {log.seed}: " if len(logs) > 1 else ""
         entry.notes += [prefix + note for note in notes_of(log)]
@@ -252,65 +255,48 @@ def last_step(log: runlog.RunLog) -> int | None:
     return log.steps[-1].step if log.steps else None
 
 
-def read_json(path: Path) -> tuple[dict, str | None]:
-    """(fields, what is wrong with the file)."""
-    if path.stat().st_size > MAX_JSON:
-        return {}, f"{path.name} is over {MAX_JSON} bytes"
-    try:
-        fields = json.loads(path.read_bytes())
-    except (ValueError, RecursionError):
-        return {}, f"{path.name} is no JSON"
-    return (fields, None) if isinstance(fields, dict) else ({}, f"{path.name} is no JSON object")
-
-
 def read_folder(folder: Path) -> Entry:
-    """A record folder. Its score is the mean over its logs; what only its JSON says is marked as stated."""
-    fields, problem = read_json(submission_json(folder))
-    parent = folder.resolve().parent.name
-    track = parent.removeprefix("track_") if parent.startswith("track_") else fields.get("track")
-    entry = Entry(clean(folder.resolve().name), folder, clean(track or "no track", 40))
+    """A record folder. Its score is the mean over the runs that it declares; what only its JSON says is marked so."""
+    s = load(folder)
+    parent = s.folder.parent.name
+    entry = Entry(clean(s.folder.name, 160), folder, clean(parent.removeprefix("track_"), 40))
+    if not parent.startswith("track_"):
+        entry.track = clean(s.track or "no track", 40)
     for name in ("author", "date"):
-        if isinstance(fields.get(name), str):
-            setattr(entry, name, clean(fields[name], 40) or None)
-    logs, paths, room = [], logs_in(folder), MAX_LOG_BYTES
-    for path in paths[:MAX_LOGS]:
-        room -= path.stat().st_size
-        if room < 0:
-            entry.notes.append(f"not all logs are read: more than {MAX_LOG_BYTES:,} bytes")
-            break
-        try:
-            log = runlog.parse(path)
-        except runlog.LogError as error:
-            # Its name alone: where the folder lies on this machine is no part of the board.
-            entry.notes.append(clean(str(error).replace(str(path), path.name), 120))
-            continue
-        if log.steps or log.scores:  # a text file without either is no log
-            logs.append(log)
-    label = declared_label(fields)
-    from_logs(entry, logs, label)
-    if label and None in scored(logs, label):
-        entry.notes.insert(0, f"not every log has the declared score {clean(label, 40)}")
-    if problem:
-        entry.notes.insert(0, clean(problem, 120))
-    if len(paths) > MAX_LOGS:
-        entry.notes.append(f"{len(paths)} logs, the first {MAX_LOGS} are read")
-    stated = number(fields.get("val_bpb"))
+        if isinstance(s.meta.get(name), str):
+            setattr(entry, name, clean(s.meta[name], 40) or None)
+    logs, stated = list(s.runs.values()), number(exact(s.stated("val_bpb")))
+    own = None if s.ours else s.headline[0]  # of ours, each `result` line is compared with what it declares
+    from_logs(entry, logs if s.choice.decided else [], declared_label(s.meta) or own)
+    notes = [note.what for note in s.json_problems[:1]]
+    if s.json_name is None:
+        notes.append("no submission.json")
+    if not s.choice.decided:
+        notes.append("several experiments, and nothing says which one counts")
+    elif declared_label(s.meta) and None in scored(logs, declared_label(s.meta)):
+        notes.append(f"not every log has the declared score {declared_label(s.meta)}")
     if entry.bpb is None and stated is not None:
-        entry.bpb, entry.std = stated, number(fields.get("val_bpb_std"))
-        entry.notes.insert(0, "score as stated: " + ("its logs do not decide it" if logs else "it has no log"))
+        entry.bpb, entry.std = stated, number(exact(s.meta.get("val_bpb_std")))
+        notes.append("score as stated: " + ("its logs do not decide it" if s.logs else "it has no log"))
     elif entry.bpb is not None and stated is not None and abs(stated - entry.bpb) > AGREES:
-        entry.notes.insert(0, f"the JSON file says {stated:.4f}")
+        notes.append(f"the JSON file says {stated:.4f}")
+    notes += [note.what for note in s.problems if "read" in note.what]
+    if s.choice.others and s.choice.decided:
+        notes.append(f"{len(s.choice.others)} logs of other experiments do not count")
+    if len(logs) > MAX_LOGS:
+        notes.append(f"{len(logs)} logs, the first {MAX_LOGS} are drawn")
+    entry.notes = [clean(note, 120) for note in notes] + entry.notes
     if entry.bytes is None:
-        entry.bytes = whole(fields.get("bytes_total"))
+        entry.bytes = whole(exact(s.meta.get("bytes_total")))
     if not logs:
-        entry.train_s, entry.eval_s = number(fields.get("train_time_s_max")), number(fields.get("eval_time_s_max"))
-    if entry.device is None and isinstance(fields.get("hardware"), str):
-        entry.device = clean(fields["hardware"], 40) or None
+        entry.train_s, entry.eval_s = (number(exact(s.meta.get(f"{k}_time_s_max"))) for k in ("train", "eval"))
+    if entry.device is None and isinstance(s.meta.get("hardware"), str):
+        entry.device = clean(s.meta["hardware"], 40) or None
     return entry
 
 
 def read_log(path: Path) -> Entry:
-    return from_logs(Entry(clean(path.stem), path, LOOSE), [runlog.parse(path)])
+    return from_logs(Entry(clean(path.stem, 160), path, LOOSE), runlog.parse(path).each())
 
 
 def collect(paths: Sequence[Path]) -> list[Entry]:

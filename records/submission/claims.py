@@ -6,12 +6,14 @@ import re
 import statistics
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping
+from decimal import Decimal
 from typing import NamedTuple
 
 from records.submission import runlog
-from records.submission.foreign import MAX_LINE, Note, Submission, decimals, leaves, number, score_digits, seed_of
+from records.submission.foreign import MAX_LINE, Note, Submission, leaves
 from records.submission.rules import CAP_BYTES
 from records.submission.runlog import RunLog
+from records.submission.runs import decimals, number, score_digits, seed_of
 
 LOGGED_NUMBER = re.compile(r"(?<![\w.])[-+]?(\d[\d,_]*(?:\.\d+)?(?:[eE][-+]?\d{1,3})?)")
 SCALES = {
@@ -23,22 +25,33 @@ SCALES = {
 
 
 class Pool:
-    """Sorted numbers to look claims up in."""
+    """Numbers of logs to look claims up in, and statistics of them, which are rounded or cut where they are told."""
 
-    def __init__(self, values: Iterable[float]):
-        self.values = sorted({abs(value) for value in values if math.isfinite(value)})
+    def __init__(self, values: Iterable[float], statistics: Iterable[float] = ()):
+        self.values, self.statistics = (
+            sorted({abs(value) for value in found if math.isfinite(value)}) for found in (values, statistics)
+        )
 
     def has(self, claim: float, digits: int, kind: str) -> bool:
-        """Whether a number here gives the claim when rounded to its digits, in one of the units of its kind."""
+        """Whether a number here gives the claim when rounded to its digits, in one of the units of its kind. A mean of
+        whole numbers may be cut; one of scores may be that of scores that were rounded first."""
+        unit = 10.0**-digits
+        return self.near(self.values, claim, digits, kind, 0.0) or self.near(
+            self.statistics, claim, digits, kind, unit if kind != "score" else 0.5 * unit if digits > 3 else 0.0
+        )
+
+    @staticmethod
+    def near(values: list[float], claim: float, digits: int, kind: str, more: float) -> bool:
         half = 0.5 * 10.0**-digits if digits or kind != "size" else 0.0
         half = max(half, 1e-9) if kind == "score" else half
         for scale in SCALES[kind]:
             reach = (half if scale == 1.0 else max(half, 0.5 * 10.0**-digits)) * scale
             if kind == "size" and scale > 1:
                 reach *= 2  # megabytes are often cut, not rounded
+            reach = max(reach, more * scale) if kind != "score" else reach + more
             low, high = abs(claim) * scale - reach, abs(claim) * scale + reach
-            i = bisect_left(self.values, low - 1e-9 * max(1.0, abs(low)))
-            if i < len(self.values) and self.values[i] <= high + 1e-9 * max(1.0, abs(high)):
+            i = bisect_left(values, low - 1e-9 * max(1.0, abs(low)))
+            if i < len(values) and values[i] <= high + 1e-9 * max(1.0, abs(high)):
                 return True
         return False
 
@@ -108,12 +121,13 @@ CLAIM_KEYS = {
 def check_numbers(s: Submission) -> Iterator[Note]:
     """Every score, size, step count and time that README.md and the JSON claim is in a log, or a statistic of logs."""
     if not s.runs:
-        yield Note("warn", "no log to compare with")
+        yield Note("skip", "no log to compare with")
         return
     shared = list(statistics_of(s.runs.values()))
     sizes = [float(size) for size in s.files.values()]
-    own = {name: list(logged_numbers(s.texts[name])) for name in s.runs}
-    pool = Pool([value for values in own.values() for value in values] + shared + sizes)
+    own = {name: list(logged_numbers(log.printed)) for name, log in s.runs.items()}
+    others = [value for name in s.choice.others for value in logged_numbers(s.logs[name].printed)]
+    pool = Pool([value for values in own.values() for value in values] + others + sizes, shared)
     by_seed = {
         seed_of(name, log): Pool(own[name] + sizes + list(figures_of(log).values())) for name, log in s.runs.items()
     }
@@ -149,6 +163,7 @@ class Claim(NamedTuple):
     line: int
     text: str
     seed: int | None
+    column: str = ""
 
 
 README_NUMBER = re.compile(r"(?<![\w.#/@^])[-+−±~≈]?(\d{1,3}(?:,\d{3})+|\d+)(\.\d+)?(?![\w%]*[\d/])(?!\.\d)")
@@ -171,7 +186,7 @@ HEADER = {
         r"bpb|val_loss|val loss|\bloss\b|nats|final_|legal_ttt|roundtrip|sliding|quantized|float weights", re.I
     ),
     "size": re.compile(r"bytes|size|artifact", re.I),
-    "steps": re.compile(r"\bsteps?\b(?!.*(?:ms|avg|time))", re.I),
+    "steps": re.compile(r"^(?!.*(?:\bms\b|\bs/|/ ?step|per step|avg|time)).*\bsteps?\b(?!/)", re.I),
     "time": re.compile(r"time|seconds|, ?s\b|\(s\)|\bms\b|train s|eval s", re.I),
 }
 # Lines about something other than these runs: other entries, rules, differences, plans.
@@ -211,7 +226,9 @@ def readme_claims(text: str, seeds: Iterable[int]) -> Iterator[Claim]:
 
 def table_claims(header: list[str], cells: list[str], line: int, known: Mapping[str, int]) -> Iterator[Claim]:
     row = " ".join(cells)
-    seed = next((known[word] for word in re.findall(r"\d+", cells[0]) if word in known), None) if cells else None
+    # `T7` and `S7` name a row, not a seed.
+    numbers = re.findall(r"(?<![A-Za-z0-9.+-])(?:seed[ _-]?)?(\d+)(?![\w.%])", cells[0], re.I) if cells else ()
+    seed = next((known[word] for word in numbers if word in known), None)
     if seed is None and ELSEWHERE.search(cells[0]):
         return
     for name, cell in zip(header, cells, strict=False):
@@ -220,7 +237,7 @@ def table_claims(header: list[str], cells: list[str], line: int, known: Mapping[
         if kind is None or found is None or ELSEWHERE.search(name) or re.search(r"[A-Za-z]{6,}", cell):
             continue
         if not (kind == "score" and not found[2]):  # a whole number is no score
-            yield make_claim(kind, found, line, None if "mean" in row.lower() else seed)
+            yield make_claim(kind, found, line, None if "mean" in row.lower() else seed)._replace(column=name)
 
 
 def prose_claims(text: str, line: int) -> Iterator[Claim]:
@@ -244,3 +261,12 @@ def prose_claims(text: str, line: int) -> Iterator[Claim]:
 def make_claim(kind: str, found: re.Match, line: int, seed: int | None) -> Claim:
     text = found[1] + (found[2] or "")
     return Claim(kind, float(text.replace(",", "")), len(found[2] or ".") - 1, line, text, seed)
+
+
+def readme_scores(text: str, seeds: Iterable[int]) -> list[Decimal]:
+    """The bpb of each seed in a table of README.md, as written there; empty where not every seed has one."""
+    seeds, found = list(seeds), {}
+    for claim in readme_claims(text, seeds):
+        if claim.seed is not None and claim.kind == "score" and "bpb" in claim.column.lower():
+            found.setdefault(claim.seed, Decimal(claim.text))
+    return list(found.values()) if len(found) == len(seeds) else []

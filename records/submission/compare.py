@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from records.submission import runlog
-from records.submission.board import read_json, submission_json
-from records.submission.foreign import declared_label
+from records.submission.foreign import CheckError, load
 from records.submission.runlog import LogError, RunLog, ScoreLine
 
 POWER = 0.8  # probability of meeting a rule that the number of seeds is worked out for
@@ -56,6 +55,7 @@ class Side(NamedTuple):
 
     logs: list[RunLog]
     scores: list[ScoreLine]
+    declared: str | None = None  # the label that the side declares itself
 
     @property
     def label(self) -> str:
@@ -170,22 +170,6 @@ def judge(rule: Rule, a: Sample | None, b: Sample | None) -> Verdict:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def logs_of(path: Path) -> list[Path]:
-    """The log itself, or the logs of a record folder."""
-    if not path.is_dir():
-        return [path]
-    found = sorted(path.glob("*.log")) or sorted(p for p in path.glob("*.txt") if p.name != "requirements.txt")
-    if not found:
-        raise CompareError(f"{path}: no log in this folder")
-    return found
-
-
-def declared_in(path: Path) -> str | None:
-    """The label that the submission.json of a record folder declares."""
-    found = submission_json(path) if path.is_dir() else None
-    return declared_label(read_json(found)[0]) if found is not None else None
-
-
 def score_of(log: RunLog, label: str | None) -> ScoreLine:
     """The score that counts: of the given label, else the log's headline. Raises CompareError."""
     score = log.score(label) if label else log.headline()
@@ -199,14 +183,30 @@ def score_of(log: RunLog, label: str | None) -> ScoreLine:
     return score
 
 
-def read_side(paths: Sequence[Path], label: str | None) -> Side:
-    """Raises CompareError and LogError."""
-    label = label and label.removesuffix("_exact")
-    labelled = [(runlog.parse(log), label or declared_in(path)) for path in paths for log in logs_of(path)]
-    logs, scores = [log for log, _ in labelled], [score_of(log, declared) for log, declared in labelled]
-    if len(labels := {score.label for score in scores}) > 1:
-        raise CompareError(f"{logs[0].path} and others: their headlines are {', '.join(sorted(labels))}; --headline")
-    return Side(logs, scores)
+def read_side(paths: Sequence[Path], asked: str | None) -> Side:
+    """The runs of a side, each scored by the line that its folder declares, or by the one that is asked for. Raises
+    CompareError and LogError."""
+    asked = asked and runlog.plain_label(asked)
+    logs, labels = [], []
+    for path in paths:
+        if path.is_dir():
+            folder = load(path)
+            if not folder.runs:
+                raise CompareError(f"{path}: no log in this folder")
+            found, label = list(folder.runs.values()), folder.headline[0]
+            for name, log in folder.runs.items():
+                log.path = path / name
+        else:
+            found = runlog.parse(path).each()
+            record = (path.parent / "submission.json").is_file()
+            label = load(path.parent).headline[0] if record else None
+        logs += found
+        labels += [label] * len(found)
+    scores = [score_of(log, asked or label) for log, label in zip(logs, labels, strict=True)]
+    if len(names := {score.label for score in scores}) > 1:
+        raise CompareError(f"{logs[0].path} and others: their headlines are {', '.join(sorted(names))}; --headline")
+    own = {label or getattr(log.headline(), "label", None) for log, label in zip(logs, labels, strict=True)}
+    return Side(logs, scores, own.pop() if len(own) == 1 else None)
 
 
 def reject_twice(logs: Sequence[RunLog]) -> None:
@@ -242,6 +242,11 @@ def remarks(sides: dict[str, Side]) -> list[str]:
             found.append(f"{name} has figures that the log rounds to four decimals")
         for log in side.logs:
             found += [f"{log.path.name}: {said}" for said in log.undecided if "runs in one log" in said]
+        if side.declared not in (None, side.label):
+            own = [score for log in side.logs if (score := log.score(side.declared)) is not None]
+            figures = [score.val_bpb for score in own if score.val_bpb is not None]
+            mean = f" (val_bpb {statistics.fmean(figures):.5f})" if len(figures) == len(side.logs) else ""
+            found.append(f"{name} declares {side.declared}{mean}, not {side.label}, which was asked for")
     labels = [side.label for side in sides.values()]
     if labels[0] != labels[1]:
         found.append(f"different results are compared: A {labels[0]}, B {labels[1]}")
@@ -263,6 +268,7 @@ def compare(a: Side, b: Side) -> dict:
             logs=[str(log.path) for log in side.logs],
             seeds=[log.seed for log in side.logs],
             label=side.label,
+            declared=side.declared,
             n=len(side.logs),
             val_loss=loss and dict(mean=loss.mean, std=loss.std),
             val_bpb=bpb and dict(mean=bpb.mean, std=bpb.std),
@@ -338,7 +344,7 @@ def run(args: argparse.Namespace) -> int:
         a, b = (read_side(paths, args.headline) for paths in (args.candidate, args.versus))
         reject_twice(a.logs + b.logs)
         report = compare(a, b)
-    except (CompareError, LogError) as error:
+    except (CompareError, CheckError, LogError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(json.dumps(report, indent=2) if args.json else describe(report))

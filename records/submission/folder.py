@@ -642,7 +642,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     try:
-        folder, submission = build(args)
+        folder, submission, why = build(args)
     except (FolderError, LogError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -650,6 +650,8 @@ def run(args: argparse.Namespace) -> int:
         print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
         return 2
     print(f"{folder}: {score_line(submission).replace('*', '').replace('`', '')}")
+    if why:
+        print(f"note: {submission['headline']} counts: {why}; --headline LABEL names another")
     for key, answer in submission["compliance"].items():
         if answer is False:
             print(f"note: {key} is false")
@@ -664,8 +666,11 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def build(args: argparse.Namespace) -> tuple[Path, dict[str, Any]]:
-    """Make the folder; returns it and its submission.json. Raises FolderError, LogError and OSError."""
+def build(args: argparse.Namespace) -> tuple[Path, dict[str, Any], str]:
+    """Make the folder; returns it, its submission.json and why its score counts where no log declares it.
+
+    Raises FolderError, LogError and OSError.
+    """
     for what, value in (("NAME", args.name), ("--track", args.track)):
         if not re.fullmatch(r"[A-Za-z0-9][\w.+-]{0,127}", value, re.ASCII):
             raise FolderError(f"{what} {value!r} must be letters, digits, '_', '.', '+' and '-'")
@@ -683,7 +688,8 @@ def build(args: argparse.Namespace) -> tuple[Path, dict[str, Any]]:
     files["README.md"] = readme(submission, runs, script, files).encode()
     folder = args.out / f"track_{args.track}" / f"{submission['date']}_{args.name}"
     write_folder(folder, files)
-    return folder, submission
+    declared = args.headline or runs[0].log.dialect == "pgolf" or len(runs[0].log.candidates()) == 1
+    return folder, submission, "" if declared else runs[0].log.headline_and_why()[1]
 
 
 def is_date(text: str) -> bool:

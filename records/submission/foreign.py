@@ -6,26 +6,29 @@ characters. What could not be read is said in `problems`.
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import math
 import os
+import posixpath
 import re
 import stat
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
 from decimal import Decimal
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from records.submission import runlog, unpack
-from records.submission.rules import has_clocks
 from records.submission.runlog import LogError, RunLog
+from records.submission.runs import Choice, as_seed, choose, declared_label, headline_of, joined, number, seed_of
 
 MAX_ENTRIES, MAX_DEPTH = 500, 4  # of a folder
 MAX_FILE, MAX_FOLDER = 8_000_000, 64_000_000  # bytes
 MAX_LOG_BYTES = 32_000_000  # bytes of all logs; public ones have a few MB at most
 MAX_README, MAX_JSON, MAX_JSON_DEPTH = 1_000_000, 1_000_000, 20
+MAX_SCRIPTS = 20  # that are looked through for the one that trains
 MAX_LINE = 2000  # characters of a line of README.md
 MAX_FINDINGS = 12  # printed per check and level; the rest is counted
 
@@ -41,7 +44,7 @@ class CheckError(Exception):
 
 
 class Finding(NamedTuple):
-    """level is pass, warn or FAIL."""
+    """level is pass, warn, FAIL, skip (not examined) or note."""
 
     check: str
     level: str
@@ -49,10 +52,22 @@ class Finding(NamedTuple):
 
 
 class Note(NamedTuple):
-    """What a check function yields: a level and a text."""
+    """What a check function yields: a level and a text. `usual` is what nearly every folder leaves unsaid."""
 
     level: str
     what: str
+
+
+OLD_NAMES = {
+    "val_bpb": ("mean_val_bpb", "val_bpb_mean", "final_val_bpb", "sliding_val_bpb"),
+    "bytes_total": (
+        *("artifact_bytes", "artifact_bytes_max", "artifact_size_bytes", "total_bytes"),
+        "artifact_bytes_mean",
+    ),
+    "bytes_code": ("code_bytes",),
+}
+STATED_BPB = re.compile(r"bpb\W{0,12}(\d\.\d{3,20})|(\d\.\d{3,20})\W{0,6}(?:val_)?bpb", re.I)  # in README.md
+TRAINS = re.compile(r"\.backward\(|value_and_grad\(")  # what a script that trains has
 
 
 @dataclasses.dataclass(eq=False)
@@ -66,10 +81,7 @@ class Submission:
     json_name: str | None = None
     meta: dict[str, Any] = dataclasses.field(default_factory=dict)  # decimals are Decimal, as written
     readme: str = ""
-    script: bytes | None = None
-    layers: unpack.Unwrapped = dataclasses.field(default_factory=lambda: unpack.Unwrapped([], [], []))
-    logs: dict[str, RunLog] = dataclasses.field(default_factory=dict)  # by file name
-    texts: dict[str, list[str]] = dataclasses.field(default_factory=dict)  # lines of each log, without its source
+    logs: dict[str, RunLog] = dataclasses.field(default_factory=dict)  # by file name, and run where it holds several
 
     def read(self, name: str, limit: int = MAX_FILE) -> bytes:
         """Bytes of a plain file of the folder. Raises OSError; a longer file is cut and said to be."""
@@ -80,6 +92,21 @@ class Submission:
             self.problems.append(Note("FAIL", f"{name}: larger than {limit:,} bytes; only the beginning was read"))
         return data[:limit]
 
+    def old_name(self, key: str) -> str | None:
+        return next((name for name in OLD_NAMES.get(key, ()) if number(self.meta.get(name)) is not None), None)
+
+    def stated(self, key: str) -> Any:
+        """A field of the JSON by its name or by an older one."""
+        return self.meta[key] if key in self.meta else self.meta.get(self.old_name(key) or "")
+
+    @property
+    def score(self) -> Any:
+        """The val_bpb that the folder claims, in its JSON or else in README.md."""
+        if number(self.stated("val_bpb")) is not None:
+            return self.stated("val_bpb")
+        found = STATED_BPB.search(self.readme)
+        return Decimal(found[1] or found[2]) if found else None
+
     @property
     def track(self) -> str:
         stated = self.meta.get("track")
@@ -89,13 +116,35 @@ class Submission:
         return parent.removeprefix("track_") if parent.startswith("track_") else ""
 
     @property
-    def timed(self) -> bool:
-        return has_clocks(self.track)
+    def claimed_seeds(self) -> list[int]:
+        claimed: list[int] = []
+        for key in ("seeds", "seed_results", "seed"):
+            value = self.meta.get(key)
+            values = list(value) if isinstance(value, (list, dict)) else [value]
+            claimed += [seed for seed in map(as_seed, values) if seed is not None]
+        return list(dict.fromkeys(claimed))
 
-    @property
+    @functools.cached_property
+    def choice(self) -> Choice:
+        """Which of the logs that hold a result are the runs of this folder."""
+        logs = {name: log for name, log in self.logs.items() if log.scores or log.steps or log.sizes}
+        listed = " ".join(str(value) for _, value in leaves(self.meta) if isinstance(value, str))
+        return choose(logs, self.score, declared_label(self.meta), self.claimed_seeds, listed)
+
+    @functools.cached_property
     def runs(self) -> dict[str, RunLog]:
-        """Logs that hold a result, by file name."""
-        return {name: log for name, log in self.logs.items() if log.scores or log.steps or log.sizes}
+        """The logs that are judged, by name."""
+        found = {}
+        for name in self.choice.judged:
+            found[name], training = joined(name, self.logs, self.choice.others)
+            if training is not None:
+                self.choice.others.remove(training)
+        return found
+
+    @functools.cached_property
+    def headline(self) -> tuple[str | None, str]:
+        """(label of the score that counts, how that is known)."""
+        return headline_of(list(self.runs.values()), self.meta, self.score)
 
     @property
     def ours(self) -> bool:
@@ -104,29 +153,62 @@ class Submission:
     @property
     def seeds(self) -> list[int]:
         """Seeds that submission.json claims, else those of the logs."""
-        claimed: list[int] = []
-        for key in ("seeds", "seed_results", "seed"):
-            value = self.meta.get(key)
-            values = list(value) if isinstance(value, (list, dict)) else [value]
-            claimed += [seed for seed in map(as_seed, values) if seed is not None]
         logged = [seed for name, log in self.runs.items() if (seed := seed_of(name, log)) is not None]
-        return list(dict.fromkeys(claimed or logged))
+        return self.claimed_seeds or list(dict.fromkeys(logged))
 
+    @functools.cached_property
+    def found_script(self) -> tuple[str | None, str]:
+        """(name of the script, why it is taken for that); (None, why nothing is)."""
+        if self.files.get("train_gpt.py"):
+            return "train_gpt.py", ""
+        missing = "train_gpt.py is empty" if "train_gpt.py" in self.files else "train_gpt.py is missing"
+        texts: dict[str, str] = {}
+        for name in [name for name, size in self.files.items() if name.endswith(".py") and size][:MAX_SCRIPTS]:
+            with contextlib.suppress(OSError):
+                data = self.read(name)
+                texts[name] = data.decode("utf-8", "replace").replace("\r\n", "\n")
+                logged = [log.source.strip() for log in self.runs.values() if log.source]
+                hashes = {log.code_sha256 for log in self.runs.values()}
+                if texts[name].strip() in logged or hashlib.sha256(data).hexdigest() in hashes:
+                    return name, f"{missing}; the logs show that {name} ran"
+        training = [name for name in texts if any(TRAINS.search(layer) for layer in unpack.unwrap(texts[name]).layers)]
+        told = " ".join([self.readme, *(str(value) for _, value in leaves(self.meta) if isinstance(value, str))])
+        for names, why in (
+            ([name for name in training if re.search(rf"(?<![\w.-]){re.escape(Path(name).name)}\b", told)], "is named"),
+            ([name for name in training if Path(name).name == "train_gpt.py"], "has its name"),
+            (training, "is the only one that trains"),
+            (list(texts), "is the only one"),
+        ):
+            if len(names) == 1:
+                return names[0], f"{missing}; {names[0]} {why} and was taken for it"
+        return None, missing + (f", and which of {', '.join(texts)} ran is not said" if texts else "")
 
-def as_seed(value: Any) -> int | None:
-    if isinstance(value, bool):
-        return None
-    text = str(value) if isinstance(value, (int, str)) else ""
-    found = re.fullmatch(r"(?:seed_?)?(\d{1,10})", text)
-    return int(found[1]) if found else None
+    @functools.cached_property
+    def script(self) -> bytes | None:
+        name = self.found_script[0]
+        with contextlib.suppress(OSError):
+            return None if name is None else self.read(name)
 
+    @functools.cached_property
+    def layers(self) -> unpack.Unwrapped:
+        """Every readable layer of the script."""
+        if self.script is None:
+            return unpack.Unwrapped([], [], [])
+        text = self.script.decode("utf-8", "replace").replace("\r\n", "\n")
+        return unpack.unwrap(text, self.file_from(self.found_script[0]))
 
-def seed_of(name: str, log: RunLog) -> int | None:
-    """The seed a log states, else the one in its file name."""
-    if log.seed is not None:
-        return log.seed
-    found = re.search(r"seed[_-]?(\d{1,10})", name)
-    return int(found[1]) if found else None
+    def file_from(self, script: str) -> Callable[[str], bytes | None]:
+        """What a script reads by a name: the file of this folder beside it or at the top."""
+
+        def read(name: str) -> bytes | None:
+            for place in (posixpath.join(posixpath.dirname(script), name), name):
+                place = posixpath.normpath(place)
+                if place in self.files:
+                    with contextlib.suppress(OSError):
+                        return self.read(place)
+            return None
+
+        return read
 
 
 def load(folder: Path) -> Submission:
@@ -140,11 +222,6 @@ def load(folder: Path) -> Submission:
         with contextlib.suppress(OSError):
             readme = submission.read("README.md", MAX_README).decode("utf-8", "replace")
             submission.readme = readme.replace("\r\n", "\n")
-    if "train_gpt.py" in submission.files:
-        with contextlib.suppress(OSError):
-            submission.script = submission.read("train_gpt.py")
-            text = submission.script.decode("utf-8", "replace").replace("\r\n", "\n")
-            submission.layers = unpack.unwrap(text)
     room = MAX_LOG_BYTES
     for name, size in submission.files.items():
         if LOG.search(name) and not COMPANION.fullmatch(name):
@@ -213,7 +290,7 @@ def read_json(submission: Submission) -> None:
         meta = json.loads(text, parse_float=Decimal, parse_constant=constant, object_pairs_hook=once)
         if not isinstance(meta, dict):
             problem(Note("FAIL", f"{name}: not an object"))
-        elif depth(meta) > MAX_JSON_DEPTH:
+        elif not runlog.shallow(meta, MAX_JSON_DEPTH):
             problem(Note("FAIL", f"{name}: nested too deeply"))
         else:
             submission.meta = meta
@@ -221,63 +298,20 @@ def read_json(submission: Submission) -> None:
         problem(Note("FAIL", f"{name} does not parse: {str(error)[:120]}"))
 
 
-def depth(value: Any) -> int:
-    """How deeply a JSON value is nested; stops at the limit."""
-    level, layer = 0, [value]
-    while layer and level <= MAX_JSON_DEPTH:
-        layer = [
-            part
-            for outer in layer
-            if isinstance(outer, (dict, list))
-            for part in (outer.values() if isinstance(outer, dict) else outer)
-        ]
-        level += 1
-    return level
-
-
 def read_log(submission: Submission, name: str) -> None:
+    """A log, or each run of a log that holds several and scores each."""
     try:
         data = submission.read(name, MAX_LOG_BYTES)
         text, encoding, _ = runlog.decode(data, Path(name))
-        text = text.replace("\r\n", "\n").replace("\r", "\n")
         log = runlog.parse_text(text, Path(name))
-        log.sha256, log.encoding = hashlib.sha256(data).hexdigest(), encoding
     except (LogError, OSError) as error:
         submission.problems.append(Note("FAIL", f"{name}: cannot be read ({error})"))
         return
-    lines, kept, start = text.split("\n"), [], 0
-    for dump in runlog.find_dumps(lines):
-        kept += lines[start : dump.start]
-        start = dump.end
-    submission.logs[name] = log
-    submission.texts[name] = kept + lines[start:]
-
-
-def number(value: Any) -> float | None:
-    """A JSON value as a float, if it is a finite number."""
-    found = runlog.number(float(value) if isinstance(value, Decimal) else value)
-    return found if found is not None and math.isfinite(found) else None
-
-
-def decimals(value: Any) -> int:
-    """Digits after the point, as written."""
-    exponent = value.as_tuple().exponent if isinstance(value, Decimal) else 0
-    return -exponent if isinstance(exponent, int) and exponent < 0 else 0
-
-
-def score_digits(value: Any) -> int:
-    """The same of a score: JSON writers drop zeros, and nobody claims a score to less than three digits."""
-    return max(3, decimals(value))
-
-
-def declared_label(meta: Mapping) -> str | None:
-    """The label of the line that submission.json declares as the headline."""
-    for key in ("headline", "headline_label", "headline_line", "score_label", "declared_line", "metric_label"):
-        value = meta.get(key)
-        value = value.get("label") if isinstance(value, dict) else value
-        if isinstance(value, str) and value.strip():
-            return value.strip().removesuffix("_exact")
-    return None
+    each = log.each()
+    found = {name: log} if len(each) == 1 else {f"{name}, run {i}": part for i, part in enumerate(each, 1)}
+    for part in found.values():
+        part.sha256, part.encoding = hashlib.sha256(data).hexdigest(), encoding
+    submission.logs |= found
 
 
 def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
@@ -298,16 +332,16 @@ def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def summarised(name: str, notes: list[Note]) -> list[Finding]:
-    """Findings of one check, worst first, the long tail counted; `pass` where there is nothing to say."""
-    found = []
-    for level in ("FAIL", "warn", "pass"):
+    """Findings of one check, worst first, the long tail counted; `pass` only where nothing else is to be said."""
+    found: list[Finding] = []
+    for level in ("FAIL", "skip", "warn", "pass", "note"):
         texts = [note.what for note in notes if note.level == level]
-        if level == "pass" and found:
-            texts = []
+        if level == "pass":
+            texts = [] if found else texts or [""]
         found += [Finding(name, level, clean_text(text)) for text in texts[:MAX_FINDINGS]]
         if len(texts) > MAX_FINDINGS:
             found.append(Finding(name, level, f"and {len(texts) - MAX_FINDINGS} more"))
-    return found or [Finding(name, "pass", "")]
+    return found
 
 
 def clean_text(text: str, limit: int = 300) -> str:

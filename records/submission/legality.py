@@ -19,8 +19,9 @@ The rules, after the four conditions that reviewers name (causal, normalised, sc
 """
 
 import ast
+import operator
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -37,7 +38,8 @@ class Finding(NamedTuple):
 
 
 MAX_FOLLOWED = 1_000_000  # nodes visited while values are followed; this project's script takes 200,000
-UNKNOWN = object()
+MAX_WARM_UP = 100  # statements of a block that a warm-up may take
+UNKNOWN, Nothing = object(), object()  # no value that is known; the value None
 Function = (ast.FunctionDef, ast.AsyncFunctionDef)
 Scopes = list[tuple[str, list[ast.AST]]]  # (name, own nodes) of the module and of every function
 
@@ -85,7 +87,7 @@ def examine(source: str, settings: Mapping[str, Any] | None = None) -> list[Find
     """
     try:
         tree = read_tree(source)[0]
-        live_tree = reachable(prune(read_tree(source)[0], switches(tree, settings or {})))
+        live_tree = reachable(prune(read_tree(source)[0], settings or {}))
         live, everything = inspect(live_tree), inspect(tree)
     except RecursionError:
         raise SyntaxError("nested too deeply to be examined") from None
@@ -100,7 +102,7 @@ def examine(source: str, settings: Mapping[str, Any] | None = None) -> list[Find
 
 def inspect(tree: ast.Module) -> list[Finding]:
     """All rules on one tree, each line once per rule."""
-    rules = (target_in_key, best_of_passes, unnormalised_mix, network, training_data_in_eval, calibration_on_validation)
+    rules = (target_in_key, unnormalised_mix, forbidden_calls, forbidden_uses)
     scopes = [("", list(own_nodes(tree)))]
     scopes += [(node.name, list(own_nodes(node))) for node in ast.walk(tree) if isinstance(node, Function)]
     found: dict[tuple[str, int], Finding] = {}
@@ -152,151 +154,271 @@ def names_in(node: ast.AST) -> set[str]:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def environment_read(node: ast.AST) -> tuple[str, Any] | None:
-    """(name, default) of os.environ.get("NAME", default) or os.getenv("NAME", default)."""
-    if not (isinstance(node, ast.Call) and name_of(node.func) in {"get", "getenv", "pop"} and node.args):
-        return None
-    if name_of(node.func) != "getenv" and "environ" not in dotted(node.func):
-        return None
-    constants = [part.value if isinstance(part, ast.Constant) else UNKNOWN for part in node.args]
-    if not isinstance(constants[0], str):
-        return None
-    return constants[0], constants[1] if len(constants) > 1 else None
+OFF, ON = {"", "0", "false", "no", "off", "none"}, {"1", "true", "yes", "on"}
+CASTS = {"bool": bool, "int": int, "float": float, "str": str}
+OPERATORS = {
+    **dict.fromkeys((ast.Eq, ast.Is), operator.eq),
+    **dict.fromkeys((ast.NotEq, ast.IsNot), operator.ne),
+    **{ast.Lt: operator.lt, ast.LtE: operator.le, ast.Gt: operator.gt, ast.GtE: operator.ge},
+    ast.In: lambda left, right: left in right,
+    ast.NotIn: lambda left, right: left not in right,
+}
+Scope = tuple[ast.AST, ...]  # the functions around a node, outermost first
 
 
-def switches(tree: ast.Module, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Values of names that are settings: logged ones, else the defaults in the file. Rebound names are left out."""
-    logged = {name.lower(): value for name, value in settings.items()}
-    known: dict[str, Any] = {}
-    defined: set[int] = set()
+class Settings:
+    """Values that a run could have had only so: logged ones, else what all bindings of a name in the file agree on.
 
-    def learn(name: str, value: Any) -> None:
-        value = logged.get(name.lower(), value)
-        known[name] = UNKNOWN if name in known and known[name] != value else value
+    Names are taken without their owner: `args.slot`, `h["slot"]` and `getattr(h, "slot")` are one. A parameter has the
+    value that all calls of its function give it.
+    """
 
-    for node in ast.walk(tree):
-        in_class = isinstance(node, ast.ClassDef)
-        for statement in node.body if in_class or isinstance(node, ast.Module) else ():
-            if isinstance(statement, (ast.Assign, ast.AnnAssign)) and statement.value is not None:
-                targets = statement.targets if isinstance(statement, ast.Assign) else [statement.target]
-                value = default_of(statement.value, logged)
-                plain = isinstance(statement.value, ast.Constant)
-                if value is not UNKNOWN and (in_class or not plain):
-                    for target in targets:
-                        if isinstance(target, ast.Name):
-                            learn(target.id, value)
-                            defined.add(id(target))
-        if isinstance(node, (ast.Assign, ast.AnnAssign)) and node.value is not None and read_names(node.value):
-            value = default_of(node.value, logged)
-            for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
-                if name_of(target) and id(target) not in defined:
-                    learn(name_of(target), value)
-                    defined.add(id(target))
-        if isinstance(node, ast.Call) and name_of(node.func) == "add_argument" and node.args:
-            option = getattr(node.args[-1], "value", None)
-            keywords = {keyword.arg: getattr(keyword.value, "value", UNKNOWN) for keyword in node.keywords}
-            default = keywords.get("default", False if keywords.get("action") == "store_true" else UNKNOWN)
-            if isinstance(option, str):
-                learn(option.lstrip("-").replace("-", "_"), default)
-    for node in ast.walk(tree):  # a name that is set anywhere else is no switch
-        stored = isinstance(getattr(node, "ctx", None), ast.Store) and id(node) not in defined
-        if stored and name_of(node) in known and name_of(node).lower() not in logged:
-            known[name_of(node)] = UNKNOWN
-        if isinstance(node, ast.Call) and name_of(node.func) == "setattr" and len(node.args) == 3:
-            known.pop(getattr(node.args[1], "value", None), None)
-    for name, value in logged.items():
-        known.setdefault(name, value)
-    return {name: value for name, value in known.items() if value is not UNKNOWN}
+    def __init__(self, tree: ast.Module, logged: Mapping[str, Any]):
+        self.logged = {name.lower(): value for name, value in logged.items()}
+        self.bindings: dict[str, list[tuple[Any, Scope]]] = {}  # name -> (expression or UNKNOWN, scope)
+        self.fallbacks: dict[str, list[tuple[Any, Scope]]] = {}  # the same of what nothing else binds
+        self.calls: dict[str, list[tuple[ast.Call, Scope]]] = {}
+        self.handed: set[str] = set()  # functions that are not only called
+        self.functions: dict[str, ast.AST] = {}
+        self.memo: dict[Any, Any] = {}
+        self.classes = {node.name for node in ast.walk(tree) if isinstance(node, ast.ClassDef)}
+        self.bound: set[int] = set()  # targets whose value is known, and functions that are called
+        self.collect(tree, ())
 
+    def bind(self, name: str, value: Any, scope: Scope) -> None:
+        if name:
+            # What can be changed in place has no value of its own.
+            changing = isinstance(value, (ast.List, ast.Dict, ast.Set, ast.ListComp))
+            self.bindings.setdefault(name, []).append((UNKNOWN if changing else value, scope))
 
-def read_names(node: ast.AST) -> list[str]:
-    return [read[0] for part in ast.walk(node) if (read := environment_read(part))]
+    def collect(self, node: ast.AST, scope: Scope) -> None:
+        if isinstance(node, Function):
+            self.functions[node.name] = node
+        if isinstance(node, (*Function, ast.Lambda)):
+            scope = (*scope, node)
+        elif isinstance(node, (ast.Assign, ast.AnnAssign, ast.NamedExpr)):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            for target in targets if node.value is not None else ():
+                pairs = [(target, node.value)]
+                if isinstance(target, ast.Tuple) and isinstance(node.value, ast.Tuple):
+                    pairs = list(zip(target.elts, node.value.elts, strict=False))
+                for part, value in pairs:
+                    if key := key_of(part):
+                        if isinstance(part, ast.Name) and (again := same_name(key, value)) is not None:
+                            self.fallbacks.setdefault(key, []).extend((default, scope) for default in again)
+                        else:
+                            self.bind(key, value, scope)
+                        self.bound.add(id(part))
+            self.bound |= {id(target) for target in targets if node.value is None}
+        elif isinstance(node, ast.Dict):
+            for key, value in zip(node.keys, node.values, strict=True):
+                if isinstance(key, ast.Constant) and isinstance(key.value, str):
+                    self.bind(f"[{key.value}]", value, scope)
+        elif isinstance(node, ast.Call):
+            self.calls.setdefault(name_of(node.func), []).append((node, scope))
+            self.bound.add(id(node.func))
+            values = [getattr(part, "value", None) for part in node.args]
+            if name_of(node.func) == "add_argument" and node.args and isinstance(values[-1], str):
+                given = {keyword.arg: keyword.value for keyword in node.keywords}
+                off = ast.Constant(False) if getattr(given.get("action"), "value", "") == "store_true" else UNKNOWN
+                self.bind(values[-1].lstrip("-").replace("-", "_"), given.get("default", off), scope)
+            elif name_of(node.func) == "setattr" and len(values) == 3 and isinstance(values[1], str):
+                self.bind(values[1], UNKNOWN, scope)
+            elif name_of(node.func) in {"setdefault", "putenv"} and values and isinstance(values[0], str):
+                self.bind(f"[{values[0]}]", UNKNOWN, scope)
+            # A field that is given where its object is made or changed.
+            fields = name_of(node.func) in self.classes | {
+                "replace",
+                "_replace",
+                "update",
+                "Namespace",
+                "SimpleNamespace",
+            }
+            for keyword in node.keywords if fields or name_of(node.func) == "dict" else ():
+                self.bind(f"{keyword.arg}" if fields else f"[{keyword.arg}]", keyword.value, scope)
+        for part in ast.iter_child_nodes(node):
+            if id(part) not in self.bound:
+                if isinstance(getattr(part, "ctx", None), (ast.Store, ast.Del)):
+                    self.bind(key_of(part), UNKNOWN, scope)
+                elif isinstance(part, (ast.Name, ast.Attribute)):
+                    self.handed.add(name_of(part))
+            self.collect(part, scope)
 
+    def named(self, name: str, scope: Scope) -> Any:
+        """The value of a name, or UNKNOWN."""
+        for function in reversed(scope):
+            if name in parameters(function):
+                return self.once(("parameter", id(function), name), lambda f=function: self.parameter(f, name))
+        return self.once(
+            name,
+            lambda: self.logged.get(name.lower(), self.agreed(self.bindings.get(name) or self.fallbacks.get(name, ()))),
+        )
 
-def default_of(node: ast.AST, logged: Mapping[str, Any]) -> Any:
-    """The value of a setting's declaration, or UNKNOWN."""
-    if isinstance(node, ast.Call) and name_of(node.func) in {"opt", "field", "Field"}:
-        for keyword in node.keywords:
-            if keyword.arg == "default":
-                return getattr(keyword.value, "value", UNKNOWN)
-        place = 1 if name_of(node.func) == "opt" else 0
-        return getattr(node.args[place], "value", UNKNOWN) if len(node.args) > place else UNKNOWN
-    return value_of(node, {}, logged, set())
+    def keyed(self, key: str) -> Any:
+        """The value that a dictionary has by a key, or an object by a name."""
+        if f"[{key}]" in self.bindings and key.lower() not in self.logged:
+            return self.named(f"[{key}]", ())
+        return self.named(key, ())
 
+    def once(self, key: Any, find: Callable[[], Any]) -> Any:
+        if key not in self.memo:
+            self.memo[key] = UNKNOWN  # while it is asked for: a name that is bound to itself has no value
+            self.memo[key] = find()
+        return self.memo[key]
 
-def value_of(node: ast.AST, known: Mapping, logged: Mapping, shadowed: set[str]) -> Any:
-    """What an expression over settings is, or UNKNOWN. Looks at a short list of forms and evaluates nothing else."""
+    def agreed(self, expressions: Iterable[tuple[Any, Scope]]) -> Any:
+        """The one value of several expressions."""
+        values = [UNKNOWN if part is UNKNOWN else self.value(part, scope) for part, scope in expressions]
+        if not values or UNKNOWN in values or any(value != values[0] for value in values):
+            return UNKNOWN
+        return values[0]
 
-    def value(part: ast.AST) -> Any:
-        return value_of(part, known, logged, shadowed)
+    def parameter(self, function: ast.AST, name: str) -> Any:
+        """What every call of a function gives for a parameter."""
+        calls = self.calls.get(getattr(function, "name", ""), [])
+        if not calls or function.name in self.handed or self.functions.get(function.name) is not function:
+            return UNKNOWN
+        names, given = parameters(function), []
+        defaults = dict(zip(reversed(names[: len(function.args.args)]), reversed(function.args.defaults), strict=False))
+        defaults |= {
+            arg.arg: d for arg, d in zip(function.args.kwonlyargs, function.args.kw_defaults, strict=True) if d
+        }
+        for call, scope in calls:
+            if any(isinstance(part, ast.Starred) for part in call.args) or any(k.arg is None for k in call.keywords):
+                return UNKNOWN
+            method = isinstance(call.func, ast.Attribute) and names[:1] in (["self"], ["cls"])
+            arguments = dict(zip(names[method:], call.args, strict=False)) | {k.arg: k.value for k in call.keywords}
+            given.append((arguments.get(name, defaults.get(name, UNKNOWN)), scope))
+        return self.agreed(given)
 
-    if isinstance(node, ast.Constant):
-        return node.value
-    if isinstance(node, ast.Attribute):
-        return known.get(node.attr, UNKNOWN)
-    if isinstance(node, ast.Name):
-        return UNKNOWN if node.id in shadowed else known.get(node.id, UNKNOWN)
-    if isinstance(node, (ast.Tuple, ast.List, ast.Set)):
-        parts = [value(part) for part in node.elts]
-        return UNKNOWN if UNKNOWN in parts else parts
-    if read := environment_read(node):
-        found = logged.get(read[0].lower(), read[1])
-        return found if found is UNKNOWN or found is None else str(int(found) if isinstance(found, bool) else found)
-    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
-        inner = value(node.operand)
-        return UNKNOWN if inner is UNKNOWN else not inner
-    if isinstance(node, ast.BoolOp):
-        parts, stops = [value(part) for part in node.values], isinstance(node.op, ast.Or)
-        if any(part is not UNKNOWN and bool(part) == stops for part in parts):
-            return stops
-        return UNKNOWN if UNKNOWN in parts else not stops
-    if isinstance(node, ast.Call) and len(node.args) <= 1 and not node.keywords:
+    def environment(self, node: ast.Call) -> Any:
+        """What a call reads of the environment, directly or through a function of the file; None if it does not."""
         name = name_of(node.func)
-        if isinstance(node.func, ast.Name) and name in {"bool", "int", "float", "str"} and node.args:
-            inner = value(node.args[0])
-        elif isinstance(node.func, ast.Attribute) and name in {"lower", "upper", "strip"}:
+        helper = self.functions.get(name) if isinstance(node.func, ast.Name) else None
+        reads = name == "getenv" or (name in {"get", "pop"} and "environ" in dotted(node.func))
+        if helper is not None and node is not helper:
+            inner = [call for call in calls_of(helper) if name_of(call.func) in {"get", "getenv"} and call.args]
+            inner = [call for call in inner if name_of(call.args[0]) in parameters(helper)[:1]]
+            reads = bool(inner)
+        variable = getattr(node.args[0], "value", None) if node.args else None
+        if not reads or not isinstance(variable, str):
+            return None
+        default = next((k.value for k in node.keywords if k.arg == "default"), None)
+        default = node.args[1] if len(node.args) > 1 else default
+        if default is None and helper is not None and len(inner[0].args) > 1:
+            default = inner[0].args[1]
+        if f"[{variable}]" in self.bindings:
+            return UNKNOWN  # the file sets it itself
+        found = self.logged.get(variable.lower(), getattr(default, "value", UNKNOWN if default is not None else None))
+        if found is UNKNOWN or found is None:
+            return UNKNOWN if found is UNKNOWN or helper else Nothing
+        text = str(int(found) if isinstance(found, bool) else found)
+        if helper is None:
+            return text
+        return False if text.lower() in OFF else True if text.lower() in ON else text
+
+    def value(self, node: ast.AST, scope: Scope) -> Any:
+        """What an expression over settings is, or UNKNOWN. Knows a short list of forms and evaluates nothing else."""
+
+        def value(part: ast.AST) -> Any:
+            return self.value(part, scope)
+
+        if isinstance(node, ast.Constant):
+            return node.value
+        if isinstance(node, ast.Name):
+            return self.named(node.id, scope)
+        if isinstance(node, ast.Attribute):
+            return self.named(node.attr, ())
+        if isinstance(node, ast.Subscript) and isinstance(getattr(node.slice, "value", None), str):
+            return self.keyed(node.slice.value)
+        if isinstance(node, (ast.Tuple, ast.List, ast.Set)):
+            parts = [value(part) for part in node.elts]
+            return UNKNOWN if UNKNOWN in parts else parts
+        if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
+            inner = value(node.operand)
+            return UNKNOWN if inner is UNKNOWN else not inner
+        if isinstance(node, ast.BoolOp):
+            parts, stops = [value(part) for part in node.values], isinstance(node.op, ast.Or)
+            if any(part is not UNKNOWN and bool(part) == stops for part in parts):
+                return stops
+            return UNKNOWN if UNKNOWN in parts else not stops
+        if isinstance(node, ast.Compare) and len(node.ops) == 1:
+            left, right = value(node.left), node.comparators[0]
+            if isinstance(node.ops[0], (ast.In, ast.NotIn)) and dotted(right) == "os.environ" and isinstance(left, str):
+                return (left.lower() in self.logged) == isinstance(node.ops[0], ast.In)
+            right = value(right)
+            if left is UNKNOWN or right is UNKNOWN:
+                return UNKNOWN
+            try:
+                return OPERATORS[type(node.ops[0])](left, right)
+            except TypeError:
+                return UNKNOWN
+        return self.called(node, value) if isinstance(node, ast.Call) else UNKNOWN
+
+    def called(self, node: ast.Call, value: Callable[[ast.AST], Any]) -> Any:
+        """The value of a call: of the environment, a declaration, getattr, get, a cast or a method of a text."""
+        name, arguments = name_of(node.func), node.args
+        if (found := self.environment(node)) is not None:
+            return None if found is Nothing else found
+        if name in {"opt", "field", "Field"}:
+            default = next((k.value for k in node.keywords if k.arg == "default"), None)
+            place = 1 if name == "opt" else 0
+            default = arguments[place] if default is None and len(arguments) > place else default
+            return UNKNOWN if default is None else value(default)
+        if name in {"getattr", "get"} and len(arguments) > (name == "getattr"):
+            key = getattr(arguments[name == "getattr"], "value", None)
+            default = arguments[1 + (name == "getattr") :]
+            if not isinstance(key, str):
+                return UNKNOWN
+            known = {key, f"[{key}]"} & self.bindings.keys() or key.lower() in self.logged
+            return self.keyed(key) if known else value(default[0]) if default else UNKNOWN
+        if isinstance(node.func, ast.Name) and name in CASTS and len(arguments) == 1:
+            inner = value(arguments[0])
+        elif isinstance(node.func, ast.Attribute) and name in {"lower", "upper", "strip"} and not arguments:
             inner = value(node.func.value)
         else:
             return UNKNOWN
         try:
             if inner is UNKNOWN or inner is None:
                 return UNKNOWN
-            if name in {"lower", "upper", "strip"}:
-                return getattr(str(inner), name)()
-            return {"bool": bool, "int": int, "float": float, "str": str}[name](inner)
+            return CASTS[name](inner) if name in CASTS else getattr(str(inner), name)()
         except (ValueError, TypeError, OverflowError):
             return UNKNOWN
-    if isinstance(node, ast.Compare) and len(node.ops) == 1:
-        left, right = value(node.left), value(node.comparators[0])
-        if left is UNKNOWN or right is UNKNOWN:
-            return UNKNOWN
-        try:
-            return compare(node.ops[0], left, right)
-        except TypeError:
-            return UNKNOWN
-    return UNKNOWN
 
 
-def compare(operator: ast.cmpop, left: Any, right: Any) -> Any:
-    if isinstance(operator, (ast.Eq, ast.Is)):
-        return left == right
-    if isinstance(operator, (ast.NotEq, ast.IsNot)):
-        return left != right
-    if isinstance(operator, (ast.In, ast.NotIn)):
-        return (left in right) == isinstance(operator, ast.In)
-    if isinstance(operator, (ast.Lt, ast.LtE)):
-        return left < right or (left == right and isinstance(operator, ast.LtE))
-    return left > right or (left == right and isinstance(operator, ast.GtE))
+def same_name(name: str, value: ast.AST) -> list[ast.AST] | None:
+    """The default in `slot = bool(getattr(args, "slot", default))`; [] in `slot = args.slot`, which says nothing new;
+    None in any other binding."""
+    if isinstance(value, ast.Call) and name_of(value.func) in CASTS and len(value.args) == 1:
+        value = value.args[0]
+    if isinstance(value, ast.Call) and name_of(value.func) == "getattr" and len(value.args) > 1:
+        return value.args[2:3] if getattr(value.args[1], "value", None) == name else None
+    return [] if isinstance(value, ast.Attribute) and value.attr == name else None
+
+
+def key_of(node: ast.AST) -> str:
+    """The name that a target binds: of a variable, an attribute or a key."""
+    if isinstance(node, ast.Subscript):
+        key = getattr(node.slice, "value", None)
+        of_object = isinstance(node.value, ast.Call) or name_of(node.value) == "__dict__"  # vars(args)["slot"]
+        return "" if not isinstance(key, str) else key if of_object else f"[{key}]"
+    return name_of(node)
+
+
+def parameters(function: ast.AST) -> list[str]:
+    arguments = function.args
+    every = arguments.posonlyargs + arguments.args + arguments.kwonlyargs
+    return [argument.arg for argument in every + [a for a in (arguments.vararg, arguments.kwarg) if a]]
 
 
 class Pruner(ast.NodeTransformer):
     """Takes out branches that the settings switch off, and what follows a return."""
 
-    def __init__(self, known: Mapping[str, Any]):
-        self.known, self.shadowed = known, [set()]
+    def __init__(self, settings: Settings):
+        self.settings, self.scope = settings, ()
 
     def truth(self, node: ast.AST) -> bool | None:
-        value = value_of(node, self.known, {}, self.shadowed[-1])
+        value = self.settings.value(node, self.scope)
         return None if value is UNKNOWN else bool(value)
 
     def block(self, statements: list[ast.stmt]) -> list[ast.stmt]:
@@ -309,11 +431,9 @@ class Pruner(ast.NodeTransformer):
         return kept
 
     def generic_visit(self, node):
-        function = isinstance(node, (*Function, ast.Lambda))
-        if function:
-            arguments = node.args
-            every = arguments.args + arguments.posonlyargs + arguments.kwonlyargs
-            self.shadowed.append(self.shadowed[-1] | {argument.arg for argument in every})
+        outside = self.scope
+        if isinstance(node, (*Function, ast.Lambda)):
+            self.scope = (*outside, node)
         for field, value in ast.iter_fields(node):
             if isinstance(value, list) and value and isinstance(value[0], ast.stmt):
                 setattr(node, field, self.block(value) or ([ast.Pass()] if field == "body" else []))
@@ -321,8 +441,7 @@ class Pruner(ast.NodeTransformer):
                 setattr(node, field, [self.visit(part) if isinstance(part, ast.AST) else part for part in value])
             elif isinstance(value, ast.AST):
                 setattr(node, field, self.visit(value))
-        if function:
-            self.shadowed.pop()
+        self.scope = outside
         return node
 
     def visit_If(self, node):
@@ -343,9 +462,9 @@ class Pruner(ast.NodeTransformer):
         return self.generic_visit(node) if truth is None else ast.copy_location(ast.Constant(truth), node)
 
 
-def prune(tree: ast.Module, known: Mapping[str, Any]) -> ast.Module:
+def prune(tree: ast.Module, logged: Mapping[str, Any]) -> ast.Module:
     """The tree without what the settings switch off (changes it)."""
-    return Pruner(known).generic_visit(tree)
+    return Pruner(Settings(tree, logged)).generic_visit(tree)
 
 
 def reachable(tree: ast.Module) -> ast.Module:
@@ -403,8 +522,8 @@ def own_nodes_and_headers(node: ast.AST) -> Iterator[ast.AST]:
 
 class Event(NamedTuple):
     """kind: score, score? (a sum kept outside no_grad), train, late (a train with a score after it in its loop), pair
-    (a train with a score before it in its loop), repeat and repeat? (such a pair, repeated). `mark` is the rule that a
-    train would break, with a `?` where a reader has to decide."""
+    (a train with a score before it in its loop), warm (a train of what is thrown away), repeat and repeat? (such a
+    pair, repeated). `mark` is the rule that a train would break, with a `?` where a reader has to decide."""
 
     kind: str
     line: int
@@ -415,9 +534,10 @@ class Flow:
     """Follows validation tokens through a tree and gives the order of scores and gradients."""
 
     def __init__(self, tree: ast.Module):
-        self.tree = tree
+        self.tree, self.settings = tree, Settings(tree, {})
         self.by_name: dict[str, list[ast.FunctionDef]] = {}
         self.methods: set[int] = set()
+        self.thrown = {found for block in blocks_of(tree) for found in thrown_away(block)}
         for node in ast.walk(tree):
             if isinstance(node, Function):
                 self.by_name.setdefault(node.name, []).append(node)
@@ -451,7 +571,7 @@ class Flow:
             return [], 0
         self.active.add(key)
         quiet = quiet or any(without_gradient(decorator) for decorator in function.decorator_list)
-        fresh = makes_parameter(function)
+        fresh = makes_parameter(function, self.settings)
         state = State(dict(levels), quiet, "scored_region" if fresh else "train_before_score")
         events = self.block(function.body, state)
         self.active.discard(key)
@@ -582,7 +702,7 @@ class Flow:
             owner = [node.func.value] if isinstance(node.func, ast.Attribute) and name == "backward" else []
             followed = [*owner, *arguments] if name == "backward" or "autograd" in dotted(node.func) else []
             if any(self.level(part, state) for part in followed):
-                return [Event("train", node.lineno, state.reason())]
+                return [Event("warm" if id(node) in self.thrown else "train", node.lineno, state.reason())]
         if name in {"append", "add_", "extend", "index_add_", "copy_"} and isinstance(node.func, ast.Attribute):
             kept = any(KEPT.search(word) for word in names_in(node))
             if kept and any(self.level(part, state) == RESULT for part in arguments):
@@ -705,11 +825,68 @@ def without_gradient(node: ast.AST) -> bool:
     return any(name in dotted(getattr(node, "func", node)) for name in ("no_grad", "inference_mode"))
 
 
-def makes_parameter(function: ast.FunctionDef) -> bool:
+def blocks_of(tree: ast.AST) -> Iterator[tuple[list[ast.stmt], bool]]:
+    """(statements, whether they are a function's) of every block."""
+    for node in ast.walk(tree):
+        for field in ("body", "orelse", "finalbody"):
+            block = getattr(node, field, None)
+            if isinstance(block, list):
+                yield block, isinstance(node, Function)
+
+
+def thrown_away(found: tuple[list[ast.stmt], bool]) -> Iterator[int]:
+    """Ids of the gradients that only move an adapter which is made in this block and gone before anything is scored
+    with it: deleted, made anew, reset, or left behind with the function."""
+    block, whole = found
+    for i, made in enumerate(block):
+        target = made.targets[0] if isinstance(made, ast.Assign) else None
+        if not (isinstance(target, ast.Name) and isinstance(made.value, ast.Call)):
+            continue
+        name, end = target.id, None
+        for j, later in enumerate(block[i + 1 : i + MAX_WARM_UP], i + 1):
+            gone = isinstance(later, ast.Delete) and name in names_in(later)
+            anew = isinstance(later, ast.Assign) and any(name_of(part) == name for part in later.targets)
+            reset = isinstance(later, ast.Expr) and isinstance(later.value, ast.Call)
+            reset = reset and re.match(rf"{name}\.(?:\w*reset\w*|load_state_dict)$", dotted(later.value.func))
+            if gone or anew or reset:
+                end = j
+                break
+        if end is None and not (whole and len(block) - i < MAX_WARM_UP):
+            continue
+        within = block[i + 1 : end]
+        last = max((k for k, part in enumerate(within) if "backward" in names_in(part)), default=-1)
+        if any(name in names_in(part) for part in within[last + 1 :]):
+            continue  # it is used again
+        region = [node for statement in within for node in ast.walk(statement)]
+        escapes = any(
+            name in names_in(node.value)
+            for node in region
+            if isinstance(node, (ast.Return, ast.Yield)) and node.value is not None
+        )
+        kept = any(isinstance(node, ast.AugAssign) and KEPT.search(name_of(node.target)) for node in region)
+        calls = [node for node in region if isinstance(node, ast.Call)]
+        kept = kept or any(
+            name_of(c.func) in {"append", "extend"} and any(map(KEPT.search, names_in(c))) for c in calls
+        )
+        optimizers = {
+            name_of(part)
+            for node in region
+            if isinstance(node, ast.Assign) and name in names_in(node.value) and "parameters" in names_in(node.value)
+            for part in node.targets
+        }
+        stepped = {
+            name_of(c.func.value) for c in calls if name_of(c.func) == "step" and isinstance(c.func, ast.Attribute)
+        }
+        if stepped and stepped <= optimizers and not escapes and not kept:
+            yield from (id(call) for call in calls if name_of(call.func) in {"backward", "grad"})
+
+
+def makes_parameter(function: ast.FunctionDef, settings: Settings) -> bool:
     """Whether a function optimises a fresh tensor: requires_grad=True or nn.Parameter in its own code."""
     for node in own_nodes(function):
         if isinstance(node, ast.Call):
-            if any(k.arg == "requires_grad" and getattr(k.value, "value", 0) is True for k in node.keywords):
+            given = [k.value for k in node.keywords if k.arg == "requires_grad"]
+            if any(settings.value(value, (function,)) in (True, 1) for value in given):
                 return True
             fresh = isinstance(getattr(node.func, "value", None), ast.Call)
             if name_of(node.func) == "Parameter" or (name_of(node.func) == "requires_grad_" and fresh):
@@ -759,6 +936,9 @@ def order_of_events(tree: ast.Module) -> Iterator[Finding]:
                 elif earlier and event.kind == "train":
                     text = f"validation tokens are scored again after learning from them ({where})"
                 yield Finding(rule, "FAIL" if later and not doubt else "warn", event.line, text)
+            elif event.kind == "warm":
+                text = f"an adapter that is thrown away is warmed up on validation tokens ({where}): others would do"
+                yield Finding("train_before_score", "warn", event.line, text)
             elif event.kind.startswith("repeat"):
                 level = "warn" if event.kind == "repeat?" or doubt else "FAIL"
                 yield Finding("several_passes", level, event.line, "scores and learns from the same tokens repeatedly")
@@ -862,31 +1042,6 @@ def written_tables(nodes: list[ast.AST]) -> set[int]:
     return written
 
 
-def best_of_passes(scopes: Scopes) -> Iterator[Finding]:
-    for _, nodes in scopes:
-        for node in nodes:
-            if not isinstance(node, ast.Call):
-                continue
-            name, where = name_of(node.func), dotted(node.func)
-            scored = [part for part in node.args if any(SCORE.search(word) for word in names_in(part))]
-            tracking = any("best" in word for word in names_in(node))
-            if name in {"minimum", "fmin", "min"} and len(scored) >= 2 and not tracking:
-                yield Finding("best_of_passes", "FAIL", node.lineno, f"keeps the smaller of two scores ({where})")
-            elif name == "where" and len(node.args) == 3 and len(scored) == 3:
-                yield Finding("best_of_passes", "FAIL", node.lineno, "chooses between two scores by comparing them")
-            elif name in {"min", "amin", "minimum.reduce"} and any(SCORE.search(word) for word in names_in(node)):
-                axis = [k.arg for k in node.keywords if k.arg in {"dim", "axis"}]
-                gathered = {"stack", "vstack", "array", "cat"} & {name_of(call.func) for call in calls_of(node)}
-                if gathered or (axis and any(re.search(r"all|pass|runs|stack", word) for word in names_in(node))):
-                    yield Finding("best_of_passes", "FAIL", node.lineno, "keeps the smallest score over several passes")
-        for node in nodes:
-            if isinstance(node, ast.If) and isinstance(node.test, ast.Compare) and isinstance(node.test.ops[0], ast.Lt):
-                left, right = name_of(node.test.left), name_of(node.test.comparators[0])
-                if re.search(r"val_(?:loss|bpb)|^bpb|_bpb$", left) and "best" in right:
-                    text = "keeps what has the best validation score: choosing after seeing validation outcomes"
-                    yield Finding("best_of_passes", "warn", node.lineno, text)
-
-
 def unnormalised_mix(scopes: Scopes) -> Iterator[Finding]:
     """exp(-nll) of the realised token, blended with another probability and logged again."""
     for _, nodes in scopes:
@@ -913,58 +1068,121 @@ def unnormalised_mix(scopes: Scopes) -> Iterator[Finding]:
                     yield Finding("unnormalised_mix", level, node.lineno, text)
 
 
-NETWORK_CALLS = re.compile(
-    r"(?:^|\.)(?:urlopen|urlretrieve|hf_hub_download|snapshot_download|load_dataset|create_connection|HTTPS?Connection)$"
-    r"|^(?:requests|httpx|aiohttp)\.(?:get|post|put|head|request|Session|Client|ClientSession)$"
-    r"|^wget\.download$|^boto3\.(?:client|resource)$"
-)
+def words_of(node: ast.AST) -> set[str]:
+    """Names and constants in an expression, as text."""
+    return names_in(node) | {str(part.value) for part in ast.walk(node) if isinstance(part, ast.Constant)}
+
+
+def scores_in(node: ast.Call) -> int:
+    """How many arguments have the name of a score."""
+    return sum(any(SCORE.search(word) for word in names_in(part)) for part in node.args)
+
+
+def over_passes(node: ast.Call) -> bool:
+    """Whether a minimum runs over several passes: over what is stacked, or along an axis of them."""
+    axis = any(keyword.arg in {"dim", "axis"} for keyword in node.keywords)
+    gathered = {"stack", "vstack", "array", "cat"} & {name_of(call.func) for call in calls_of(node)}
+    passes = axis and any(re.search(r"all|pass|runs|stack", word) for word in names_in(node))
+    return any(SCORE.search(word) for word in names_in(node)) and bool(gathered or passes)
+
+
+def takes_validation(node: ast.Call) -> bool:
+    return any(is_validation(part) for part in (*node.args, *(keyword.value for keyword in node.keywords)))
+
+
 NETWORK_COMMANDS = re.compile(
     r"\b(?:pip3? install|curl |wget |git clone|apt(?:-get)? install|conda install|hf download)"
 )
+TRAIN_WORDS = re.compile(rf"{TRAINING_DATA.pattern}|fineweb_train")
 
 
-def network(scopes: Scopes) -> Iterator[Finding]:
-    for _, nodes in scopes:
-        for node in nodes:
-            if not isinstance(node, ast.Call):
-                continue
-            name = dotted(node.func)
-            if NETWORK_CALLS.search(name):
-                yield Finding("network", "FAIL", node.lineno, f"{name}() uses the network at run time")
-            elif name_of(node.func) in {"system", "run", "call", "check_call", "check_output", "Popen"}:
-                words = [part.value for part in ast.walk(node) if isinstance(part, ast.Constant)]
-                command = " ".join(word for word in words if isinstance(word, str)) + " "
-                if NETWORK_COMMANDS.search(command):
-                    yield Finding("network", "FAIL", node.lineno, f"{name}() fetches something at run time")
+class CallRule(NamedTuple):
+    """A call that breaks a rule: its dotted name, the function around it, and what else has to hold of it."""
+
+    rule: str
+    call: re.Pattern
+    inside: re.Pattern
+    holds: Callable[[ast.Call], bool]
+    text: str
 
 
-def training_data_in_eval(scopes: Scopes) -> Iterator[Finding]:
-    readers = re.compile(r"load|loader|read|open|glob|next_batch|shard|prefill|update|stream|memmap|fromfile", re.I)
+ANYWHERE = re.compile("")
+CALL_RULES = tuple(
+    CallRule(rule, re.compile(call), inside, holds, text)
+    for rule, call, inside, holds, text in (
+        (
+            "best_of_passes",
+            r"(?:^|\.)(?:minimum|fmin|min)$",
+            ANYWHERE,
+            lambda node: scores_in(node) >= 2 and not any("best" in word for word in names_in(node)),
+            "keeps the smaller of two scores ({call})",
+        ),
+        (
+            "best_of_passes",
+            r"(?:^|\.)where$",
+            ANYWHERE,
+            lambda node: len(node.args) == 3 == scores_in(node),
+            "chooses between two scores by comparing them",
+        ),
+        ("best_of_passes", r"(?:^|\.)a?min$", ANYWHERE, over_passes, "keeps the smallest score over several passes"),
+        (
+            "network",
+            r"(?:^|\.)(?:urlopen|urlretrieve|hf_hub_download|snapshot_download|load_dataset|create_connection"
+            r"|HTTPS?Connection)$|^(?:requests|httpx|aiohttp)\.(?:get|post|put|head|request|Session|Client|ClientSession)$"
+            r"|^wget\.download$|^boto3\.(?:client|resource)$",
+            ANYWHERE,
+            lambda node: True,
+            "{call}() uses the network at run time",
+        ),
+        (
+            "network",
+            r"(?:^|\.)(?:system|run|call|check_call|check_output|Popen)$",
+            ANYWHERE,
+            lambda node: NETWORK_COMMANDS.search(
+                " ".join(str(part.value) for part in ast.walk(node) if isinstance(part, ast.Constant)) + " "
+            ),
+            "{call}() fetches something at run time",
+        ),
+        (
+            "training_data_in_eval",
+            r"(?i)load|loader|read|open|glob|next_batch|shard|prefill|update|stream|memmap|fromfile",
+            re.compile(rf"^(?!.*train).*{EVALUATION.pattern}"),
+            lambda node: any(TRAIN_WORDS.search(word) for word in words_of(node)),
+            "{scope}() reads training data",
+        ),
+        (
+            "calibration_on_validation",
+            rf"(?:{CALIBRATION.pattern})[^.]*$",
+            ANYWHERE,
+            lambda node: takes_validation(node) and not EVALUATION.search(name_of(node.func)),
+            "{call}() gets validation tokens",
+        ),
+    )
+)
+
+
+def forbidden_calls(scopes: Scopes) -> Iterator[Finding]:
+    """What CALL_RULES name."""
     for scope, nodes in scopes:
-        if not EVALUATION.search(scope) or "train" in scope:
-            continue
         for node in nodes:
-            if not isinstance(node, ast.Call):
-                continue
-            words = names_in(node) | {str(p.value) for p in ast.walk(node) if isinstance(p, ast.Constant)}
-            found = [word for word in words if TRAINING_DATA.search(word) or "fineweb_train" in word]
-            if found and readers.search(dotted(node.func)):
-                yield Finding("training_data_in_eval", "FAIL", node.lineno, f"{scope}() reads training data")
+            for rule in CALL_RULES if isinstance(node, ast.Call) else ():
+                call = dotted(node.func)
+                if rule.call.search(call) and rule.inside.search(scope) and rule.holds(node):
+                    yield Finding(rule.rule, "FAIL", node.lineno, rule.text.format(call=call, scope=scope))
 
 
-def calibration_on_validation(scopes: Scopes) -> Iterator[Finding]:
-    rule = "calibration_on_validation"
+def forbidden_uses(scopes: Scopes) -> Iterator[Finding]:
+    """Validation tokens inside a calibration, and a best validation score that decides."""
     for scope, nodes in scopes:
-        inside = CALIBRATION.search(scope) and not EVALUATION.search(scope)
+        calibrates = CALIBRATION.search(scope) and not EVALUATION.search(scope)
         for node in nodes:
-            if isinstance(node, ast.Call) and CALIBRATION.search(name_of(node.func)):
-                parts = [*node.args, *(keyword.value for keyword in node.keywords)]
-                if not EVALUATION.search(name_of(node.func)) and any(is_validation(part) for part in parts):
-                    text = f"{name_of(node.func)}() gets validation tokens"
-                    yield Finding(rule, "FAIL", node.lineno, text)
-            elif inside and isinstance(node, (ast.Name, ast.Attribute)) and is_validation(node):
-                if isinstance(node.ctx, ast.Load):
-                    yield Finding(rule, "FAIL", node.lineno, f"{scope}() uses validation tokens")
+            if isinstance(node, ast.If) and isinstance(node.test, ast.Compare) and isinstance(node.test.ops[0], ast.Lt):
+                left, right = name_of(node.test.left), name_of(node.test.comparators[0])
+                if re.search(r"val_(?:loss|bpb)|^bpb|_bpb$", left) and "best" in right:
+                    text = "keeps what has the best validation score: choosing after seeing validation outcomes"
+                    yield Finding("best_of_passes", "warn", node.lineno, text)
+            elif calibrates and isinstance(getattr(node, "ctx", None), ast.Load) and is_validation(node):
+                yield Finding("calibration_on_validation", "FAIL", node.lineno, f"{scope}() uses validation tokens")
 
 
 def is_validation(node: ast.AST) -> bool:

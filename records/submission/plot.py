@@ -1,6 +1,7 @@
 """`plot`: loss curves, events and final scores of one or several logs as a PNG that reads well at 800 pixels."""
 
 import argparse
+import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,14 +33,20 @@ def bpb_per_nat(logs: Sequence[runlog.RunLog]) -> float | None:
     return ratios[-1] if ratios and max(ratios) - min(ratios) < 5e-4 else None
 
 
-def late_values(logs: Sequence[runlog.RunLog]) -> list[float]:
-    """All losses but those of the first 5 % of each run, whose fall would flatten everything after it."""
-    values = []
+def limits(logs: Sequence[runlog.RunLog]) -> tuple[float, float] | None:
+    """The losses that the axis spans: without those of the first 5 % of each run, whose fall would flatten everything
+    after it, and without runs beyond Tukey's outer fences, which have diverged; those are marked at the edge."""
+    spans = []
     for log in logs:
-        for name in ("train_loss", "val_loss"):
-            steps, losses = points(log, name)
-            values += [loss for step, loss in zip(steps, losses, strict=True) if step >= 0.05 * log.steps[-1].step]
-    return values
+        pairs = [pair for name in ("train_loss", "val_loss") for pair in zip(*points(log, name), strict=True)]
+        late = [loss for step, loss in pairs if step >= 0.05 * log.steps[-1].step]
+        spans += [(min(late), max(late))] if late else []
+    highs = sorted(high for _, high in spans)
+    if len(highs) > 3:
+        first, _, third = statistics.quantiles(highs, n=4, method="inclusive")
+        fence = third + (3 * (third - first) or 0.02 * abs(third))
+        highs = [high for high in highs if high <= fence]
+    return (min(low for low, _ in spans), highs[-1]) if spans else None
 
 
 def draw(logs: Sequence[runlog.RunLog], names: Sequence[str], out: Path) -> None:
@@ -64,10 +71,14 @@ def draw(logs: Sequence[runlog.RunLog], names: Sequence[str], out: Path) -> None
         dense = len(log.steps) > 60
         curves.plot(*points(log, "train_loss"), color=colour, lw=1.4, marker=None if dense else ".", ms=4)
         curves.plot(*points(log, "val_loss"), color=colour, lw=1, ls=":", marker="D", ms=4.5, mec="white", mew=0.6)
-    late = late_values(logs)
-    if late:
-        room = 0.06 * (max(late) - min(late)) or 0.1
-        curves.set_ylim(min(late) - room, max(late) + 3 * room)  # room above for the names of events
+    if span := limits(logs):
+        low, high = span
+        room = 0.06 * (high - low) or 0.1
+        curves.set_ylim(low - room, high + 3 * room)  # room above for the names of events
+        for log, colour in zip(logs, COLOURS, strict=False):
+            steps, losses = points(log, "train_loss")
+            if losses and losses[-1] > high + 3 * room:
+                curves.plot(steps[-1], 1, "^", color=colour, transform=curves.get_xaxis_transform(), clip_on=False)
     mark_events(curves, logs)
     curves.set(xlabel="training steps", ylabel="loss, nats per token")
     curves.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
@@ -143,14 +154,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Exit code: 0, or 2 where a log or matplotlib cannot be used."""
     try:
-        if len(args.logs) > MAX_LOGS:
-            raise PlotError(f"{len(args.logs)} logs are more than {MAX_LOGS} that can be told apart")
-        logs = [runlog.parse(path) for path in args.logs]
+        logs, names = [], []
+        for path in args.logs[: MAX_LOGS + 1]:
+            log = runlog.parse(path)
+            parts = log.parts or [log]
+            logs += parts
+            names += [clean(path.stem, 36) + f", run {i}" * (len(parts) > 1) for i, _ in enumerate(parts, 1)]
+        if len(logs) > MAX_LOGS:
+            raise PlotError(f"more than {MAX_LOGS} runs cannot be told apart")
         for log in logs:
             if not log.steps:
                 raise PlotError(f"{log.path} has no training step to draw")
         out = args.out or args.logs[0].with_suffix(".png")
-        draw(logs, [clean(log.path.stem, 44) for log in logs], out)
+        draw(logs, names, out)
     except (PlotError, runlog.LogError) as error:
         print(f"error: {clean(error, 500)}", file=sys.stderr)
         return 2

@@ -20,6 +20,7 @@ MAX_LINE = 4096  # characters of a line that can be a result; settings and resul
 MAX_JSON = 1 << 20
 MAX_RESULTS = 300  # scores, and sizes, of a log
 MAX_UNDECIDED = 50
+MAX_PARTS = 32  # runs of one log that are read one by one
 BYTES_PER_WEIGHT = 1.5  # a submission with more than that holds floats: the raw model
 TRAINING_PHASES = ("train", "average", "calibrate")  # what the training clock of train_gpt.py holds
 
@@ -81,7 +82,8 @@ class RunLog:
     steps: list[Step] = field(default_factory=list)
     scores: list[ScoreLine] = field(default_factory=list)
     sizes: list[SizeLine] = field(default_factory=list)
-    bytes_code: int | None = None
+    bytes_code: int | None = None  # as counted in the total
+    bytes_source: int | None = None  # uncompressed, where the log states both
     bytes_model: int | None = None
     bytes_total: int | None = None
     train_seconds: float | None = None
@@ -91,29 +93,50 @@ class RunLog:
     device: str | None = None
     torch: str | None = None
     cuda: str | None = None
+    python: str | None = None  # "3.12"
     result: dict | None = None
     audit: dict[str, tuple[bool, str]] = field(default_factory=dict)
     undecided: list[str] = field(default_factory=list)
     runs: list[int] = field(default_factory=list)  # line at which each run in the file begins; one, as a rule
     results: int = 0  # number of different `result` lines
     unnamed: int = 0  # scores whose label could not be read, and which no other line gives
+    printed: list[str] = field(default_factory=list, repr=False)  # its lines, without stamps and without its source
+    parts: list["RunLog"] = field(default_factory=list)  # where there are several runs: each, read by itself
 
     def score(self, label: str) -> ScoreLine | None:
         """The result of this label; None if there is none or if several differ."""
         found = [score for score in self.scores if score.label == label]
         return found[0] if len(found) == 1 else None
 
+    def each(self) -> list["RunLog"]:
+        """The runs in the log, one by one where each has its score; else the log as it is."""
+        apart = len(self.parts) > 1 and all(part.candidates() for part in self.parts)
+        return self.parts if apart else [self]
+
     def candidates(self) -> list[ScoreLine]:
         """The results that could be the headline: all but diagnostics."""
         return [score for score in self.scores if not DIAGNOSTIC.search(score.label)]
 
     def headline(self) -> ScoreLine | None:
-        """The score of the run: what its `result` line declares, else the only figure that it can be."""
+        """The score of the run: what its `result` line declares, else the last of its results if none is better."""
+        return self.headline_and_why()[0]
+
+    def headline_and_why(self) -> tuple[ScoreLine | None, str]:
+        """Passes get better one after another, and the last is what a run was made for: a last score that is also the
+        best is taken. One that is worse is a diverged pass, or another experiment: not decided."""
         if self.dialect == "pgolf":
-            return self._declared()
-        candidates = self.candidates()
+            return self._declared(), "its `result` line declares it"
+        scores = [score for score in self.candidates() if score.val_bpb is not None] or self.candidates()
+        if not scores or self.unnamed:
+            return None, ""
         # An old label is often printed again with the same figures, for the sake of somebody's parser.
-        return candidates[0] if len({figures(score) for score in candidates}) == 1 and not self.unnamed else None
+        last = next(score for score in scores if figures(score) == figures(scores[-1]))
+        if len({figures(score) for score in scores}) == 1:
+            return last, "it is the only one"
+        values = [score.val_loss if score.val_bpb is None else score.val_bpb for score in scores]
+        if len(self.runs) > 1 or not values[-1] <= min(values):
+            return None, ""
+        return last, "it is the last of the log and the best"
 
     def _declared(self) -> ScoreLine | None:
         headline = (self.result or {}).get("headline")
@@ -158,6 +181,12 @@ def parse_text(text: str, path: Path) -> RunLog:
         log.undecided.append(f"line {len(lines)}, the last, has no end and was not read: it may be cut off")
         lines[-1] = ""
     _Reader(log, lines).read()
+    if 1 < len(log.runs) <= MAX_PARTS:
+        bounds = [0, *(line - 1 for line in log.runs[1:]), len(lines)]
+        for start, end in zip(bounds, bounds[1:], strict=False):
+            part = RunLog(log.path, log.sha256, log.encoding, lines=end - start)
+            _Reader(part, lines[start:end], start).read()
+            log.parts.append(part)
     return log
 
 
@@ -231,6 +260,11 @@ def same_result(a: ScoreLine, b: ScoreLine) -> bool:
     if a.exact and b.exact and None not in (*a[1:3], *b[1:3]):
         return figures(a) == figures(b)
     return agree(a.val_loss, b.val_loss) and agree(a.val_bpb, b.val_bpb)
+
+
+def plain_label(label: str) -> str:
+    """A label without what says that its figures are unrounded: `X_exact sliding` is `X sliding`."""
+    return re.sub(r"_exact\b", "", label.strip())
 
 
 def read_figures(line: str) -> dict[str, float] | None:
@@ -388,18 +422,30 @@ def python_end(lines: Sequence[str], start: int) -> tuple[int, bool]:
 # A last line without a newline is whole if it ends as a result, a time or a size does; a number may be cut short.
 COMPLETE = re.compile(r"(?:^|\.\d{8}|\dms|bytes|[})])$")
 ESCAPES = re.compile(r"\x1b\[[0-9;]{0,16}[A-Za-z]")
-# What launchers put in front of a line: `[rank0]: `, `[default0]:`, `2026-03-20 10:00:00,123 `.
+# What launchers and loggers put in front of a line: `[rank0]: `, `2026-03-20 10:00:00,123 - INFO - `, `[12:34:56] `,
+# `1776142360.538 `.
+CLOCK_TIME = r"\d\d:\d\d:\d\d[.,\d]{0,10}"
 PREFIX = re.compile(
-    r"(?:\[(?:rank|default)\d{1,4}\]:? ?|\[?\d{4}-\d\d-\d\d[T ]\d\d:\d\d:\d\d[.,\d]{0,8}Z?\]?:? (?:- )?){1,4}"
+    rf"""(?: \[rank\d{{1,4}}\]:?[ ] | \[default\d{{1,4}}\]:
+    | \[?\d{{4}}-\d\d-\d\d[T ]{CLOCK_TIME}(?:Z|[ ]?[+-]\d\d:?\d\d)?\]?:?[ ](?:[-|][ ])?
+    | \[{CLOCK_TIME}\]:?[ ](?:[-|][ ])? | {CLOCK_TIME}:?[ ](?:[-|][ ])?
+    | \[?1\d{{9}}(?:\d{{3}}|\.\d{{1,9}})?\]?:?[ ](?:[-|][ ])?
+    | \[[ ]{{0,8}}\d{{1,7}}(?:\.\d{{1,6}})?[ ]?s?\][ ]
+    | \[?(?:INFO|DEBUG|WARNING)\]?(?::\w{{1,20}}:|:?[ ](?:[-|][ ])?) ){{1,4}}""",
+    re.VERBOSE,
 )
+SETTING = re.compile(r"\s{1,8}(\w[\w.-]{0,80}):(?:\s(.*))?$")  # of a `Hyperparameters:` list; its value may be empty
 FIRST_WORD = re.compile(r"[A-Za-z_]\w{0,40}(?=[:\s])")
 STEP = re.compile(
-    r"(?:(step:) ?(\d{1,12})(?:/(\d{1,12}))?|()(\d{1,12})/(\d{1,12}))[:,]? (?=.{0,200}?\b(?:train|val)_loss)"
+    r"(?:(step:) ?(\d{1,12})(?:/(\d{1,12}))?|()(\d{1,12})/(\d{1,12}))[:,]? "
+    r"(?=.{0,200}?\b(?:loss|train_loss|val_loss|val_bpb))"
 )
 FIGURE = re.compile(
     r"(?<![\w.])(train_loss|val_loss|val_bpb|train_time|eval_time|tok/s)(?:: ?|=)"
     rf"(\d{{1,3}}(?:,\d{{3}}){{1,5}}|{NUMBER})(ms|s|m|h)?(?![\w.%{{]|,\d)"
 )
+SHORT_NAMES = {"loss": "train_loss", "t": "train_time"}  # `step:5/9 loss:2.1 t:450ms`
+SHORT = re.compile(r"(?<![\w.])(loss|t)(?=[:=])")
 UNITS_MS = {"ms": 1.0, "s": 1e3, "m": 6e4, "h": 3.6e6}
 LABEL_WORD = re.compile(r"[A-Za-z][\w+.-]*:?$")
 EXTRA_WORD = re.compile(r"\(|\S{1,60}[=:]\S|\S{0,60}\)$")
@@ -408,12 +454,17 @@ DIAGNOSTIC = re.compile(
     r"diagnostic|pre.?quant|pre.?ttt|post.?(?:ema|swa)|\b(?:raw|float|best|running|partial)\b", re.IGNORECASE
 )
 SIZE = re.compile(
-    r"(Total submission size|Serialized model|Code size)([^:]{0,60}): ?~?(\d[\d,_]{0,24})(\.\d{1,9})? ?"
-    r"(bytes|[kKMG]i?B|B)\b"
+    r"(Total submission size|Serialized model|(?:[A-Za-z+()-]{1,20} ){0,2}[Cc]ode (?:size|bytes))([^:]{0,60}): ?~?"
+    r"(\d[\d,_]{0,24})(\.\d{1,9})? ?(bytes|[kKMG]i?B|B|$)(?![\w/])"
 )
+BUDGET = re.compile(
+    r"\bbudget: ?(\d[\d,_]{0,24}) ?/ ?(\d[\d,_]{0,24})\b(?!\.)"
+)  # bytes of the cap: `15873489/16000000`
+BUDGETS = (16_000_000, 16 << 20)  # what has another limit is a budget of something else
+UNPACKED = re.compile(r"uncompressed|unpacked|\braw\b|\bsource\b|original", re.I)
 EVENT = re.compile(r"(\w{1,40}):(?:enabled|activated|start(?:ed|ing)?|on)\b.{0,80}?\bstep[: ] ?(\d{1,12})\b")
 STOP = re.compile(r"stopping_early:.{0,200}?step:? ?(\d{1,12})")
-CLOCK = re.compile(r"stopping_early:.{0,200}?train_time:? ?(\d{1,12}(?:\.\d{1,9})?)ms")
+CLOCK = re.compile(r"stopping_early:.{0,200}?train_time[:=]? ?(\d{1,12}(?:\.\d{1,9})?)ms")
 GPU = re.compile(r"\|\s{1,8}\d{1,3}\s{1,8}((?:NVIDIA|AMD|Tesla) [\w -]{1,40}?)\s{1,24}(?:On|Off|N/A)\b")
 
 # First word of a line -> the facts in it: (field, what the value is, pattern).
@@ -427,13 +478,22 @@ FACTS: dict[str, tuple[tuple[str, Callable, re.Pattern], ...]] = {
         "torch": (
             ("torch", str, r"torch:(\S{1,60})"),
             ("cuda", str, r"torch:\S{1,60} cuda:(\d\S{0,20})"),
+            ("python", str, r"torch:\S{1,60} .{0,60}?\bpython:(3\.\d{1,2})\b"),
             ("device", str, r"torch:\S{1,60} .{0,60}?\bdevice:(.{1,80})"),
         ),
         "Running": (
+            ("python", str, r"Running Python (3\.\d{1,2})\b"),
             ("torch", str, r"Running PyTorch (\S{1,60})"),
             ("cuda", lambda digits: f"{digits[:-1]}.{digits[-1]}", r"Running PyTorch \S{1,50}\+cu(\d{3})\b"),
         ),
         "setting": (("run_id", str, r"setting:RUN_ID=(.{1,200})"),),
+        "Python": (("python", str, r"Python (?:version)?:? ?(3\.\d{1,2})\b"),),
+        "python": (("python", str, r"python(?:_version)?[:=] ?(3\.\d{1,2})\b"),),
+        "params": (
+            ("model_params", count, r"params: ?(\d[\d,_]{0,23})(?![\w.])"),
+            ("seed", int, r"params:.{0,200}?\bs: ?(\d{1,18})\b(?!\.)"),
+        ),
+        "s": (("seed", int, r"s: ?(\d{1,18})$"),),
         "seed": (("seed", int, r"seed: ?(\d{1,18})$"),),
         "model_params": (("model_params", count, r"model_params: ?(\d[\d,_]{0,23})$"),),
         "world_size": (("world_size", int, r"world_size: ?(\d{1,6})\b"),),
@@ -447,8 +507,9 @@ HEADS = ("code_sha256:", "Running Python", "Hyperparameters:", "seed:", "===== s
 class _Reader:
     """Collects what the lines say, then decides. A fact said twice in two ways is not decided."""
 
-    def __init__(self, log: RunLog, lines: list[str]):
-        self.log, self.lines = log, lines
+    def __init__(self, log: RunLog, lines: list[str], first: int = 0):
+        self.log, self.raw, self.first = log, lines, first  # the number of lines before these
+        self.lines = [without_prefix(line) for line in lines]
         self.facts: dict[str, dict[object, int]] = defaultdict(dict)  # field -> value -> first line that says so
         self.named: list[tuple[str, SizeLine]] = []  # every size, with what it is the size of
         self.unnamed: list[tuple[int, float | None, float | None]] = []  # (line, loss, bpb) of no readable label
@@ -463,11 +524,13 @@ class _Reader:
         log, start = self.log, 0
         for dump in find_dumps(self.lines):
             self.read_lines(start, dump.start)
-            self.head(dump.start + 1)
-            self.fact("source", dump.source, dump.start + 1)
+            self.head(self.first + dump.start + 1)
+            stamped = self.raw[dump.start] != self.lines[dump.start]
+            plain = None if stamped else next(find_dumps(self.raw[dump.start : dump.end]), None)
+            self.fact("source", (plain or dump).source, self.first + dump.start + 1)
             start = dump.end
             if not dump.whole:
-                self.undecided(f"the source that begins at line {dump.start + 1} does not end")
+                self.undecided(f"the source that begins at line {self.first + dump.start + 1} does not end")
         self.read_lines(start, len(self.lines))
         log.runs.insert(0, 1)
         if len(log.runs) > 1:
@@ -476,14 +539,11 @@ class _Reader:
         self.decide()
 
     def read_lines(self, start: int, end: int) -> None:
+        self.log.printed += self.lines[start:end]
         for i in range(start, end):
             line = self.lines[i]
-            if "\x1b" in line:
-                line = ESCAPES.sub("", line)
-            if line[:1] in "[2" and (prefix := PREFIX.match(line)):
-                line = line[prefix.end() :]
             if line and not line.isspace():
-                self.line(line, i + 1)
+                self.line(line, self.first + i + 1)
 
     def undecided(self, message: str) -> None:
         """Note what is not decided; a log that is all riddles need not repeat it."""
@@ -501,9 +561,9 @@ class _Reader:
         if len(line) > MAX_LINE:
             return
         if self.settings_block is not None:
-            if line.startswith("  ") and ": " in line:
-                name, _, value = line.strip().partition(": ")
-                value = self.settings_block[name] = literal(value)
+            if setting := SETTING.match(line):
+                name, value = setting[1], literal((setting[2] or "").strip())
+                self.settings_block[name] = value
                 if name in ("seed", "world_size", "run_id"):
                     self.fact(name, str(value) if name == "run_id" else whole(value), i)
                 return
@@ -522,8 +582,11 @@ class _Reader:
             self.fact("run_id", Path(line).stem, i)
         elif line[0] == "|" and (gpu := GPU.match(line)):
             self.fact("device", gpu[1], i)
-        elif word := FIRST_WORD.match(line):
-            self.named_line(word[0], line, i)
+        else:
+            if "ize" in line or "bytes" in line or "budget" in line:
+                self.size(line, i)
+            if word := FIRST_WORD.match(line):
+                self.named_line(word[0], line, i)
 
     def named_line(self, word: str, line: str, i: int) -> None:
         """A line that is known by its first word."""
@@ -531,16 +594,15 @@ class _Reader:
         for name, kind, pattern in FACTS.get(word, ()):
             if found := pattern.match(line):
                 self.fact(name, kind(found[1]), i)
-        if word in ("Total", "Serialized", "Code"):
-            self.size(line, i)
-        elif word == "phase" and (found := re.match(rf"phase:(\w{{1,40}}) seconds:({NUMBER})$", line)):
+        if word == "phase" and (found := re.match(rf"phase:(\w{{1,40}}) seconds:({NUMBER})$", line)):
             log.phases[found[1]] = float(found[2])
         elif word == "audit" and (found := re.match(r"audit:(\w{1,40}) (pass|FAIL)\b ?(.*)", line)):
             log.audit[found[1]] = (found[2] == "pass", found[3])
         elif word == "resume" and (found := re.match(r"resume:step:(\d{1,12})\b", line)):
             self.resume(int(found[1]))
-        elif word == "stopping_early" and (found := STOP.match(line)):
-            log.events.append(("stopping_early", int(found[1])))
+        elif word == "stopping_early":
+            if (found := STOP.match(line)) or log.steps:
+                log.events.append(("stopping_early", int(found[1]) if found else log.steps[-1].step))
             if clock := CLOCK.match(line):
                 self.fact("train_seconds", float(clock[1]) / 1000, i)
         elif found := EVENT.match(line):
@@ -599,7 +661,7 @@ class _Reader:
 
     def step(self, head: re.Match, line: str, i: int) -> None:
         log, (mark, at, total) = self.log, head.groups()[:3] if head[1] else head.groups()[3:]
-        found = read_figures(line)
+        found = read_figures(SHORT.sub(lambda name: SHORT_NAMES[name[0]], line))
         if found is None or not {"train_loss", "val_loss", "val_bpb"} & found.keys():
             return
         losses = [found.get(name) for name in ("train_loss", "val_loss", "val_bpb")]
@@ -631,11 +693,12 @@ class _Reader:
                 self.unnamed.append((i, loss, bpb))
             return
         name = " ".join(label).rstrip(":")
+        marked = plain_label(name)
         decimals = [len(value.partition(".")[2]) for key, value, _ in FIGURE.findall(line) if key.startswith("val_")]
-        exact = name.endswith("_exact") or min(decimals) >= 6
+        exact = marked != name or min(decimals) >= 6
         extra = " ".join([*head, *FIGURE.sub("", line[first.start() :]).split()])
         self.began = True
-        self.add_score(ScoreLine(name.removesuffix("_exact"), loss, bpb, exact, i, extra, found.get("eval_time")))
+        self.add_score(ScoreLine(marked, loss, bpb, exact, i, extra, found.get("eval_time")))
 
     def add_score(self, score: ScoreLine) -> None:
         """Add a result, or merge the line with the other one of the same result."""
@@ -655,17 +718,22 @@ class _Reader:
                 val_loss=other.val_loss if best.val_loss is None else best.val_loss,
                 val_bpb=other.val_bpb if best.val_bpb is None else best.val_bpb,
                 extra=best.extra or other.extra,
-                eval_ms=other.eval_ms if best.eval_ms is None else best.eval_ms,
+                eval_ms=best.eval_ms or other.eval_ms,  # 0 ms: a clock that nobody started
             )
             return
         scores.append(score)
 
     def size(self, line: str, i: int) -> None:
-        found = SIZE.match(line)
-        if found is None:
+        budget = BUDGET.search(line)
+        if budget is not None and count(budget[2]) in BUDGETS:
+            what, label, digits, fraction, unit = "Total submission size", "budget", budget[1], None, "bytes"
+        elif found := SIZE.match(line):
+            what, label, digits, fraction, unit = found.groups()
+        else:
             return
-        what, label, digits, fraction, unit = found.groups()
-        if unit not in ("bytes", "B") or fraction:
+        if what.lower().endswith(("code size", "code bytes")):
+            what, label = "Code size", f"{what[:-9]}{label}"
+        if unit not in ("bytes", "B", "") or fraction:
             self.undecided(f"line {i} gives no whole number of bytes: {line[:80]}")
             return
         if len(self.named) >= MAX_RESULTS:
@@ -694,7 +762,7 @@ class _Reader:
             log.settings = self.settings[0]
         for name in (
             *("seed", "run_id", "world_size", "model_params", "settings_hash", "code_sha256", "source"),
-            *("device", "torch", "cuda"),
+            *("device", "torch", "cuda", "python"),
         ):
             setattr(log, name, self.only(name))
         if log.source is not None and log.code_sha256 is not None:
@@ -746,6 +814,8 @@ class _Reader:
             for kind in ("Code size", "Serialized model")
         )
         totals = {size.bytes: size.label for size in reversed(log.sizes)}
+        unpacked = [size for size, label in codes.items() if UNPACKED.search(label)]
+        log.bytes_source = unpacked[0] if len(unpacked) == 1 and len(codes) > 1 else None
         log.bytes_total = self.submission_total(totals)
         for name, key, logged in (
             ("bytes_total", "bytes_total", totals),
@@ -807,7 +877,7 @@ class _Reader:
         elif log.eval_seconds is None and log.dialect != "pgolf" and len(log.runs) == 1:
             # The passes run one after another under one clock. A result without a time may be a timed one's figures,
             # printed again under an old label.
-            times = [(figures(score), score.eval_ms) for score in log.candidates() if score.eval_ms is not None]
+            times = [(figures(score), score.eval_ms) for score in log.candidates() if score.eval_ms]
             if times and {figures(score) for score in log.candidates()} == {shown for shown, _ in times}:
                 log.eval_seconds = sum(ms for _, ms in times) / 1000
 
@@ -833,6 +903,14 @@ class _Reader:
             self.undecided(f"headline: {which}: {', '.join(candidates)}")
         else:
             self.undecided("headline: no result in the log")
+
+
+def without_prefix(line: str) -> str:
+    if "\x1b" in line[:MAX_LINE]:
+        line = ESCAPES.sub("", line)
+    if line[:1] in "[012IDW" and (prefix := PREFIX.match(line)):
+        return line[prefix.end() :]
+    return line
 
 
 def literal(text: str) -> object:

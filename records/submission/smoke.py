@@ -13,7 +13,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from records.submission.foreign import MAX_FOLDER, Finding, Note, clean_text, load, number
+from records.submission.foreign import MAX_FOLDER, Finding, Note, clean_text, load
+from records.submission.runs import number
 
 RUN_SECONDS = 120
 RUN_MEMORY = 16 << 30  # of addresses: torch alone maps several GiB
@@ -70,7 +71,7 @@ def check_run(folder: Path) -> list[Finding]:
     """Import the script on CPU: a copy of the folder, limits, no environment, no network where the kernel allows it."""
     s = load(folder)
     if s.script is None:
-        return [Finding("run", "FAIL", "no train_gpt.py to import")]
+        return [Finding("run", "skip", s.found_script[1])]
     if sum(s.files.values()) > MAX_FOLDER:
         return [Finding("run", "FAIL", f"not imported: the folder has more than {MAX_FOLDER:,} bytes")]
     with tempfile.TemporaryDirectory(prefix="check_run_") as place:
@@ -80,7 +81,7 @@ def check_run(folder: Path) -> list[Finding]:
             (copy / name).parent.mkdir(parents=True, exist_ok=True)
             (copy / name).write_bytes(s.read(name, MAX_FOLDER))
         lines, ended = import_there(
-            copy / "train_gpt.py", work, any("import torch" in layer for layer in s.layers.layers)
+            copy / s.found_script[0], work, any("import torch" in layer for layer in s.layers.layers)
         )
     notes = []
     first, last = (lines[0] if lines else {}), (lines[-1] if len(lines) > 1 else {})

@@ -1,8 +1,9 @@
 """Reads Python that nobody has vouched for: self-extracting scripts are unwrapped as data, and nothing is executed.
 
 `unwrap` folds the constants around `exec` (decoders, decompressors, joined strings, one-line helper functions) with an
-interpreter that knows a short list of pure functions and bounds every output. What it cannot fold it says. `parse`
-gives a tree even where the text needs Python 3.12, and names what Python 3.10 would refuse.
+interpreter that knows a short list of pure functions and bounds every output. Files that a layer opens are those of
+its own folder, which the caller reads. What it cannot fold it says. `read_tree`
+gives a tree even where the text needs Python 3.12, and names what an older one would refuse.
 """
 
 import ast
@@ -14,14 +15,17 @@ import dataclasses
 import functools
 import io
 import lzma
+import posixpath
+import re
 import string
 import warnings
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 MAX_SOURCE = 500_000  # characters that are parsed; the largest public script has 160,000
 MAX_FIELDS = 20_000  # braces in them: Python before 3.12 takes quadratic time for the fields of an f-string
+MAX_DOTTED = 300  # parts of a name: they take quadratic time as well
 MAX_BYTES = 8_000_000  # of one unwrapped layer
 MAX_LAYERS = 8
 MAX_DICTIONARY = 1 << 26  # of a raw LZMA stream, which names its own memory need
@@ -30,7 +34,7 @@ MAX_FOLDED = 64_000_000  # bytes made on the way, per layer
 
 
 class Problem(NamedTuple):
-    """Something that stayed unread, or that Python 3.10 would refuse."""
+    """Something that stayed unread, or that a version of Python would refuse."""
 
     line: int
     text: str
@@ -38,7 +42,7 @@ class Problem(NamedTuple):
 
 @dataclasses.dataclass
 class Unwrapped:
-    """Every readable layer, outermost first; `files` are scripts that a layer executes by name."""
+    """Every readable layer, outermost first; `files` are those that a layer reads to execute them, by name."""
 
     layers: list[str]
     problems: list[Problem]
@@ -73,10 +77,12 @@ def check_length(source: str) -> None:
         raise TooLong(f"longer than {MAX_SOURCE:,} characters")
     if source.count("{") > MAX_FIELDS:
         raise TooLong(f"more than {MAX_FIELDS:,} braces")
+    if re.search(rf"(?:\.\w{{1,99}}){{{MAX_DOTTED}}}", source):
+        raise TooLong(f"a name of more than {MAX_DOTTED} parts")
 
 
-def read_tree(source: str) -> tuple[ast.Module, list[Problem]]:
-    """(tree, what Python 3.10 would refuse). Raises SyntaxError where no supported version could read it.
+def read_tree(source: str, version: tuple[int, int] = (3, 10)) -> tuple[ast.Module, list[Problem]]:
+    """(tree, what a version of Python would refuse). Raises SyntaxError where this interpreter cannot read it.
 
     F-strings that only 3.12 reads are blanked out for the tree, so that the rest is examined on any version.
     """
@@ -85,8 +91,9 @@ def read_tree(source: str) -> tuple[ast.Module, list[Problem]]:
     for start, end, reason in reversed(new_fstrings(source)):
         problems.insert(0, Problem(source.count("\n", 0, start) + 1, f"{reason}: an f-string that needs Python 3.12"))
         source = source[:start] + "'''" + "\n" * source.count("\n", start, end) + "'''" + source[end:]
+    problems = problems if version < (3, 12) else []
     try:
-        return parse(source, (3, 10)), problems
+        return parse(source, version), problems
     except SyntaxError as error:
         problems.append(Problem(error.lineno or 0, error.msg or "invalid syntax"))
     return parse(source), problems
@@ -280,6 +287,12 @@ FUNCTIONS: Mapping[str, Callable] = {
     "codecs.decode": codecs_decode,
     "bytes.fromhex": bytes.fromhex,
     "compile": lambda source: source,
+    "os.path.join": lambda *parts: Located(posixpath.join(*parts)),
+    "os.path.dirname": lambda path: Located(posixpath.dirname(path)),
+    **{f"os.path.{name}": lambda path: path for name in ("abspath", "realpath", "expanduser")},
+    "pathlib.Path": lambda *parts: Located(posixpath.join(*parts)),
+    "open": lambda path, mode="r", *_, **__: Opened(str(path), "b" in mode),
+    "io.open": lambda path, mode="r", *_, **__: Opened(str(path), "b" in mode),
     "chr": chr,
     "ord": ord,
     "len": len,
@@ -290,6 +303,7 @@ FUNCTIONS: Mapping[str, Callable] = {
 }
 METHODS = {"decode", "encode", "join", "replace", "strip", "lstrip", "rstrip", "removeprefix", "removesuffix", "split"}
 METHODS |= {"splitlines", "translate", "lower", "upper"}
+PATH_METHODS = {"read", "read_text", "read_bytes", "open", "joinpath", "with_name", "resolve", "absolute"}
 
 
 def _bytes(value: Any, *encoding: str) -> bytes:
@@ -322,6 +336,17 @@ def size_to_come(method: str, owner: Any, arguments: list) -> int:
     return 64 * owner.count(arguments[0]) if method == "split" and arguments else len(owner)
 
 
+class Located(str):
+    """A path, relative to the script's folder as far as that is known."""
+
+
+class Opened(NamedTuple):
+    """A file that a script opens."""
+
+    name: str
+    binary: bool
+
+
 class Ref(NamedTuple):
     """A module or function by its dotted name."""
 
@@ -329,13 +354,16 @@ class Ref(NamedTuple):
 
 
 class Folding:
-    """Constant folding over one layer: names of the module that hold constants, modules or one-line functions."""
+    """Constant folding over one layer: names of the module that hold constants, modules or one-line functions. `read`
+    gives the bytes of a file by its name, or None; what was asked for is in `files`."""
 
-    def __init__(self, tree: ast.Module):
+    def __init__(self, tree: ast.Module, read: Callable[[str], bytes | None], inside: bool = False):
         self.names: dict[str, Any] = {name: Ref(name) for name in FUNCTIONS if "." not in name}
-        self.names |= {name: Ref(name) for name in ("__import__", "getattr", "open", "builtins", "__builtins__")}
+        self.names |= {name: Ref(name) for name in ("__import__", "getattr", "builtins", "__builtins__")}
+        self.names["__file__"] = Located("script.py")
         self.folds, self.bytes, self.depth = 0, 0, 0
-        for node in statements(tree):
+        self.read, self.files = read, {}
+        for node in statements(tree, inside):
             self.note(node)
 
     def note(self, node: ast.stmt) -> None:
@@ -350,6 +378,10 @@ class Folding:
                 self.names[alias.asname or alias.name] = Ref(f"{node.module}.{alias.name}")
         elif isinstance(node, ast.FunctionDef):
             self.names[node.name] = node
+        elif isinstance(node, ast.With):
+            for item in node.items:
+                if item.optional_vars is not None:
+                    self.bind(item.optional_vars, item.context_expr)
         elif isinstance(node, ast.Assign):
             for target in node.targets:
                 self.bind(target, node.value)
@@ -439,6 +471,8 @@ class Folding:
             return left + right
         if isinstance(node.op, (ast.Sub, ast.BitOr)) and isinstance(left, int) and isinstance(right, int):
             return left - right if isinstance(node.op, ast.Sub) else left | right
+        if isinstance(node.op, ast.Div) and isinstance(left, str) and isinstance(right, str):
+            return Located(posixpath.join(left, right))
         raise Unfoldable(f"an operator at line {node.lineno} that is not followed")
 
     def fold_Subscript(self, node):
@@ -457,14 +491,27 @@ class Folding:
             if value.name == "lzma" and isinstance(getattr(lzma, node.attr, None), int):
                 return int(getattr(lzma, node.attr))
             return Ref(name)
+        if isinstance(value, Located) and node.attr == "parent":
+            return Located(posixpath.dirname(value))
         raise Unfoldable(f"attribute {node.attr} at line {node.lineno}")
 
+    def content(self, name: str, binary: bool) -> str | bytes:
+        """What a file of the folder holds."""
+        name = posixpath.normpath(name)
+        if name not in self.files:
+            self.files[name] = self.read(name)
+        if self.files[name] is None:
+            raise Unfoldable(f"the folder lacks {name}")
+        return self.files[name] if binary else decode_source(self.files[name])
+
     def fold_Call(self, node):
-        if isinstance(node.func, ast.Attribute) and node.func.attr in METHODS:
+        if isinstance(node.func, ast.Attribute) and node.func.attr in METHODS | PATH_METHODS:
             try:
                 owner = self.fold(node.func.value)
             except Unfoldable as error:
                 owner = error
+            if isinstance(owner, (Opened, Located)) and node.func.attr in PATH_METHODS:
+                return self.of_path(owner, node)
             if isinstance(owner, (str, bytes)):
                 arguments = [self.fold(part) for part in node.args]
                 self.spend(size_to_come(node.func.attr, owner, arguments))
@@ -490,6 +537,20 @@ class Folding:
             self.spend(MAX_BYTES // 8)  # of work, whatever comes out
         return FUNCTIONS[function.name](*arguments, **self.keywords(node))
 
+    def of_path(self, owner: Opened | Located, node: ast.Call) -> Any:
+        """What a method of a path or of an open file gives."""
+        method = node.func.attr
+        if isinstance(owner, Opened):
+            return self.content(owner.name, owner.binary)
+        if method in ("read_text", "read_bytes"):
+            return self.content(owner, method == "read_bytes")
+        arguments = [self.fold(part) for part in node.args]
+        if method == "open":
+            return Opened(owner, "b" in "".join(arguments[:1]))
+        if method in ("joinpath", "with_name"):
+            return Located(posixpath.join(owner if method == "joinpath" else posixpath.dirname(owner), *arguments))
+        return owner  # resolve, absolute
+
     def keywords(self, node: ast.Call) -> dict:
         return {keyword.arg or "": self.fold(keyword.value) for keyword in node.keywords}
 
@@ -512,13 +573,13 @@ class Folding:
             self.names, self.depth = outside, self.depth - 1
 
 
-def statements(tree: ast.AST):
-    """Every statement that runs with the module, in order: function bodies are left out."""
+def statements(tree: ast.AST, inside: bool = False) -> Iterator[ast.stmt]:
+    """Every statement that runs with the module, in order; those of functions only if `inside` is asked for."""
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, (ast.stmt, ast.ExceptHandler)):
             yield node
-            if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
-                yield from statements(node)
+            if inside or not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+                yield from statements(node, inside)
 
 
 def executions(tree: ast.Module) -> list[ast.Call]:
@@ -534,18 +595,7 @@ def executions(tree: ast.Module) -> list[ast.Call]:
     ]
 
 
-def executed_file(node: ast.AST) -> str | None:
-    """The name in `open("name").read()`, `Path("name").read_text()` or `run_path("name")`, anywhere below a node."""
-    for call in ast.walk(node):
-        if isinstance(call, ast.Call) and call.args:
-            name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
-            if name in {"open", "Path", "run_path"} and isinstance(call.args[0], ast.Constant):
-                if isinstance(call.args[0].value, str):
-                    return call.args[0].value
-    return None
-
-
-def unwrap(source: str) -> Unwrapped:
+def unwrap(source: str, read: Callable[[str], bytes | None] = lambda name: None) -> Unwrapped:
     """Every layer of a script that unpacks itself, as text. Never executes, never raises on foreign text."""
     found = Unwrapped([], [], [])
     waiting = [source]
@@ -557,27 +607,43 @@ def unwrap(source: str) -> Unwrapped:
         found.layers.append(layer)
         try:
             tree = read_tree(layer)[0]
-            calls = executions(tree)
-            folding = Folding(tree) if calls else None
+            # Names of the module alone, then those that functions bind as well.
+            foldings = [Folding(tree, read, inside) for inside in (False, True)] if executions(tree) else []
+            for call in executions(tree):
+                if call.args:
+                    waiting += executed(call, foldings, found)
         except (SyntaxError, RecursionError):
             continue  # the syntax check names it
-        for call in calls:
-            where = f"{getattr(call.func, 'id', None) or getattr(call.func, 'attr', '')} at line {call.lineno}"
-            if not call.args:
-                continue
-            if name := executed_file(call):
-                found.files.append(name)
-                continue
-            try:
-                inner = folding.fold(call.args[0])
-                inner = decode_source(inner) if isinstance(inner, bytes) else inner
-                if not isinstance(inner, str):
-                    raise Unfoldable("what it runs is not text")
-                if inner.strip():
-                    waiting.append(inner.replace("\r\n", "\n"))
-            except (Unfoldable, SyntaxError) as error:
-                found.problems.append(Problem(call.lineno, f"{where} cannot be unwrapped: {error}"))
     return found
+
+
+def executed(call: ast.Call, foldings: list["Folding"], found: Unwrapped) -> list[str]:
+    """The text that a call executes, if it is no file's as it stands: those are named in `found.files`."""
+    name = getattr(call.func, "id", None) or getattr(call.func, "attr", "")
+    for folding in foldings:
+        try:
+            inner = folding.fold(call.args[0])
+            if name == "run_path":
+                inner = folding.content(inner, binary=False)
+            inner = decode_source(inner) if isinstance(inner, bytes) else inner
+            if not isinstance(inner, str):
+                raise Unfoldable("what it runs is not text")
+        except (Unfoldable, SyntaxError, TypeError, ValueError) as error:
+            problem = f"{name} at line {call.lineno} cannot be unwrapped: {error}"
+            continue
+        text = inner.replace("\r\n", "\n")
+        whole = [file for file, data in folding.files.items() if data and decode(data).strip() == text.strip()]
+        found.files += whole or folding.files
+        return [] if whole or not text.strip() else [text]
+    lacking = [file for file, data in foldings[-1].files.items() if data is None]
+    found.files += lacking
+    if not lacking:
+        found.problems.append(Problem(call.lineno, problem))
+    return []
+
+
+def decode(data: bytes) -> str:
+    return data.decode("utf-8", "replace").replace("\r\n", "\n")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
