@@ -1985,6 +1985,18 @@ def load_flash(kind: str) -> Callable:
     return attend
 
 
+def attention_fails(attend: Callable, hp: Hyperparameters, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why a kernel does not run here, forward or backward, or None: a wheel may be built for another GPU."""
+    heads = (hp.num_heads, hp.num_kv_heads, hp.num_kv_heads)
+    q, k, v = (torch.zeros(1, 16, n, hp.head_dim, device=device, dtype=dtype, requires_grad=True) for n in heads)
+    try:
+        attend(q, k, v).sum().backward()
+        synchronize(device)
+    except (RuntimeError, NotImplementedError, TypeError) as error:
+        return f"does not run here ({str(error).splitlines()[0]})"
+    return None
+
+
 def choose_attention(hp: Hyperparameters, device: torch.device, dtype: torch.dtype) -> tuple[str, Callable]:
     """(what the log says, attend). A flash kernel asked for by name works or is a UserError; auto takes the first of
     FA3, FA2, SDPA that works on CUDA, and on CPU the faster of SDPA and plain products."""
@@ -2006,7 +2018,9 @@ def choose_attention(hp: Hyperparameters, device: torch.device, dtype: torch.dty
             reason = f"needs a head width divisible by 8, not {hp.head_dim}"
         else:
             try:
-                return kind, load_flash(kind)
+                attend = load_flash(kind)
+                if (reason := attention_fails(attend, hp, device, dtype)) is None:
+                    return kind, attend
             except ImportError as error:
                 reason = f"cannot be imported ({error})"
         if hp.attention == kind:

@@ -7,6 +7,7 @@ import re
 import resource
 import subprocess
 import sys
+import types
 from collections.abc import Mapping
 
 import numpy as np
@@ -961,6 +962,35 @@ def test_attention_kernels_are_chosen_by_name_or_refused():
     for kind in ("fa2", "fa3"):
         with pytest.raises(pg.UserError, match=f"ATTENTION={kind} needs CUDA; use ATTENTION=auto or sdpa"):
             pg.choose_attention(tiny_hp(attention=kind), cpu, torch.float32)
+
+
+def test_a_kernel_is_tried_before_it_is_chosen(monkeypatch):
+    """As where a wheel is built for another GPU: auto takes the next kernel and says why, a name is refused."""
+    cpu, hp = torch.device("cpu"), tiny_hp(attention="auto", model_dim=32)
+    assert pg.attention_fails(pg.sdpa, hp, cpu, torch.bfloat16) is None
+
+    def broken(q, *_):
+        raise RuntimeError("CUDA error: no kernel image is available\nmore")
+
+    def broken_backward(q, *_):
+        class Fails(torch.autograd.Function):
+            forward = staticmethod(lambda ctx, x: x)
+            backward = staticmethod(broken)
+
+        return Fails.apply(q)
+
+    for attend in (broken, broken_backward):
+        said = pg.attention_fails(attend, hp, cpu, torch.bfloat16)
+        assert said == "does not run here (CUDA error: no kernel image is available)"
+
+    hopper = types.SimpleNamespace(type="cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr(pg, "load_flash", lambda kind: broken if kind == "fa3" else pg.sdpa)
+    tried = pg.attention_fails
+    monkeypatch.setattr(pg, "attention_fails", lambda attend, hp, _, dtype: tried(attend, hp, cpu, dtype))
+    assert pg.choose_attention(hp, hopper, torch.bfloat16) == ("fa2", pg.sdpa)
+    with pytest.raises(pg.UserError, match="^ATTENTION=fa3 does not run here .*; use ATTENTION=auto or sdpa$"):
+        pg.choose_attention(tiny_hp(attention="fa3", model_dim=32), hopper, torch.bfloat16)
 
 
 def test_a_device_that_is_missing_is_refused(monkeypatch):
