@@ -1,5 +1,6 @@
 """Experiments in pairs: the statistics against scipy and by simulation, the ledger, the runs and the pages."""
 
+import fcntl
 import json
 import math
 import os
@@ -187,7 +188,9 @@ def test_an_arm_that_only_evaluates_is_judged_by_its_own_noise():
     rows = made_up(NOISY) + made_up({"ttt": [-0.2, -0.21, -0.19]}, axis="evaluation")
     said = report.verdicts(rows, "r")
     assert said["ttt"]["noise_of"] == "its own" and said["ttt"]["noise_df"] == 2
-    assert said["null"]["p"] == report.verdicts(made_up(NOISY), "r")["null"]["p"], "nor is it in the others' pool"
+    without = report.verdicts(made_up(NOISY), "r")
+    for name in ("good", "null", "flat"):
+        assert said[name]["noise_of"] == without[name]["noise_of"] and said[name]["p"] == without[name]["p"], "no pool"
 
 
 def test_bytes_and_time_are_paid_for_at_the_rates_of_the_base():
@@ -296,12 +299,29 @@ def test_two_branches_of_a_ledger_merge(tmp_path):
     assert sorted(row["name"] for row in ledger.read(place)) == sorted(row["name"] for row in rows[:4])
 
 
+def test_who_writes_waits_for_another(tmp_path):
+    path, row = tmp_path / "l.jsonl", a_row("base", 1, 2.0)
+    command = [sys.executable, "-c", APPEND, str(ROOT), str(path)]
+    with path.open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        writer = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        writer.stdin.write(json.dumps([row]))
+        writer.stdin.close()
+        assert writer.stdout.readline() == "writing\n"
+        time.sleep(0.3)
+        assert path.read_text() == ""
+    assert writer.wait() == 0 and ledger.read(path) == [row]
+    writer.stdout.close()
+
+
 APPEND = """
 import json, sys
 sys.path.insert(0, sys.argv[1])
 from pathlib import Path
 from records.experiments import ledger
-for row in json.load(sys.stdin):
+rows = json.load(sys.stdin)
+print("writing", flush=True)
+for row in rows:
     ledger.append(Path(sys.argv[2]), row)
 """
 
@@ -310,7 +330,8 @@ def test_two_processes_on_one_ledger(tmp_path):
     path = tmp_path / "l.jsonl"
     rows = [a_row("base", seed, 2.0 + seed) for seed in range(60)]
     command = [sys.executable, "-c", APPEND, str(ROOT), str(path)]
-    writers = [subprocess.Popen(command, stdin=subprocess.PIPE, text=True) for _ in range(2)]
+    quiet = subprocess.DEVNULL
+    writers = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=quiet, text=True) for _ in range(2)]
     for writer, own in zip(writers, (rows[:40], rows[20:]), strict=True):
         writer.stdin.write(json.dumps(own))
         writer.stdin.close()
@@ -598,6 +619,20 @@ def test_a_commit_is_a_script(tmp_path):
     assert path.read_bytes() == shown
 
 
+def test_two_processes_may_keep_the_same_script_at_once(bench, monkeypatch):
+    replace, script = Path.replace, str(bench.folder / "script.py")
+
+    def between(path: Path, target: Path) -> Path:
+        monkeypatch.setattr(Path, "replace", replace)
+        monkeypatch.setattr(os, "getpid", lambda: 1)
+        runner.fetch_script(script, bench.out)  # the other one, from start to end
+        return path.replace(target)
+
+    monkeypatch.setattr(Path, "replace", between)
+    assert runner.fetch_script(script, bench.out).read_text("utf-8") == SCRIPT
+    assert len(list((bench.out / "scripts").iterdir())) == 1
+
+
 @pytest.mark.parametrize("child_dies", [False, True], ids=["the tool alone", "with its run"])
 def test_kill_9_loses_one_run_at_most(child_dies, bench):
     (bench.folder / "small.env").write_text("ITERATIONS=5\nHOLD=1\n")
@@ -613,11 +648,14 @@ def test_kill_9_loses_one_run_at_most(child_dies, bench):
     first.stdout.close()
     assert bench.rows() == [("base", 1337), ("wide", 1337)]
     second = bench.process(*arms)
+    assert "2 runs to make" in second.stdout.readline()
     if child_dies:
         bench.wait_for(4)
+    else:
+        time.sleep(1)  # in which it must not begin what still runs
     gate.unlink()
     said = second.communicate(timeout=120)[0]
-    assert second.returncode == 0 and "2 in the ledger already" in said
+    assert second.returncode == 0 and "wide seed 42: ema:" in said
     assert sorted(bench.rows()) == sorted((name, seed) for seed in (1337, 42) for name in ("base", "wide"))
     expected = ["small-base-1337", "small-base-42", "small-wide-1337", "small-wide-42"]
     assert sorted(bench.ran()) == sorted(expected + ["small-base-42"] * child_dies), "what went on is taken as it is"
