@@ -161,7 +161,7 @@ def main(argv: Sequence[str]) -> int:
     args = parser().parse_args(argv)
     try:
         return args.call(args)
-    except ExperimentError as error:
+    except (ExperimentError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 

@@ -3,8 +3,10 @@
 The differences are taken as independent over seeds and normal. Three of them have a t interval so wide that it decides
 almost nothing, so the noise is pooled over all arms of a recipe. These share the runs of the base, so their deviations
 are no independent measurements of the noise: it has fewer degrees of freedom than their number, and is given what it is
-worth (Satterthwaite). An arm may change the noise: one that varies more than the pool has to hold against its own
-deviation too, which keeps the level whatever it does.
+worth (Satterthwaite). An arm may change the noise: one that varies more than the others (an F test says so, at a level
+that errs on the side of caution) has to hold against its own deviation too. With three seeds an effect of 2.5 noises
+is found with probability 0.8, where the arm's own t interval needs 3.3. The price: an arm without effect that is two to
+five times as noisy as the others gets a verdict in 7 to 9 % of the cases, not in 5 (12 to 29 % by the pool alone).
 """
 
 import importlib
@@ -15,6 +17,7 @@ from typing import NamedTuple
 from records.experiments.ledger import ExperimentError
 
 LEVEL = 0.05  # two-sided, after Holm's correction
+NOISIER = 0.2  # level at which an arm counts as noisier than the others
 POWER = 0.8  # probability of a verdict that the number of seeds is worked out for
 MAX_SEEDS = 256
 SHARED = 0.5  # correlation of two arms' differences at one seed: half of each is the run of the base
@@ -82,10 +85,12 @@ def judge(arm: Mapping[int, float], others: Sequence[Mapping[int, float]] = ()) 
     n, mean = len(arm), math.fsum(arm.values()) / len(arm)
     if n < 2:
         return Judgement(n, mean, None, None, None, None, None)
-    special, noises = scipy("special"), [pooled([arm, *(other for other in others if len(other) > 1)])]
-    own = pooled([arm])
-    if own.std > noises[0].std:
-        noises.append(own)
+    others = [other for other in others if len(other) > 1]
+    special, noises = scipy("special"), [pooled([arm, *others])]
+    if others:
+        own, rest = pooled([arm]), pooled(others)
+        if own.std**2 > rest.std**2 * special.fdtri(own.df, rest.df, 1 - NOISIER):
+            noises.append(own)
 
     def half(noise: Noise) -> float:
         return float(special.stdtrit(noise.df, 1 - LEVEL / 2)) * noise.std / math.sqrt(n)
@@ -117,9 +122,10 @@ def power(effect: float, noise: float, n: int, df: float, level: float = LEVEL) 
     own = random.chisquare(v, DRAWS) / v
     threshold = strict = special.stdtrit(v, 1 - level / 2) * np.sqrt(own)
     if df:
-        pool = (random.chisquare(df, DRAWS) + v * own) / (df + v)
-        loose = special.stdtrit(df + v, 1 - level / 2) * np.sqrt(pool)
-        threshold = np.where(own > pool, np.maximum(loose, strict), loose)
+        rest = random.chisquare(df, DRAWS) / df
+        loose = special.stdtrit(df + v, 1 - level / 2) * np.sqrt((df * rest + v * own) / (df + v))
+        noisier = own > rest * special.fdtri(v, df, 1 - NOISIER)
+        threshold = np.where(noisier, np.maximum(loose, strict), loose)
     shift = abs(effect) / noise * math.sqrt(n)
     return float(np.mean(special.ndtr(shift - threshold) + special.ndtr(-threshold - shift)))
 

@@ -253,11 +253,11 @@ def finished_row(job: Job, result: Mapping, wall: float | None, limit: str) -> d
 
 
 class Runner:
-    """Carries out a plan with several runs at a time. `ended` counts runs that are in the ledger."""
+    """Carries out a plan with several runs at a time."""
 
     def __init__(self, plan: Plan, path: Path, out: Path, jobs: int):
         self.plan, self.path, self.out, self.workers = plan, path, out, jobs
-        self.lock, self.stop = threading.Lock(), threading.Event()
+        self.lock, self.stop, self.broken = threading.Lock(), threading.Event(), None
         self.rows = {ledger.key(row): row for row in ledger.read(path) if row["kind"] == "run"}
         self.folders = {job.key: out / "runs" / job.run_id for job in plan.jobs}
         self.gone: dict[str, str] = {}  # arm: why the rest of it is left out
@@ -275,7 +275,7 @@ class Runner:
         print(f"{time.strftime('%H:%M:%S')} {line}", flush=True)
 
     def run(self) -> int:
-        """Exit code: 0, or 1 where a run failed."""
+        """Exit code: 0, or 1 where a run failed. Raises what keeps results from being written down."""
         done = len(self.plan.jobs) - self.total
         self.say(f"{self.total} runs to make, {done} in the ledger already{self.time_left()}")
         workers = [threading.Thread(target=self.work, daemon=True) for _ in range(self.workers)]
@@ -297,9 +297,18 @@ class Runner:
                 worker.join()
             self.say("interrupted; start the same command again to go on")
             return 130
+        if self.broken is not None:
+            raise self.broken
         return 1 if self.failed else 0
 
     def work(self) -> None:
+        try:
+            self.work_on()
+        except Exception as error:  # of a thread: run() raises it
+            self.broken = error
+            self.stop.set()
+
+    def work_on(self) -> None:
         while not self.stop.is_set():
             with self.lock:
                 if not self.todo:
