@@ -606,13 +606,22 @@ def test_one_experiment_has_one_name(bench, capsys):
     assert "error: broad is 'wide' in the ledger" in capsys.readouterr().err
 
 
+def test_other_training_text_is_an_arm(bench):
+    (bench.folder / "more").mkdir()
+    (bench.folder / "more" / "train").write_text("more text")
+    assert bench.run(f"more: DATA_PATH={bench.folder / 'more'}", "--seeds", "1") == 0
+    base, arm = ledger.read(bench.ledger)
+    assert (arm["axis"], arm["changes"], arm["settings"]) == ("data", dict(DATA_PATH="more"), base["settings"])
+    assert arm["data"][0] != base["data"][0] and arm["data"][1:] == base["data"][1:]
+
+
 def test_another_script_is_an_arm(bench, capsys):
     new = bench.folder / "new.py"
     new.write_text(SCRIPT.replace("bpb = 2 +", "bpb = 1.99 +"), "utf-8")
     argv = bench.argv("--seeds", "2", script=str(new))
     assert experiment.main([*argv, "--against", str(bench.folder / "script.py"), "--axis", "optimizer"]) == 0
     ((name, v),) = report.verdicts(ledger.read(bench.ledger), "small").items()
-    assert name == f"script {new}" and v["difference_mbpb"] == pytest.approx(-10) and v["axis"] == "optimizer"
+    assert name == "script new.py" and v["difference_mbpb"] == pytest.approx(-10) and v["axis"] == "optimizer"
 
 
 def test_a_script_that_repeats_another_takes_over_its_base(bench, capsys):

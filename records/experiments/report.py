@@ -277,8 +277,10 @@ def why(rows: Sequence[Mapping], recipe: str, name: str) -> str:
             f"  p {v['p']:.3g}, corrected for {v['arms_corrected_for']} arms {v['p_corrected']:.3g}",
         ]
     if v["verdict"] in ("one seed", "undecided"):
-        more = v["seeds_to_settle"]
-        lines.append(f"  {more or 'no number of'} seeds would settle it, if the difference is what it looks like")
+        more, told = v["seeds_to_settle"], "if the difference and the noise are what they look like"
+        lines.append(
+            f"  {more} seeds would settle it, {told}" if more else "  how many seeds would settle it is not known"
+        )
     lines += [f"bytes {signed(v['bytes'], 0)}; at equal bytes {signed(v['at_equal_bytes_mbpb']) or 'not known'} mbpb"]
     if v["step_time_ratio"]:
         time = f"step time x {v['step_time_ratio']:.3f} ± {v['step_time_std']:.3f}"

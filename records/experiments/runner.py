@@ -38,6 +38,21 @@ class Arm(NamedTuple):
     changes: dict[str, str]
 
 
+class Variant(NamedTuple):
+    """The base or an arm as its script understands it."""
+
+    arm: Arm
+    axis: str
+    script: Path
+    environ: dict[str, str]
+    settings: dict  # that differ from the script's defaults
+    data: list[str]  # fingerprints
+
+    @property
+    def trains(self) -> bool:
+        return trains(self.arm.changes, self.axis)
+
+
 class Job(NamedTuple):
     """One run: what of its row is known before, the environment, and the base's key whose weights it starts from."""
 
@@ -156,6 +171,39 @@ def trains(changes: Mapping[str, str], axis: str) -> bool:
     return axis not in ("quantization", "evaluation") or not TRAINED_FOR.isdisjoint(changes)
 
 
+def understand(recipe: Path, arms: Sequence[Arm], data: Path, out: Path, options) -> tuple[list[Variant], dict]:
+    """The base and the arms as their scripts understand them, and all that the base's script said (probe.py). Raises
+    ExperimentError."""
+    script = fetch_script(options.script, out)
+    against = fetch_script(options.against, out) if options.against else script
+    if not arms and against != script:
+        arms = [Arm(f"script {Path(options.script).name}", {})]
+    arms = [Arm("base", {}), *arms]
+    if twice := {arm.name for i, arm in enumerate(arms) if arm.name in [other.name for other in arms[:i]]}:
+        raise ExperimentError(f"two arms are called {min(twice)!r}")
+    environs = [read_recipe(recipe) | dict(DATA_PATH=str(data)) | arm.changes for arm in arms]
+    said = probe(against, environs[:1] if against != script else environs)
+    answers = said["environs"] if against == script else said["environs"] + probe(script, environs[1:])["environs"]
+    variants = []
+    for arm, environ, answer in zip(arms, environs, answers, strict=True):
+        if "error" in answer:
+            raise ExperimentError(f"{arm.name}: {answer['error']}")
+        axis, of = "", against
+        if arm.name != "base":
+            axis, of = options.axis or "script", script
+            unknown = [name for name in arm.changes if name not in said["sections"]]
+            if against == script and unknown:
+                raise ExperimentError(f"{arm.name}: {unknown[0]} is no setting of the script")
+            if against == script and (answer["settings"], answer["data"]) == (variants[0].settings, variants[0].data):
+                raise ExperimentError(f"{arm.name}: nothing differs from the base")
+            if against == script and not options.axis:
+                axis = axis_of(arm.changes, said["sections"])
+        # A path says where a machine keeps its data; what they are is in the fingerprints.
+        told = {k: Path(v).name if k in ("DATA_PATH", "TOKENIZER_PATH") else v for k, v in arm.changes.items()}
+        variants.append(Variant(Arm(arm.name, told), axis, of, environ, answer["settings"], answer["data"]))
+    return variants, said
+
+
 def stand_in(first: Mapping, rows: Sequence[Mapping]) -> str:
     """Key of the base's run that a seed needs: one in the ledger by a script that repeats this one, or its own."""
     scripts = ledger.same_scripts(rows)
@@ -171,54 +219,30 @@ def plan(
 ) -> Plan:
     """All runs. `rows` is the ledger; `options`: script, against, axis, threads, launch. Everything wrong with any arm
     is said here, before the first run. Raises ExperimentError."""
-    base, names = read_recipe(recipe), [arm.name for arm in arms]
-    if twice := {name for name in names if names.count(name) > 1}:
-        raise ExperimentError(f"two arms are called {min(twice)!r}")
-    script = fetch_script(options.script, out)
-    against = fetch_script(options.against, out) if options.against else script
-    if not arms and against != script:
-        arms = [Arm(f"script {options.script}", {})]
-    environs = [base | dict(DATA_PATH=str(data)) | arm.changes for arm in [Arm("base", {}), *arms]]
-    answers = probe(against, environs[:1] if against != script else environs)
-    base_answer, sections = answers["environs"][0], answers["sections"]
-    arm_answers = answers["environs"][1:] if against == script else probe(script, environs[1:])["environs"]
-    for name, answer in zip(["base", *names], [base_answer, *arm_answers], strict=False):
-        if "error" in answer:
-            raise ExperimentError(f"{name}: {answer['error']}")
+    (base, *variants), said = understand(recipe, arms, data, out, options)
+    where = dict(machine=said["machine"], torch=said["torch"], threads=options.threads, launch=options.launch)
 
-    def row(name: str, axis: str, changes: dict, of: Path, answer: dict, seed: int, base: str) -> dict:
-        where = dict(machine=answers["machine"], torch=answers["torch"], threads=options.threads, launch=options.launch)
-        what = dict(settings=answer["settings"], script=of.stem, data=answer["data"])
-        return dict(kind="run", recipe=recipe.stem, name=name, axis=axis, changes=changes, base=base) | what | where | {
-            "seed": seed
-        }  # fmt: skip
+    def row(variant: Variant, seed: int, base_key: str) -> dict:
+        found = dict(kind="run", recipe=recipe.stem, name=variant.arm.name, axis=variant.axis)
+        found |= dict(changes=variant.arm.changes, base=base_key, settings=variant.settings)
+        return found | dict(script=variant.script.stem, data=variant.data, **where, seed=seed)
 
-    for arm, answer in zip(arms, arm_answers, strict=True):
-        unknown = [name for name in arm.changes if name not in sections]
-        if unknown and against == script:
-            raise ExperimentError(f"{arm.name}: {unknown[0]} is no setting of the script")
-        same = answer["settings"] == base_answer["settings"] and answer["data"] == base_answer["data"]
-        if same and against == script:
-            raise ExperimentError(f"{arm.name}: nothing differs from the base")
-    axes = [options.axis or (axis_of(a.changes, sections) if against == script else "script") for a in arms]
-    fresh = [trains(arm.changes, axis) for arm, axis in zip(arms, axes, strict=True)]
-
-    jobs = []
+    jobs, retrained = [], all(variant.trains for variant in variants)
     for seed in seeds:
-        first = row("base", "", {}, against, base_answer, seed, "")
-        base_key = stand_in(first, rows) if all(fresh) else ledger.key(first)
+        first = row(base, seed, "")
+        base_key = stand_in(first, rows) if retrained else ledger.key(first)
         if base_key == ledger.key(first):
-            jobs.append(Job(first, environs[0] | dict(SAVE_WEIGHTS="1"), against))
-        for arm, answer, environ, axis, trained in zip(arms, arm_answers, environs[1:], axes, fresh, strict=True):
-            one = row(arm.name, axis, arm.changes, script, answer, seed, base_key)
-            if not trained:
+            jobs.append(Job(first, base.environ | dict(SAVE_WEIGHTS="1"), base.script))
+        for variant in variants:
+            one = row(variant, seed, base_key)
+            if not variant.trains:
                 one["settings"] = one["settings"] | dict(EXPORT_ONLY=True)
-            jobs.append(Job(one, environ, script, "" if trained else base_key))
+            jobs.append(Job(one, variant.environ, variant.script, "" if variant.trains else base_key))
     names = {ledger.key(row): row["name"] for row in rows if row["kind"] == "run"}
     for job in jobs:
         if names.get(job.key, job.row["name"]) != job.row["name"]:
             raise ExperimentError(f"{job.row['name']} is {names[job.key]!r} in the ledger; call it that")
-    return Plan(jobs, tuple(sections))
+    return Plan(jobs, tuple(said["sections"]))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -408,7 +432,7 @@ class Runner:
     # What is still to come
 
     def expected(self, job: Job) -> float | None:
-        """Seconds that a run like this took so far: of this recipe here, trained or exported."""
+        """Seconds that the last runs like this took: of this recipe here, trained or exported."""
         like = [
             sum(row["seconds"].get(name, 0.0) for name in ("train", "evaluate"))
             for row in self.rows.values()
@@ -417,7 +441,7 @@ class Runner:
             and row["machine"] == job.row["machine"]
             and ("EXPORT_ONLY" in row["settings"]) == bool(job.weights)
         ]
-        return statistics.median(like) if like else None
+        return statistics.median(like[-5:]) if like else None
 
     def time_left(self) -> str:
         expected = [self.expected(job) for job in self.todo if job.row["name"] not in self.gone]
@@ -480,10 +504,10 @@ def time_one(job: Job, out: Path, names: Sequence[str], steps: int, tag: str) ->
         if found := re.match(r"step:\d+/\d+ train_loss:.* train_time:(\d+(?:\.\d+)?)ms", line):
             marks.append(float(found[1]))
             if len(marks) == steps:
-                process.kill()  # the rest is no part of the measurement
+                process.terminate()  # the rest is no part of the measurement
                 break
-    process.wait()
     process.stdout.close()
+    process.wait()
     wall, now, after = time.monotonic() - start, os.times(), busy_seconds()
     shutil.rmtree(out / "runs" / run_id, ignore_errors=True)
     (out / "logs" / f"{run_id}.txt").unlink(missing_ok=True)
