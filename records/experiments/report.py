@@ -68,59 +68,67 @@ def verdicts(rows: Sequence[Mapping], recipe: str, score: str = "") -> dict[str,
     if not arms and recipe not in recipes(rows):
         raise ExperimentError(f"no run of {recipe} in the ledger; there are {', '.join(recipes(rows)) or 'none'}")
     scores = {name: score or headline(pairs) for name, pairs in arms.items()}
-    moved = {name: differences(pairs, scores[name]) for name, pairs in arms.items()}
-    moved = {name: found for name, found in moved.items() if found}
+    moved = {name: found for name in arms if (found := differences(arms[name], scores[name]))}
     pool = {name: found for name, found in moved.items() if trained(arms[name]) and len(found) > 1}
-    judged, others = {}, {}
-    for name, found in moved.items():
-        # What only quantizes or evaluates differs by far less than a training, and each in its own way.
-        others[name] = [o for other, o in pool.items() if other != name] if trained(arms[name]) else []
-        judged[name] = noise.judge(found, others[name])
+    # What only quantizes or evaluates differs by far less than a training, and each in its own way: no pool.
+    others = {name: [o for n, o in pool.items() if n != name] if trained(arms[name]) else [] for name in moved}
+    judged = {name: noise.judge(found, others[name]) for name, found in moved.items()}
     family = [name for name in judged if judged[name].p is not None]
     corrected = dict(zip(family, noise.holm([judged[name].p for name in family]), strict=True))
     rates, said = exchange(arms, moved), {}
-    for name, j in judged.items():
-        if j.p is None:
-            word = "one seed"
-        elif corrected[name] < noise.LEVEL:
-            word = "better" if j.mean < 0 else "worse"
-        else:
-            word = "undecided"
-        known = j.noise or (noise.pooled(others[name]) if others[name] else None)
-        df = noise.worth(others[name]) if others[name] else 0.0
-        level = noise.LEVEL / max(1, len(family) + (j.p is None))
-        more = noise.seeds_to_settle(j.mean, known, df, level) if known and word in ("one seed", "undecided") else None
-        runs = arms[name]
-        size = statistics.fmean(arm["bytes"]["artifact"] - base["bytes"]["artifact"] for arm, base in runs.values())
-        if next(iter(runs.values()))[0]["axis"] == "script":
-            size += statistics.fmean(arm["bytes"]["code"] - base["bytes"]["code"] for arm, base in runs.values())
-        time = step_time(rows, recipe, name)
-        first = next(iter(runs.values()))[0]
-        said[name] = dict(
-            recipe=recipe,
-            arm=name,
-            axis=first["axis"],
-            changes=first["changes"],
-            score=scores[name],
-            seeds=list(moved[name]),
-            difference_mbpb=rounded(j.mean),
-            standard_error_mbpb=rounded(j.error),
-            interval_mbpb=None if j.low is None else [rounded(j.low), rounded(j.high)],
-            noise_mbpb=j.noise and rounded(j.noise.std),
-            noise_df=j.noise and round(j.noise.df, 2),
-            noise_of=j.noise and j.noise.source,
-            p=rounded(j.p),
-            p_corrected=rounded(corrected.get(name)),
-            arms_corrected_for=len(family),
-            verdict=word,
-            seeds_to_settle=more,
-            bytes=round(size),
-            step_time_ratio=time and round(time[0], 4),
-            step_time_std=time and round(time[1], 4),
-            at_equal_time_mbpb=charged(j.mean, rates.get("steps"), time and 100 * (time[0] - 1)),
-            at_equal_bytes_mbpb=charged(j.mean, rates.get("bytes"), size / 1e5),
-        )
+    for name, judgement in judged.items():
+        first = next(iter(arms[name].values()))[0]
+        said[name] = dict(recipe=recipe, arm=name, axis=first["axis"], changes=first["changes"], score=scores[name])
+        said[name] |= dict(seeds=list(moved[name]))
+        said[name] |= decision(judgement, others[name], corrected.get(name), len(family))
+        said[name] |= costs(arms[name], judgement.mean, rates, step_time(rows, recipe, name))
     return said
+
+
+def decision(j: noise.Judgement, others: Sequence[Mapping[int, float]], corrected: float | None, family: int) -> dict:
+    """What the pairs say, of `family` arms that were judged."""
+    if corrected is None:
+        word = "one seed"
+    elif corrected < noise.LEVEL:
+        word = "better" if j.mean < 0 else "worse"
+    else:
+        word = "undecided"
+    known, more = j.noise or (noise.pooled(others) if others else None), None
+    if known and word in ("one seed", "undecided"):
+        level = noise.LEVEL / (family + (corrected is None))  # Holm's strictest
+        more = noise.seeds_to_settle(j.mean, known, noise.worth(others) if others else 0.0, level)
+    return dict(
+        difference_mbpb=rounded(j.mean),
+        standard_error_mbpb=rounded(j.error),
+        interval_mbpb=None if j.low is None else [rounded(j.low), rounded(j.high)],
+        noise_mbpb=j.noise and rounded(j.noise.std),
+        noise_df=j.noise and rounded(j.noise.df),
+        noise_of=j.noise and j.noise.source,
+        p=rounded(j.p),
+        p_corrected=rounded(corrected),
+        arms_corrected_for=family,
+        verdict=word,
+        seeds_to_settle=more,
+    )
+
+
+def costs(
+    pairs: Mapping[int, tuple[Mapping, Mapping]],
+    mean: float,
+    rates: Mapping[str, Rate],
+    time: tuple[float, float] | None,
+) -> dict:
+    """What an arm takes more of, and what is left of its difference once that is paid for."""
+    of = ("artifact", "code") if next(iter(pairs.values()))[0]["axis"] == "script" else ("artifact",)
+    size = statistics.fmean(arm["bytes"][part] - base["bytes"][part] for arm, base in pairs.values() for part in of)
+    size *= len(of)
+    return dict(
+        bytes=round(size),
+        step_time_ratio=time and round(time[0], 4),
+        step_time_std=time and round(time[1], 4),
+        at_equal_time_mbpb=charged(mean, rates.get("steps"), time and 100 * (time[0] - 1)),
+        at_equal_bytes_mbpb=charged(mean, rates.get("bytes"), size / 1e5),
+    )
 
 
 def charged(mean: float, rate: Rate | None, more: float | None) -> float | None:
@@ -247,7 +255,7 @@ def basis(rows: Sequence[Mapping], recipe: str, said: Mapping[str, Mapping]) -> 
         )
     tests = max(v["arms_corrected_for"] for v in said.values())
     lines.append(f"p is corrected for {tests} arms with two seeds or more (Holm); intervals are each arm's alone.")
-    moved = {name: differences(pairs, said[name]["score"]) for name, pairs in arms.items() if name in said}
+    moved = {name: differences(arms[name], v["score"]) for name, v in said.items()}
     for unit, rate in exchange(arms, moved).items():
         what = "one percent of the steps" if unit == "steps" else "100 KB of the artifact"
         error = "one seed" if rate.error is None else f"± {rate.error:.2f}"
