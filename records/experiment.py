@@ -105,10 +105,15 @@ def table(args: argparse.Namespace) -> int:
     return 0
 
 
-def positive(text: str) -> int:
-    if int(text) < 1:
-        raise ValueError
-    return int(text)
+def at_least(least: int):
+    """A type of argument: a whole number from `least`."""
+
+    def number(text: str) -> int:
+        if int(text) < least:
+            raise ValueError
+        return int(text)
+
+    return number
 
 
 def add_runs(parser: argparse.ArgumentParser) -> None:
@@ -123,7 +128,7 @@ def add_runs(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--axis", default="", choices=ledger.AXES, help="what the arms change, where their settings do not say it"
     )
-    parser.add_argument("--threads", type=positive, default=1, help="of each run")
+    parser.add_argument("--threads", type=at_least(1), default=1, help="of each run")
     parser.add_argument("--launch", default="", help="in front of the script, as 'torchrun --nproc_per_node=8'")
 
 
@@ -139,10 +144,10 @@ def parser() -> argparse.ArgumentParser:
 
     add_runs(added := command("run", run, "make what is missing of a base and its arms, every seed of each"))
     added.add_argument("--seeds", default="3", help="how many, or which (1337,42); the same for all arms")
-    added.add_argument("--jobs", type=positive, default=1, help="runs at a time")
+    added.add_argument("--jobs", type=at_least(1), default=1, help="runs at a time")
     add_runs(added := command("time", time, "milliseconds of a step beside the base's; the machine must be idle"))
-    added.add_argument("--rounds", type=positive, default=5, help="of base and arm in turn")
-    added.add_argument("--steps", type=positive, default=8, help="of each run")
+    added.add_argument("--rounds", type=at_least(2), default=5, help="of base and arm in turn")
+    added.add_argument("--steps", type=at_least(4), default=8, help="of each run")
     added = command("verdict", verdict, "what the seeds so far say of arms")
     added.add_argument("names", nargs="*", metavar="NAME", help="default: all")
     added.add_argument("--recipe", default=PROXY, help=f"default: {PROXY}")

@@ -223,6 +223,15 @@ def test_scripts_whose_bases_score_the_same_are_one():
     assert len(ledger.floors(rows, "r")) == 2
 
 
+def test_without_a_pool_seeds_are_planned_with_the_unpaired_noise():
+    rows = made_up({"once": [-9.0]}) + [a_row("base", seed, 2.0 + 0.002 * seed) for seed in (1, 2)]
+    said = report.verdicts(rows, "r")["once"]
+    assert said["verdict"] == "one seed" and said["noise_mbpb"] is None
+    spread = noise.Noise(2.0 * 2**0.5, 2.0, "")
+    assert said["seeds_to_settle"] == noise.seeds_to_settle(-9.0, spread, 0.0, noise.LEVEL)
+    assert "reckoned with 2.83 mbpb" in report.table(rows, "r")
+
+
 def test_another_text_is_not_compared():
     rows = made_up({"data": [-9.0, -9.5]}, scored_bytes=99)
     assert report.verdicts(rows, "r") == {}
@@ -538,6 +547,8 @@ def test_what_is_wrong_is_said_before_the_first_run(bench, capsys):
         (["a: WIDTH=2", "a: WIDTH=3"], "two arms are called 'a'"),
         (["a: WIDTH"], "a: WIDTH: 'WIDTH' is no NAME=value"),
         (["base: WIDTH=2"], "'base: WIDTH=2' is no arm"),
+        (["a:"], "a: nothing differs from the base"),
+        ([""], "'' is no arm"),
         (["a: WIDTH=2", "--seeds", "0"], "--seeds 0: give a number from 1 to"),
         (["a: WIDTH=2", "--seeds", "7,7"], "--seeds 7,7"),
         (["a: WIDTH=2", "--against", "nowhere"], "nowhere is neither a file nor a commit"),
@@ -552,7 +563,12 @@ def test_what_is_wrong_is_said_before_the_first_run(bench, capsys):
         error = capsys.readouterr().err
         assert error.startswith(f"error: {said}") and error.count("\n") == 1
     assert bench.ran() == []
-    for argv in (["run"], bench.argv("--jobs", "0"), bench.argv("--axis", "luck")):
+    for argv in (
+        ["run"],
+        bench.argv("--jobs", "0"),
+        bench.argv("--axis", "luck"),
+        bench.argv("--rounds", "1", command="time"),
+    ):
         with pytest.raises(SystemExit) as end:
             experiment.main(argv)
         assert end.value.code == 2 and re.fullmatch("error: .*\n", capsys.readouterr().err)
@@ -618,10 +634,16 @@ def test_other_training_text_is_an_arm(bench):
 def test_another_script_is_an_arm(bench, capsys):
     new = bench.folder / "new.py"
     new.write_text(SCRIPT.replace("bpb = 2 +", "bpb = 1.99 +"), "utf-8")
-    argv = bench.argv("--seeds", "2", script=str(new))
-    assert experiment.main([*argv, "--against", str(bench.folder / "script.py"), "--axis", "optimizer"]) == 0
-    ((name, v),) = report.verdicts(ledger.read(bench.ledger), "small").items()
-    assert name == "script new.py" and v["difference_mbpb"] == pytest.approx(-10) and v["axis"] == "optimizer"
+    against = ["--against", str(bench.folder / "script.py")]
+    assert experiment.main([*bench.argv("--seeds", "2", script=str(new)), *against]) == 0
+    new.write_text(SCRIPT.replace("bpb = 2 +", "bpb = 1.98 +"), "utf-8")
+    named = bench.argv("an idea:", "and wide: WIDTH=2", "--seeds", "2", script=str(new))
+    assert experiment.main([*named, *against, "--axis", "optimizer"]) == 0
+    said = report.verdicts(ledger.read(bench.ledger), "small")
+    assert {name: (v["axis"], round(v["difference_mbpb"], 6)) for name, v in said.items()} == {
+        "script new.py": ("script", -10), "an idea": ("optimizer", -20), "and wide": ("optimizer", -30)
+    }  # fmt: skip
+    assert bench.rows().count(("base", 42)) == 1
 
 
 def test_a_script_that_repeats_another_takes_over_its_base(bench, capsys):

@@ -13,6 +13,7 @@ A line is a dict. Of a run (`kind` "run"):
     steps, bytes, seconds   of the run; `failed` instead where a limit ended it
 
 Of a measurement of step time (`kind` "time"): the same names, and `base_ms`, `arm_ms`, `others`. `sum` is the checksum.
+Lines that two branches added merge (.gitattributes).
 """
 
 import fcntl

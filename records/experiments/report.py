@@ -36,6 +36,8 @@ def headline(pairs: Mapping[int, tuple[Mapping, Mapping]]) -> str:
     """The score that counts: the last one that all runs of an arm and of its base have."""
     runs = [run for pair in pairs.values() for run in pair]
     common = [label for label in runs[0]["scores"] if all(label in run["scores"] for run in runs)]
+    if not common:
+        raise ExperimentError(f"{runs[0]['name']}: its runs and those of its base have no score in common")
     return common[-1]
 
 
@@ -80,20 +82,27 @@ def verdicts(rows: Sequence[Mapping], recipe: str, score: str = "") -> dict[str,
         first = next(iter(arms[name].values()))[0]
         said[name] = dict(recipe=recipe, arm=name, axis=first["axis"], changes=first["changes"], score=scores[name])
         said[name] |= dict(seeds=list(moved[name]))
-        said[name] |= decision(judgement, others[name], corrected.get(name), len(family))
+        guess = unpaired(rows, recipe, scores[name]) if trained(arms[name]) else None
+        said[name] |= decision(judgement, others[name], guess, corrected.get(name), len(family))
         said[name] |= costs(arms[name], judgement.mean, rates, step_time(rows, recipe, name))
     return said
 
 
-def decision(j: noise.Judgement, others: Sequence[Mapping[int, float]], corrected: float | None, family: int) -> dict:
-    """What the pairs say, of `family` arms that were judged."""
+def decision(
+    j: noise.Judgement,
+    others: Sequence[Mapping[int, float]],
+    guess: noise.Noise | None,
+    corrected: float | None,
+    family: int,
+) -> dict:
+    """What the pairs say, of `family` arms that were judged; `guess`: a noise to plan with where no other is known."""
     if corrected is None:
         word = "one seed"
     elif corrected < noise.LEVEL:
         word = "better" if j.mean < 0 else "worse"
     else:
         word = "undecided"
-    known, more = j.noise or (noise.pooled(others) if others else None), None
+    known, more = j.noise or (noise.pooled(others) if others else guess), None
     if known and word in ("one seed", "undecided"):
         level = noise.LEVEL / (family + (corrected is None))  # Holm's strictest
         more = noise.seeds_to_settle(j.mean, known, noise.worth(others) if others else 0.0, level)
@@ -185,15 +194,30 @@ def std_interval(std: float, df: float) -> tuple[float, float]:
     return std * math.sqrt(df / chdtri(df, 0.025)), std * math.sqrt(df / chdtri(df, 0.975))
 
 
+def seed_noise(rows: Sequence[Mapping], recipe: str, label: str) -> noise.Noise | None:
+    """How far the base's seeds lie apart, within a script; None where none has two."""
+    values = [
+        {seed: 1000 * row["scores"][label] for seed, row in group.items() if label in row["scores"]}
+        for group in ledger.floors(rows, recipe)
+    ]
+    values = [group for group in values if len(group) > 1]
+    return noise.pooled(values, shared=1.0) if values else None  # a seed under another script is no new one
+
+
+def unpaired(rows: Sequence[Mapping], recipe: str, label: str) -> noise.Noise | None:
+    """The noise of a difference if pairing gains nothing."""
+    found = seed_noise(rows, recipe, label)
+    return found and found._replace(std=found.std * math.sqrt(2), source="of the base's seeds, unpaired")
+
+
 def floor_lines(rows: Sequence[Mapping], recipe: str) -> list[str]:
-    """The base's own scores and how far its seeds lie apart, within a script."""
+    """The base's own scores and how far its seeds lie apart."""
     groups = ledger.floors(rows, recipe)
     lines = [f"| {recipe}, the base | mean, bpb | deviation of a seed, mbpb | 95 % interval |", "|---|---|---|---|"]
     for label in next(iter(groups[-1].values()))["scores"]:
-        values = [{seed: 1000 * row["scores"][label] for seed, row in group.items()} for group in groups]
-        mean, spread = statistics.fmean(values[-1].values()) / 1000, [group for group in values if len(group) > 1]
-        if spread:
-            found = noise.pooled(spread, shared=1.0)  # the same seeds under another script are no new ones
+        found = seed_noise(rows, recipe, label)
+        if found is not None:
+            mean = statistics.fmean(row["scores"][label] for row in groups[-1].values())
             low, high = std_interval(found.std, found.df)
             lines.append(f"| {label} | {mean:.4f} | {found.std:.2f} | {low:.2f} … {high:.2f} |")
     for group in groups:
@@ -252,6 +276,11 @@ def basis(rows: Sequence[Mapping], recipe: str, said: Mapping[str, Mapping]) -> 
         lines.append(
             f"Noise of one paired difference between trainings: {shared.std:.2f} mbpb, over {over}, "
             f"worth {shared.df:.1f} degrees of freedom."
+        )
+    elif guess := unpaired(rows, recipe, next(iter(said.values()))["score"]):
+        lines.append(
+            "No arm that trains has two seeds yet, so the noise of a pair is not known; what would settle an arm is "
+            f"reckoned with {guess.std:.2f} mbpb, as if pairing gained nothing ({guess.df:.1f} degrees of freedom)."
         )
     tests = max(v["arms_corrected_for"] for v in said.values())
     lines.append(f"p is corrected for {tests} arms with two seeds or more (Holm); intervals are each arm's alone.")

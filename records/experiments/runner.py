@@ -98,11 +98,12 @@ def read_settings(words: Sequence[str], where: str) -> dict[str, str]:
 
 
 def read_arm(text: str) -> Arm:
-    """`name: X=1 Y=2`; the settings themselves are the name where there is none."""
-    name, colon, settings = text.rpartition(":") if re.search(r":\s", text) else ("", "", text)
+    """`name: X=1 Y=2`; the settings themselves are the name where there is none. `name:` alone is another script."""
+    named = re.match(r"(.*?):(?:\s+|$)(.*)", text)
+    name, settings = named.groups() if named else ("", text)
     changes = read_settings(shlex.split(settings), text)
     arm = Arm(name.strip() or " ".join(f"{k}={v}" for k, v in changes.items()), changes)
-    if not changes or arm.name == "base":
+    if not arm.name or arm.name == "base":
         raise ExperimentError(f"{text!r} is no arm; write 'name: X=1 Y=2'")
     return arm
 
