@@ -524,19 +524,26 @@ def test_the_time_left_is_that_of_runs_like_it(bench, capsys):
 
 def test_progress_is_said_while_runs_go_on(bench, capsys, monkeypatch):
     monkeypatch.setattr(runner, "REPORT_EVERY", 0.0)
-    gate = bench.gate(1337)
+    assert bench.run("--seeds", "1") == 0  # 60 s of training, 60 s of evaluation
+    gate = bench.gate(42)
     (bench.folder / "small.env").write_text("ITERATIONS=5\nHOLD=1\n")
-    waiter = runner.Runner.progress
+    assert bench.run("--seeds", "1") == 0
+    said, clock = runner.Runner.progress, time.monotonic
 
     def progress(self):
-        line = waiter(self)
-        if "base seed 1337" in line:
-            gate.unlink(missing_ok=True)
+        if "base seed 42" not in said(self):
+            return said(self)
+        log = self.out / "logs" / f"{self.plan.jobs[0].run_id}.txt"
+        log.write_text("step:2/5 train_loss:1\n")
+        with monkeypatch.context() as patch:  # 48 s for 2 of 5 steps: twice what it took before
+            patch.setattr(time, "monotonic", lambda: clock() + 48)
+            line = said(self)
+        gate.unlink(missing_ok=True)
         return line
 
     monkeypatch.setattr(runner.Runner, "progress", progress)
-    assert bench.run("wide: WIDTH=2", "--seeds", "1") == 0
-    assert re.search(r"running base seed 1337 0\.\d min; 1 waiting", capsys.readouterr().out)
+    assert bench.run("wide: WIDTH=2", "--seeds", "42,") == 0
+    assert re.search(r"running base seed 42 0\.8 min step 2/5; 1 waiting; about 7 min left", capsys.readouterr().out)
 
 
 def test_what_is_wrong_is_said_before_the_first_run(bench, capsys):

@@ -405,6 +405,8 @@ class Runner:
         environ = shell(self.plan.names) | job.environ
         environ |= dict(SEED=str(job.row["seed"]), RUN_ID=job.run_id, OUT_DIR=str(self.out), OMP_WAIT_POLICY="PASSIVE")
         environ |= dict(OMP_NUM_THREADS=str(job.row["threads"]))
+        if "TRAIN_LOG_EVERY" in self.plan.names:
+            environ.setdefault("TRAIN_LOG_EVERY", "10")  # for the time left
         if job.weights:
             environ |= dict(EXPORT_ONLY="1", WEIGHTS_PATH=str(self.folders[job.weights] / "weights.pgolf"))
         launch = shlex.split(job.row["launch"]) or [sys.executable]
@@ -432,40 +434,51 @@ class Runner:
 
     # What is still to come
 
-    def expected(self, job: Job) -> float | None:
-        """Seconds that the last runs like this took: of this recipe here, trained or exported."""
+    def expected(self, job: Job) -> tuple[float, float] | None:
+        """(training, all) seconds that the last runs like this took: of this recipe here, trained or exported."""
         like = [
-            sum(row["seconds"].get(name, 0.0) for name in ("train", "evaluate"))
+            (row["seconds"]["train"], row["seconds"]["train"] + row["seconds"]["evaluate"])
             for row in self.rows.values()
             if "seconds" in row
             and row["recipe"] == job.row["recipe"]
             and row["machine"] == job.row["machine"]
             and ("EXPORT_ONLY" in row["settings"]) == bool(job.weights)
         ]
-        return statistics.median(like[-5:]) if like else None
+        train, whole = zip(*like[-5:], strict=True) if like else ((), ())
+        return (statistics.median(train), statistics.median(whole)) if like else None
+
+    def steps(self, job: Job) -> tuple[int, int] | None:
+        """(steps so far, of how many) by the log of a run."""
+        with contextlib.suppress(OSError):
+            log = (self.out / "logs" / f"{job.run_id}.txt").read_text("utf-8", "replace")
+            if found := re.findall(r"^step:(\d+)/(\d+) train", log, re.MULTILINE):
+                return int(found[-1][0]), int(found[-1][1])
+        return None
 
     def time_left(self) -> str:
-        expected = [self.expected(job) for job in self.todo if job.row["name"] not in self.gone]
-        running = list(self.running.values())
-        expected += [
-            e and max(e - time.monotonic() + since, 0.0) for job, since, _ in running if (e := self.expected(job))
-        ]
-        if not expected or None in expected:
+        """Of all runs, at the pace of those that run now: they may share the machine with more than earlier ones."""
+        running = [(job, time.monotonic() - since) for job, since, _ in list(self.running.values())]
+        waiting = [job for job in self.todo if job.row["name"] not in self.gone]
+        expected = {job.key: self.expected(job) for job in [*waiting, *(job for job, _ in running)]}
+        if not expected or None in expected.values():
             return ""
-        return f"; about {max(1, round(sum(expected) / self.workers / 60))} min left"
+        paces = [
+            elapsed / (expected[job.key][0] * steps[0] / steps[1])
+            for job, elapsed in running
+            if (steps := self.steps(job)) and expected[job.key][0] and steps[0] > 0.05 * steps[1]
+        ]
+        pace = statistics.median(paces) if paces else 1.0
+        left = sum(expected[job.key][1] * pace for job in waiting)
+        left += sum(max(expected[job.key][1] * pace - elapsed, 0.0) for job, elapsed in running)
+        return f"; about {max(1, round(left / self.workers / 60))} min left"
 
     def progress(self) -> str:
         """One line on what runs."""
         parts = []
         for job, since, _ in list(self.running.values()):
-            step = ""
-            with contextlib.suppress(OSError):
-                log = (self.out / "logs" / f"{job.run_id}.txt").read_text("utf-8", "replace")
-                step = (re.findall(r"^step:(\d+/\d+) train", log, re.MULTILINE) or [""])[-1]
-            minutes = (time.monotonic() - since) / 60
-            parts.append(
-                f"{job.row['name']} seed {job.row['seed']} {minutes:.1f} min" + (f" step {step}" if step else "")
-            )
+            steps = self.steps(job)
+            said = f"{job.row['name']} seed {job.row['seed']} {(time.monotonic() - since) / 60:.1f} min"
+            parts.append(said + (f" step {steps[0]}/{steps[1]}" if steps else ""))
         return f"running {', '.join(parts) or 'nothing'}; {len(self.todo)} waiting{self.time_left()}"
 
 
