@@ -1,5 +1,6 @@
 """Experiments in pairs: the statistics against scipy and by simulation, the ledger, the runs and the pages."""
 
+import contextlib
 import fcntl
 import json
 import math
@@ -10,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -450,7 +452,7 @@ class Bench:
     """A folder with the script, a recipe, data and a ledger."""
 
     def __init__(self, folder: Path):
-        self.folder, self.ledger, self.out = folder, folder / "ledger.jsonl", folder / "out"
+        self.folder, self.ledger, self.out, self.begun = folder, folder / "ledger.jsonl", folder / "out", []
         (folder / "script.py").write_text(SCRIPT, "utf-8")
         (folder / "small.env").write_text("# small\nITERATIONS=5\n", "utf-8")
         (folder / "data").mkdir()
@@ -466,7 +468,11 @@ class Bench:
 
     def process(self, *words: str) -> subprocess.Popen:
         command = [sys.executable, str(RECORDS / "experiment.py"), *self.argv(*words)]
-        return subprocess.Popen(command, env=clean_environ(), stdout=subprocess.PIPE, text=True, start_new_session=True)
+        begun = subprocess.Popen(
+            command, env=clean_environ(), stdout=subprocess.PIPE, text=True, start_new_session=True
+        )
+        self.begun.append(begun.pid)
+        return begun
 
     def ran(self) -> list[str]:
         """Names of the runs that were begun, without their keys."""
@@ -490,8 +496,12 @@ class Bench:
 
 
 @pytest.fixture
-def bench(tmp_path) -> Bench:
-    return Bench(tmp_path)
+def bench(tmp_path) -> Iterator[Bench]:
+    bench = Bench(tmp_path)
+    yield bench
+    for group in bench.begun:  # what a failed test left, runs included
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(group, signal.SIGKILL)
 
 
 def test_seeds_are_the_same_for_all_arms_and_interleaved_and_nothing_runs_twice(bench, capsys):
