@@ -23,8 +23,9 @@ ROOT = Path(__file__).resolve().parent.parent
 if __package__ in (None, ""):  # run as a file: sys.path holds records/ only
     sys.path[0] = str(ROOT)
 
-from records.experiments import ledger, proxy, report, runner  # noqa: E402
+from records.experiments import ledger, proxy, report, runner, steptime  # noqa: E402
 from records.experiments.ledger import ExperimentError  # noqa: E402
+from records.experiments.plan import SEEDS, Plan, plan, read_arm, read_seeds  # noqa: E402
 
 LEDGER = ROOT / "records" / "ledger.jsonl"
 PROXY = "cpu_ablate"  # the recipe for quick looks, whose effects PROXY.md compares with published ones
@@ -37,19 +38,19 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {message}; see {self.prog} --help\n")
 
 
-def planned(args: argparse.Namespace, seeds: list[int], rows: list[dict]) -> runner.Plan:
-    arms = [runner.read_arm(text) for text in args.arms]
-    return runner.plan(args.recipe, arms, seeds, args.data.resolve(), args.out.resolve(), rows, args)
+def planned(args: argparse.Namespace, seeds: list[int], rows: list[dict]) -> Plan:
+    arms = [read_arm(text) for text in args.arms]
+    return plan(args.recipe, arms, seeds, args.data.resolve(), args.out.resolve(), rows, args)
 
 
 def run(args: argparse.Namespace) -> int:
-    plan = planned(args, runner.read_seeds(args.seeds), ledger.read(args.ledger))
-    return runner.Runner(plan, args.ledger, args.out.resolve(), args.jobs).run()
+    jobs = planned(args, read_seeds(args.seeds), ledger.read(args.ledger))
+    return runner.Runner(jobs, args.ledger, args.out.resolve(), args.jobs).run()
 
 
 def time(args: argparse.Namespace) -> int:
-    plan = planned(args, list(runner.SEEDS[:1]), [])
-    for row in runner.time_steps(plan, args.out.resolve(), args.rounds, args.steps):
+    jobs = planned(args, list(SEEDS[:1]), [])
+    for row in steptime.time_steps(jobs, args.out.resolve(), args.rounds, args.steps):
         ledger.append(args.ledger, row)
         ratios = [arm / base for arm, base in zip(row["arm_ms"], row["base_ms"], strict=True)]
         spread = f"{min(ratios):.4f} to {max(ratios):.4f}"

@@ -20,7 +20,7 @@ from conftest import ROOT, TINY_ENV, clean_environ
 from scipy import stats
 
 from records import experiment
-from records.experiments import ledger, noise, proxy, report, runner
+from records.experiments import ledger, noise, plan, proxy, report, runner, steptime
 
 RECORDS = ROOT / "records"
 
@@ -674,7 +674,7 @@ def test_a_script_that_repeats_another_takes_over_its_base(bench, capsys):
 
 
 def test_a_commit_is_a_script(tmp_path):
-    path = runner.fetch_script("HEAD", tmp_path)
+    path = plan.fetch_script("HEAD", tmp_path)
     shown = subprocess.run(["git", "-C", ROOT, "show", "HEAD:train_gpt.py"], capture_output=True, check=True).stdout
     assert path.read_bytes() == shown
 
@@ -685,11 +685,11 @@ def test_two_processes_may_keep_the_same_script_at_once(bench, monkeypatch):
     def between(path: Path, target: Path) -> Path:
         monkeypatch.setattr(Path, "replace", replace)
         monkeypatch.setattr(os, "getpid", lambda: 1)
-        runner.fetch_script(script, bench.out)  # the other one, from start to end
+        plan.fetch_script(script, bench.out)  # the other one, from start to end
         return path.replace(target)
 
     monkeypatch.setattr(Path, "replace", between)
-    assert runner.fetch_script(script, bench.out).read_text("utf-8") == SCRIPT
+    assert plan.fetch_script(script, bench.out).read_text("utf-8") == SCRIPT
     assert len(list((bench.out / "scripts").iterdir())) == 1
 
 
@@ -755,10 +755,10 @@ def test_step_time_is_a_ratio_of_runs_that_were_alone(bench, monkeypatch, capsys
         clock[0] += 100.0  # somebody else
         return clock[0]
 
-    monkeypatch.setattr(runner, "busy_seconds", busy)
+    monkeypatch.setattr(steptime, "busy_seconds", busy)
     assert bench.run(*arms, command="time") == 2
     assert "not alone" in capsys.readouterr().err and bench.rows() == []
-    monkeypatch.setattr(runner, "busy_seconds", lambda: 0.0)
+    monkeypatch.setattr(steptime, "busy_seconds", lambda: 0.0)
     assert bench.run(*arms, command="time") == 0
     (row,) = ledger.read(bench.ledger)
     assert (row["kind"], row["base_ms"], row["arm_ms"], row["others"]) == ("time", [10.0, 10.0], [12.0, 12.0], 0.0)
@@ -770,12 +770,12 @@ def test_step_time_is_a_ratio_of_runs_that_were_alone(bench, monkeypatch, capsys
 
 
 def test_busy_seconds_count_work():
-    before, own = runner.busy_seconds(), time.process_time()
+    before, own = steptime.busy_seconds(), time.process_time()
     if before is None:
         pytest.skip("this system does not say what its processors did")
     while time.process_time() < own + 0.3:
         pass
-    assert runner.busy_seconds() - before > 0.2
+    assert steptime.busy_seconds() - before > 0.2
 
 
 # -----------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from records.experiments import ledger, noise
 from records.experiments.ledger import ExperimentError
-from records.experiments.runner import trains
+from records.experiments.plan import trains
 
 FEWER_STEPS = {"ITERATIONS", "WARMDOWN_ITERS", "MUON_MOMENTUM_WARMUP_STEPS"}
 
