@@ -17,7 +17,6 @@ import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
 ROOT = Path(__file__).resolve().parent.parent
 if __package__ in (None, ""):  # run as a file: sys.path holds records/ only
@@ -26,16 +25,10 @@ if __package__ in (None, ""):  # run as a file: sys.path holds records/ only
 from records.experiments import ledger, proxy, report, runner, steptime  # noqa: E402
 from records.experiments.ledger import ExperimentError  # noqa: E402
 from records.experiments.plan import SEEDS, Plan, plan, read_arm, read_seeds  # noqa: E402
+from records.submit import Parser  # noqa: E402
 
 LEDGER = ROOT / "records" / "ledger.jsonl"
 PROXY = "cpu_ablate"  # the recipe for quick looks, whose effects PROXY.md compares with published ones
-
-
-class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message}; see {self.prog} --help\n")
 
 
 def planned(args: argparse.Namespace, seeds: list[int], rows: list[dict]) -> Plan:
