@@ -206,6 +206,7 @@ def test_bytes_and_time_are_paid_for_at_the_rates_of_the_base():
         larger = dict(code=1000, artifact=1_050_000)
         rows.append(a_row("large", base["seed"], bpb - 0.004, base, X="1", axis="model", bytes=larger))
     rows.append(dict(rows[-1], kind="time", base_ms=[100.0, 100.0, 100.0], arm_ms=[110.0, 111.0, 109.0], others=0.0))
+    assert report.verdicts(rows, "r")["int5"]["at_equal_bytes_mbpb"] is None, "the rate is its own"
     said = report.verdicts(rows, "r")["large"]
     assert said["at_equal_bytes_mbpb"] == pytest.approx(-4 + 0.5 * 2.0)
     assert said["step_time_ratio"] == 1.1 and said["at_equal_time_mbpb"] == pytest.approx(-4 + 10 * 0.5)

@@ -84,7 +84,8 @@ def verdicts(rows: Sequence[Mapping], recipe: str, score: str = "") -> dict[str,
         said[name] |= dict(seeds=list(moved[name]))
         guess = unpaired(rows, recipe, scores[name]) if trained(arms[name]) else None
         said[name] |= decision(judgement, others[name], guess, corrected.get(name), len(family))
-        said[name] |= costs(arms[name], judgement.mean, rates, step_time(rows, recipe, name))
+        known = {unit: rate for unit, rate in rates.items() if rate.arm != name}  # else it would pay for itself
+        said[name] |= costs(arms[name], judgement.mean, known, step_time(rows, recipe, name))
     return said
 
 
