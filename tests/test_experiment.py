@@ -511,7 +511,7 @@ def test_seeds_are_the_same_for_all_arms_and_interleaved_and_nothing_runs_twice(
     names = ["base", "wide", "bits", "TTT_LR=0"]
     assert bench.rows() == [(name, seed) for seed in (1337, 42) for name in names]
     assert "8 runs to make, 0 in the ledger already" in capsys.readouterr().out
-    assert bench.run(*arms, "--seeds", "1337,42,7") == 0
+    assert bench.run(*arms, "--seeds", "1337,42,7", "--jobs", "3") == 0
     assert "4 runs to make, 8 in the ledger already" in capsys.readouterr().out
     assert len(bench.ran()) == len(set(bench.ran())) == 12
     said = report.verdicts(ledger.read(bench.ledger), "small")
@@ -804,7 +804,9 @@ def test_published_effects_are_whole_and_name_arms_of_the_ledger():
 
 
 def test_signs_are_those_of_adding_the_technique():
-    published = dict(technique="t", effect_mbpb=-2.0, low=-3.0, high=-1.0, evidence="claim", source="s", links=[])
+    published = dict(
+        technique="t", effect_mbpb=-2.0, low=-3.0, high=-1.0, evidence="claim", source="s", links=[], note=""
+    )
     rows, said = made_up(NOISY), report.verdicts(made_up(NOISY), "r")
     for here, mean, word, same in (
         (dict(arm="good"), -8.6, "better", "yes"),

@@ -77,8 +77,9 @@ def page(rows: Sequence[Mapping], recipe: str, published: Sequence[Mapping]) -> 
         links = ", ".join(f"[#{link.rsplit('/', 1)[1]}]({link})" for link in row["links"])
         effect = effect_here(rows, recipe, row["here"], said) if row["here"] else None
         spread = f"{row['effect_mbpb']:+.1f} ({row['low']:+.1f} … {row['high']:+.1f})"
+        evidence = f"{row['evidence']}: {row['source']}" + (f"; {row['note']}" if row["note"] else "")
         if effect is None:
-            missing.append(f"| {row['technique']} | {spread} | {row['evidence']}: {row['source']} | {links} |")
+            missing.append(f"| {row['technique']} | {spread} | {evidence} | {links} |")
             continue
         same = agreement(row, effect)
         if same in ("yes", "**no**"):
@@ -86,7 +87,7 @@ def page(rows: Sequence[Mapping], recipe: str, published: Sequence[Mapping]) -> 
         if other := row["here"].get("other_change"):
             same += f": {other}"
         here = report.plus_minus(effect.judged.mean, effect.judged.error)
-        cells = [row["technique"], spread, f"{row['evidence']}: {row['source']}", here, str(effect.judged.n)]
+        cells = [row["technique"], spread, evidence, here, str(effect.judged.n)]
         lines.append(f"| {' | '.join([*cells, effect.verdict, same, links])} |")
     lines += ["", *summary(compared)]
     lines += ["", "Published, and not measured here yet:", "", "| technique | published, mbpb | evidence | links |"]
