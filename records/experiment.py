@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import re
+import signal
 import statistics
 import sys
 from collections.abc import Sequence
@@ -38,7 +39,13 @@ def planned(args: argparse.Namespace, seeds: list[int], rows: list[dict]) -> Pla
 
 def run(args: argparse.Namespace) -> int:
     jobs = planned(args, read_seeds(args.seeds), ledger.read(args.ledger))
-    return runner.Runner(jobs, args.ledger, args.out.resolve(), args.jobs).run()
+    # Either signal stops the runs too, also where a shell has made this process ignore SIGINT (one in the background).
+    before = {number: signal.signal(number, signal.default_int_handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        return runner.Runner(jobs, args.ledger, args.out.resolve(), args.jobs).run()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def time(args: argparse.Namespace) -> int:

@@ -738,14 +738,17 @@ def test_two_processes_share_the_work(bench):
     assert len(bench.ledger.read_text("utf-8").splitlines()) == 6
 
 
-def test_interrupted_it_stops_its_runs_and_goes_on_later(bench):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_it_stops_its_runs_and_goes_on_later(number, bench):
     (bench.folder / "small.env").write_text("ITERATIONS=5\nHOLD=1\n")
     gate = bench.gate(42)
     first = bench.process("--seeds", "2")
     bench.wait_for(2)
-    os.kill(first.pid, signal.SIGINT)
+    os.kill(first.pid, number)
     said = first.communicate(timeout=60)[0]
     assert first.returncode == 130 and "start the same command again" in said
+    with pytest.raises(ProcessLookupError):
+        os.killpg(first.pid, 0)
     gate.unlink()
     assert bench.run("--seeds", "2") == 0 and bench.rows() == [("base", 1337), ("base", 42)]
 
