@@ -50,10 +50,10 @@ from typing import Any, NamedTuple
 
 if __name__ == "__main__":  # before the imports, which take seconds and open files
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until main: no traceback out of an import
-    for fd, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
-        if getattr(sys, name) is None:  # closed: a file opened later would get its number, and the lines of C++
-            os.open(os.devnull, os.O_RDWR)
-            setattr(sys, name, open(fd, mode))
+    while (spare := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass  # a closed console: a file opened later would get its number, and the lines of C++
+    os.close(spare)
+    sys.stdin, sys.stdout, sys.stderr = sys.stdin or open(0), sys.stdout or open(1, "w"), sys.stderr or open(2, "w")
     if hasattr(sys.stdout, "reconfigure"):  # a notebook's has not
         sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: a console without UTF-8 ends no run
 

@@ -559,6 +559,17 @@ def test_what_keeps_the_rules_is_left_alone(name):
     assert legality.examine(CLEAN[name]) == []
 
 
+def test_a_method_of_a_class_that_nothing_makes_is_not_called_whoever_shares_its_name():
+    functions, body, rule = ILLEGAL["each chunk learned, then scored as a total"]
+    method = "class Learner:\n" + textwrap.indent(
+        textwrap.dedent(functions).replace("def eval_val_ttt(", "def check(self, "), "    "
+    )
+    elsewhere = "store.check(val_tokens)"
+    assert rule not in rules(script(method, elsewhere)) and rule in rules(script(method, elsewhere), "note")
+    assert rule in rules(script(method, "Learner().check(model, val_tokens, optimizer)"))
+    assert rule in rules(script(method, elsewhere + "; learner = Learner"))
+
+
 def test_this_project_s_script_is_left_alone():
     findings = legality.examine((ROOT / "train_gpt.py").read_text("utf-8"))
     assert [finding for finding in findings if finding.level != "note"] == []

@@ -470,25 +470,33 @@ def prune(tree: ast.Module, logged: Mapping[str, Any]) -> ast.Module:
 def reachable(tree: ast.Module) -> ast.Module:
     """The tree without functions that no live code mentions, by name: names, attributes and strings count (changes it).
 
-    A class that is mentioned brings its special methods and forward/backward with it.
+    A class that is mentioned brings its special methods and forward/backward with it; one that is not has no object
+    whose methods could be called, whoever mentions their names.
     """
     definitions: dict[str, list[ast.AST]] = {}
     implied: dict[int, list[ast.FunctionDef]] = {}
+    owner: dict[int, int] = {}  # of a method: its class
     for node in ast.walk(tree):
         if isinstance(node, (*Function, ast.ClassDef)):
             definitions.setdefault(node.name, []).append(node)
         if isinstance(node, ast.ClassDef):
             methods = [part for part in node.body if isinstance(part, Function)]
             implied[id(node)] = [m for m in methods if m.name.startswith("__") or m.name in {"forward", "backward"}]
+            owner |= {id(method): id(node) for method in methods}
     live: set[int] = set()
     waiting: list[ast.AST] = [tree]
+    mentioned_early: dict[int, list[ast.AST]] = {}  # methods of a class that is not live yet
     while waiting:
         for node in own_nodes_and_headers(waiting.pop()):
             mentioned = [name_of(node)]
             if isinstance(node, ast.Constant) and isinstance(node.value, str):
                 mentioned = [node.value]
             for definition in (found for name in mentioned for found in definitions.get(name, ())):
-                for part in (definition, *implied.get(id(definition), ())):
+                if (home := owner.get(id(definition))) is not None and home not in live:
+                    mentioned_early.setdefault(home, []).append(definition)
+                    continue
+                early = mentioned_early.pop(id(definition), ())
+                for part in (definition, *implied.get(id(definition), ()), *early):
                     if id(part) not in live:
                         live.add(id(part))
                         waiting.append(part)
