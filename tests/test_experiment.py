@@ -830,7 +830,7 @@ def test_the_loop_of_the_page_for_programs_works(tiny_data, tmp_path):
     tiny = TINY_ENV | dict(ITERATIONS="4", WARMDOWN_ITERS="2", VAL_LOSS_EVERY="0", TTT_ENABLED="0", EVAL_STRIDE="0")
     (tmp_path / "tiny.env").write_text("# tiny\n" + "".join(f"{k}={v}\n" for k, v in tiny.items()), "utf-8")
     (loop,) = re.findall(r"```python\n(.*?)```", (ROOT / "AGENTS.md").read_text("utf-8"), re.DOTALL)
-    given = dict(BASE=str(tmp_path / "tiny.env"), DATA=str(tiny_data), OUT=str(tmp_path / "out"), SEEDS="2")
+    given = dict(BASE=str(tmp_path / "tiny.env"), DATA=str(tiny_data), OUT=str(tmp_path / "out"), PAIRS="2")
     given |= dict(LEDGER=str(tmp_path / "ledger.jsonl"), PROPOSALS="MATRIX_LR=0.05")
 
     ran = subprocess.run(
