@@ -18,7 +18,7 @@ train: $(DEMO_DATA)/manifest.json
 	env $$(grep -v '^#' records/recipes/cpu_demo.env) DATA_PATH=$(DEMO_DATA) $(BIN)/python train_gpt.py
 
 test: .venv/dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 
 test-slow: .venv/dev
 	$(BIN)/python -m pytest -m slow

@@ -4,6 +4,8 @@ import os
 
 # Two torch processes on two cores spin against each other with libgomp's default policy (measured: up to 37x slower).
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+if "PYTEST_XDIST_WORKER" in os.environ:  # as many workers as cores, so one thread each
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import argparse
 import contextlib
