@@ -530,8 +530,9 @@ def group(bench: Bench) -> None:
     plain, pg.Ranks = pg.Ranks, Grouped
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = str(free.getsockname()[1])
-    os.environ |= dict(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-    grouped = scores(carry_out(bench.on_data("grouped", small=True, **steps)))
+    torchruns = dict(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    os.environ |= torchruns
+    grouped = scores(carry_out(bench.on_data("grouped", small=True, **steps) | torchruns))
     pg.Ranks = plain
     off = max(abs(alone[name] - grouped[name]) for name in alone)
     figure(backend="gloo" if bench.cpu else "nccl", off=off)
