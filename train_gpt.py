@@ -22,6 +22,7 @@ Shapes are written with B batch, T tokens, D model width, H heads, K head width,
 import contextlib
 import copy
 import dataclasses
+import errno
 import functools
 import hashlib
 import io
@@ -35,6 +36,7 @@ import re
 import select
 import shutil
 import signal
+import stat
 import statistics
 import struct
 import sys
@@ -44,6 +46,7 @@ import time
 import unicodedata
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from fnmatch import fnmatch
 from pathlib import Path
 from time import monotonic
 from typing import Any, NamedTuple
@@ -1209,6 +1212,36 @@ def write_atomic(path: Path, parts: Iterable[bytes]) -> None:
         raise
 
 
+def remove(paths: Iterable[Path], log: Log) -> None:
+    """Files that nobody needs any more; one that stays is no fault of the run."""
+    for path in paths:
+        try:
+            path.unlink()
+        except OSError as error:
+            log(f"warning: cannot remove {path}: {error.strerror}")
+
+
+def read_file(path: Path, start: bytes = b"") -> bytes:
+    """All of a file, or no more than its first bytes where they are not `start`.
+
+    Raises OSError, also for a pipe or a device, which may never end, and for what memory does not hold.
+    """
+    check_regular(path)
+    try:
+        with path.open("rb") as file:
+            first = file.read(len(start))
+            return first + file.read() if first == start else first
+    except MemoryError:
+        raise OSError(errno.ENOMEM, "it is larger than the free memory", str(path)) from None
+
+
+def check_regular(path: Path) -> None:
+    """Raises OSError for a pipe or a device, where to open is to wait, and for what is not there."""
+    mode = path.stat().st_mode
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # a folder fails by itself
+        raise OSError(errno.EINVAL, "it is no regular file", str(path))
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Data: shards, loader, byte accounting
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1222,6 +1255,7 @@ def read_shard(path: Path) -> np.ndarray:
     SHARD: 256 little-endian int32 (magic, version, number of tokens, zeros), then that many little-endian uint16.
     """
     try:
+        check_regular(path)
         size = path.stat().st_size
         with path.open("rb") as file:
             header = np.frombuffer(file.read(12).ljust(12, b"\0"), dtype="<i4")
@@ -1372,7 +1406,7 @@ class TokenBytes:
         import sentencepiece
 
         try:
-            serialized = path.read_bytes()
+            serialized = read_file(path)
             if not serialized:
                 raise RuntimeError("it is empty")
             model = sentencepiece.SentencePieceProcessor(model_proto=serialized)  # any path's name will do
@@ -1498,12 +1532,12 @@ def prepared_documents(folder: Path, tokenizer_sha256: str) -> list[tuple[int, s
     """
     path = folder / "manifest.json"
     try:
-        manifest = json.loads(path.read_bytes())
+        manifest = json.loads(read_file(path))
         if not isinstance(manifest, dict) or "prepare_version" not in manifest:
             return None
-        named = manifest["tokenizer"]["sha256"]
+        named = str(manifest["tokenizer"]["sha256"])
         entry = manifest.get("validation_documents")  # older data sets have none
-        data = (folder / entry["file"]).read_bytes() if entry else b""
+        data = read_file(folder / entry["file"]) if entry else b""
         whole = entry is None or hashlib.sha256(data).hexdigest() == entry["sha256"]
         rows = [line.split("\t") for line in data.decode().splitlines()]
         documents = [(int(count), digest) for count, digest in rows]
@@ -3009,7 +3043,7 @@ def artifact_header(kind: str, hp: Hyperparameters, dtype: torch.dtype, tokenize
 def read_artifact_file(path: str, kind: str) -> tuple[bytes, dict, dict[str, Stored]]:
     """(bytes, header, tensors) of a file of this kind. Raises UserError naming the file."""
     try:
-        blob = Path(path).read_bytes()
+        blob = read_file(Path(path), MAGIC)
         header, tensors = unpack_artifact(blob)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
@@ -3137,7 +3171,7 @@ def checkpoint_parts(meta: Mapping, tensors: Mapping[str, Tensor]) -> Iterator[b
 def read_checkpoint(path: Path) -> Checkpoint:
     """A whole checkpoint, or a UserError that says what is wrong with it."""
     try:
-        blob = path.read_bytes()
+        blob = read_file(path, CHECKPOINT_MAGIC)
     except OSError as error:
         raise UserError(f"cannot read the checkpoint {path}: {error.strerror}") from None
     older = [p for p in find_checkpoints(path.parent) if p != path]

@@ -1,9 +1,12 @@
 """Shards, batches, byte accounting, and every way in which data can be wrong."""
 
 import dataclasses
+import errno
 import gzip
 import hashlib
+import io
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -259,6 +262,33 @@ def test_damaged_shards_are_refused(name, data, tmp_path):
         refused(tmp_path, data, name, "is no token shard")
     write_shard(path, [])
     refused(tmp_path, data, name, "holds no tokens")
+
+
+@pytest.mark.parametrize(
+    "name", ["fineweb_val_000000.bin", "fineweb_train_000001.bin", "manifest.json", "fineweb_val_documents.tsv"]
+)
+def test_a_pipe_is_refused_and_not_waited_for(name, data, tmp_path):
+    (data / name).unlink()
+    os.mkfifo(data / name)
+    refused(tmp_path, data, str(data), "it is no regular file")
+
+
+def test_a_folder_that_cannot_be_read_is_named(data, tmp_path, monkeypatch):
+    def refuse(_):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(os, "listdir", refuse)
+    refused(tmp_path, data, f"cannot read DATA_PATH={data}: Permission denied")
+
+
+def test_a_file_larger_than_the_memory_is_an_error_of_reading_it(data, monkeypatch):
+    class Huge(io.BytesIO):
+        def read(self, size=-1):
+            raise MemoryError
+
+    monkeypatch.setattr(Path, "open", lambda *_: Huge())
+    with pytest.raises(OSError, match="larger than the free memory"):
+        pg.read_file(data / "manifest.json")
 
 
 def test_a_validation_id_beyond_the_vocabulary_is_refused_at_load(data, tmp_path):

@@ -948,7 +948,11 @@ def test_paths_that_hold_no_checkpoint_are_refused(refused, plain, tmp_path):
     noise.write_bytes(random.Random(0).randbytes(100_000))
     assert refused(RESUME=missing) == f"cannot read the checkpoint {missing}: No such file or directory"
     assert refused(RESUME=tmp_path) == f"cannot read the checkpoint {tmp_path}: Is a directory"
-    for path in (artifact, noise, plain.log):
+    os.mkfifo(tmp_path / "pipe")
+    assert refused(RESUME=tmp_path / "pipe") == f"cannot read the checkpoint {tmp_path / 'pipe'}: it is no regular file"
+    with (huge := tmp_path / "huge").open("wb") as file:
+        file.truncate(1 << 40)
+    for path in (artifact, noise, plain.log, huge):
         assert refused(RESUME=path) == f"{path} is no checkpoint of this script; there is no other one"
 
 
