@@ -1274,8 +1274,14 @@ def read_shard(path: Path) -> np.ndarray:
 def find_shards(hp: Hyperparameters, split: str) -> list[Path]:
     """Sorted shards of a split. Raises UserError, also where a byte sidecar lies beside them."""
     folder = Path(hp.data_path)
-    paths = sorted(folder.glob(f"fineweb_{split}_*.bin"))
-    if sidecars := sorted(folder.glob("fineweb_*_bytes_*.bin")):
+    try:
+        names = os.listdir(folder)
+    except (FileNotFoundError, NotADirectoryError):
+        names = []
+    except OSError as error:
+        raise UserError(f"cannot read DATA_PATH={folder}: {error.strerror}") from None
+    paths = sorted(folder / name for name in names if fnmatch(name, f"fineweb_{split}_*.bin"))
+    if sidecars := sorted(folder / name for name in names if fnmatch(name, "fineweb_*_bytes_*.bin")):
         raise UserError(
             f"{sidecars[0]} is a byte sidecar: these shards hold transformed text (CaseOps), whose bytes this script "
             "does not count; use shards of plain text"
@@ -3216,11 +3222,14 @@ def find_resumed(hp: Hyperparameters, source: bytes) -> Checkpoint | None:
     path = Path(hp.resume)
     if hp.resume == "auto":
         folder = Path(hp.out_dir) / "runs" / hp.run_id
-        if (folder / "result.json").exists():
-            raise UserError(f"RUN_ID={hp.run_id} has ended: {folder / 'result.json'}; there is nothing to resume")
-        if (log := log_path(hp, hp.run_id)).exists():
-            open_locked(log).close()  # beside a run that is alive, its checkpoints come and go
-        found = find_checkpoints(folder)
+        try:
+            if (folder / "result.json").exists():
+                raise UserError(f"RUN_ID={hp.run_id} has ended: {folder / 'result.json'}; there is nothing to resume")
+            if (log := log_path(hp, hp.run_id)).exists():
+                open_locked(log).close()  # beside a run that is alive, its checkpoints come and go
+            found = find_checkpoints(folder)
+        except OSError as error:
+            raise UserError(f"cannot read OUT_DIR={hp.out_dir}: {error.strerror} ({error.filename})") from None
         if not found:
             return None
         path = found[-1]

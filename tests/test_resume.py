@@ -956,6 +956,11 @@ def test_paths_that_hold_no_checkpoint_are_refused(refused, plain, tmp_path):
         assert refused(RESUME=path) == f"{path} is no checkpoint of this script; there is no other one"
 
 
+def test_a_log_that_cannot_be_read_is_named(refused, tmp_path):
+    (log := tmp_path / "logs" / "run.txt").mkdir(parents=True)
+    assert refused(RESUME="auto") == f"cannot read OUT_DIR={tmp_path}: Is a directory ({log})"
+
+
 def test_scoring_an_artifact_is_not_resumed(refused, path, plain):
     said = "RESUME goes on with training; leave out EVAL_ONLY and EXPORT_ONLY"
     assert refused(RESUME=path, EVAL_ONLY=1, ARTIFACT_PATH=plain.folder / "artifact.pgolf") == said
