@@ -3991,7 +3991,11 @@ class Trainer:
         except OSError as error:
             run.log(f"warning: checkpoint of step {self.step} not written: {error.strerror}; {run.signals.advice}")
             return 0
-        return path.stat().st_size
+        found = find_checkpoints(run.folder)  # those after this step were given up when it was taken up
+        if path in found:  # else somebody has just removed the folder
+            place = found.index(path)
+            remove([*found[: max(0, place - 1)], *found[place + 1 :], *run.folder.glob("*.partial")], run.log)
+        return size
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Take up the state of a checkpoint, whatever the world size that wrote it."""
@@ -5156,8 +5160,7 @@ def finish(run: Run, result: dict, scores: Mapping[str, Score], path: Path, blob
     broken, line = list(limits_broken(hp, size, result, scores[headline])), json.dumps(result)
     if run.ranks.is_main:
         file = write_result(run, run.folder / "result.json", (line + "\n").encode())
-        for left in [*find_checkpoints(run.folder), *run.folder.glob("*.partial")]:
-            left.unlink()
+        remove([*find_checkpoints(run.folder), *run.folder.glob("*.partial")], log)
         log(f"files: log {log.path} artifact {path} result {file}")
     for message in broken:
         log(f"limit: {message}")

@@ -461,6 +461,18 @@ def test_a_run_that_ends_without_another_checkpoint_clears_what_a_kill_left(fold
     assert ran.artifact == plain.artifact and names_in(folder) == {"artifact.pgolf", "result.json"}
 
 
+def test_what_cannot_be_removed_is_named_and_ends_nothing(go, plain):
+    def obstruct(trainer: pg.Trainer) -> None:
+        (trainer.run.folder / "checkpoint-20.pgckpt").mkdir()
+
+    with after_step(3, obstruct):
+        ran = go(**EVERY_STEP)
+    assert ran.code == 0 and ran.artifact == plain.artifact
+    stuck = ran.folder / "checkpoint-20.pgckpt"
+    assert f"warning: cannot remove {stuck}: {os.strerror(errno.EISDIR)}\n" in ran.out and "not written" not in ran.out
+    assert names_in(ran.folder) == {"artifact.pgolf", "result.json", stuck.name}
+
+
 # -----------------------------------------------------------------------------
 # EVERY PIECE OF THE STATE
 # -----------------------------------------------------------------------------
