@@ -882,9 +882,10 @@ class Log:
         """End with the whole log on some disk: where its own stayed full, in a folder that the console names."""
         if self._file is None:
             return
-        if self.unwritten:
-            kept = self.rescue(self.path.name, self.written() + self.unwritten)
-            complain(f"warning: {self.path} is not whole; the whole log is {kept}")
+        removed = not os.fstat(self._file.fileno()).st_nlink
+        if self.unwritten or removed:
+            kept = self.rescue(self.path.name, self.written() + self.unwritten) or "nowhere: no folder takes it"
+            complain(f"warning: {self.path} {'is gone' if removed else 'is not whole'}; the whole log is {kept}")
         self._file.close()
         self.path = self._file = None
 
@@ -902,7 +903,9 @@ def open_locked(path: Path) -> io.FileIO:
         import fcntl  # not on Windows
 
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+        if not os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            raise FileNotFoundError  # set aside between the two, by another start
+    except (BlockingIOError, FileNotFoundError):
         file.close()
         raise UserError(
             f"RUN_ID={path.stem} is running now and holds {path}; choose another or wait for its end"

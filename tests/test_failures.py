@@ -313,6 +313,23 @@ def test_a_log_that_cannot_be_written_any_more_is_whole_elsewhere(lines, whole, 
     assert len(text.splitlines()) == len(whole.log.read_text("utf-8").splitlines())
 
 
+def test_a_log_that_is_removed_is_whole_elsewhere(tmp_path, monkeypatch, capsys):
+    (refuge := tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(refuge))
+    for kept in (True, False):
+        log = pg.Log(path := tmp_path / "run.txt")
+        log("first", console=False)
+        path.unlink()
+        log("second", console=False)
+        if not kept:
+            monkeypatch.setattr(pg.Log, "rescue", lambda *_: None)
+        log.close()
+        (where,) = refuge.rglob("run.txt")
+        assert where.read_text() == "first\nsecond\n"
+        said = where if kept else "nowhere: no folder takes it"
+        assert capsys.readouterr().err == f"warning: {path} is gone; the whole log is {said}\n"
+
+
 def test_a_log_goes_on_whole_when_its_disk_has_room_again(tmp_path):
     """A disk that takes five bytes, then none, then all."""
     log, room = pg.Log(tmp_path / "run.txt"), [5, 0, 0, 10**6]

@@ -1023,6 +1023,26 @@ def test_a_run_id_is_one_runs_for_its_life(go, tiny_data, tmp_path, plain):
     assert_same(go(RESUME="auto"), plain)
 
 
+def test_a_log_that_is_set_aside_while_another_start_opens_it_is_not_that_starts(tmp_path, monkeypatch):
+    import fcntl
+
+    path, lock = tmp_path / "run.txt", fcntl.flock
+    path.write_text("dead\n")
+
+    def late(file, how) -> None:
+        monkeypatch.setattr(fcntl, "flock", lock)
+        running.append(pg.Log(path))
+        running[0].set_aside()
+        lock(file, how)
+
+    running = []
+    monkeypatch.setattr(fcntl, "flock", late)
+    with pytest.raises(pg.UserError, match="RUN_ID=run is running now"):
+        pg.Log(path)
+    assert names_in(tmp_path) == {"run.txt", "run.dead-1.txt"}
+    running[0].close()
+
+
 def test_a_file_system_without_locks_is_named(tmp_path, capsys, monkeypatch):
     import fcntl
 
