@@ -3842,7 +3842,17 @@ class Trainer:
                 seconds = hp.gptq_reserve_seconds or 2 * self.measure_calibration()
                 self.clock.reserve_ms += 1000 * seconds
                 run.log(f"train_reserve:{1000 * seconds:.0f}ms for calibration")
+                run.ranks.agree(lambda: self.check_reserve(seconds))
         run.phases.seconds["warmup"] = time.perf_counter() - start
+
+    def check_reserve(self, seconds: float) -> None:
+        """Whether calibration leaves some of the training clock. Raises UserError."""
+        hp = self.run.hp
+        if seconds >= hp.max_wallclock_seconds:
+            raise UserError(
+                f"GPTQ_CALIBRATION_TOKENS={hp.gptq_calibration_tokens} may take {seconds:.0f} s and leaves nothing of "
+                f"MAX_WALLCLOCK_SECONDS={hp.max_wallclock_seconds:g} to train in; lower it"
+            )
 
     def measure_calibration(self) -> float:
         """Seconds that calibration will take, from one batch of each rank on synthetic tokens, agreed."""

@@ -472,6 +472,14 @@ def test_averaging_fits_into_the_cap_behind_the_last_step(again, monkeypatch):
     assert taken["train"] + taken["average"] <= 2
 
 
+def test_a_calibration_that_takes_the_whole_clock_is_an_error_before_training(again):
+    ran = again(MAX_WALLCLOCK_SECONDS=30, GPTQ_ENABLED=1, GPTQ_CALIBRATION_TOKENS=10**11, CHECKPOINT_EVERY=0)
+    said = (
+        r"error: GPTQ_CALIBRATION_TOKENS=10{11} may take \d+ s and leaves nothing of MAX_WALLCLOCK_SECONDS=30 to train"
+    )
+    assert ran.code == 2 and re.match(said, ran.err) and ran.err.count("\n") == 1 and "step:1/" not in ran.out
+
+
 def test_without_a_cap_nothing_is_reserved(whole):
     assert "train_reserve" not in whole.out and "stopping_early" not in whole.out
 
