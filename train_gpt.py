@@ -676,8 +676,8 @@ class Place(NamedTuple):
 def torchrun_number(environ: Mapping[str, str], name: str, default: int) -> int:
     """One of torchrun's variables. Raises UserError."""
     text = environ.get(name, str(default))
-    if not text.isdecimal():
-        raise UserError(f"{name}={text} must be a whole number; torchrun sets it, one process needs none")
+    if not text.isdecimal() or len(text) > 9:
+        raise UserError(f"{name}={shown(text)} must be a whole number; torchrun sets it, one process needs none")
     return int(text)
 
 
@@ -1495,6 +1495,8 @@ def protobuf_fields(message: bytes) -> Iterator[tuple[int, Any]]:
         if wire == 0:
             yield number, varint()
             continue
+        if wire not in (1, 2, 5):
+            raise UserError("the tokenizer's protobuf has a group, which SentencePiece does not write; use another")
         size = {1: 8, 5: 4}[wire] if wire != 2 else varint()
         yield number, message[place : place + size]
         place += size
@@ -1555,9 +1557,13 @@ def prepared_documents(folder: Path, tokenizer_sha256: str) -> list[tuple[int, s
             return None
         raise UserError(f"{path} names {error.filename}, which is missing; build the data set again") from None
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(f"{path} cannot be used ({error!r}); build the data set again, or move it away") from None
+        raise UserError(
+            f"{path} cannot be used ({shown(repr(error))}); build the data set again, or move it away"
+        ) from None
     if named != tokenizer_sha256:
-        raise UserError(f"the shards in {folder} were made with another tokenizer (sha256 {named[:16]}…); see {path}")
+        raise UserError(
+            f"the shards in {folder} were made with another tokenizer (sha256 {shown(named[:16])}…); see {path}"
+        )
     if not whole:
         raise UserError(f"{folder / entry['file']} is not what {path} says; build the data set again")
     return documents if entry else None
@@ -3997,10 +4003,7 @@ class Trainer:
         )
         try:
             write_atomic(path, checkpoint_parts(meta, tensors))
-            found = find_checkpoints(run.folder)  # those after this step were given up when it was taken up
-            place = found.index(path)
-            for old in [*found[: max(0, place - 1)], *found[place + 1 :], *run.folder.glob("*.partial")]:
-                old.unlink()
+            size = path.stat().st_size
         except OSError as error:
             run.log(f"warning: checkpoint of step {self.step} not written: {error.strerror}; {run.signals.advice}")
             return 0

@@ -443,6 +443,13 @@ def test_the_published_case_operator_tokenizer_is_refused_and_the_plain_one_is_n
         pg.TokenBytes(real_text / "fineweb_8192_bpe_lossless_caps_caseops_v1_reserved.model", 8192)
 
 
+def test_a_tokenizer_with_what_sentencepiece_does_not_write_is_refused(data, tmp_path):
+    (data / "manifest.json").unlink()
+    with (data / "bpe_512.model").open("ab") as file:
+        file.write(bytes([0xC3, 0x0C, 0xC4, 0x0C]))  # a group, field 200: SentencePiece takes it
+    refused(tmp_path, data, "the tokenizer's protobuf has a group")
+
+
 def test_types_of_pieces_are_those_that_sentencepiece_tells(tmp_path):
     path, size = train_tokenizer(tmp_path, "other", user_defined_symbols=["<sep>"], control_symbols=["<mask>"])
     model = sentencepiece.SentencePieceProcessor(model_file=str(path))
@@ -472,6 +479,11 @@ def test_a_manifest_that_does_not_fit_what_lies_beside_it_is_refused(data, tmp_p
     refused(tmp_path, data, "record.tsv, which is missing; build the data set again")
     (data / "record.tsv").write_bytes(b"4\tabc\n")
     refused(tmp_path, data, "record.tsv is not what", "manifest.json says")
+    (data / "record.tsv").write_bytes(b"\xff" * 100_000)
+    refused(tmp_path, data, "manifest.json cannot be used (UnicodeDecodeError", " characters)); build")
+    for other, name in ((5, "5"), ("a\nb", "a\\nb"), ([], "[]")):
+        write(tokenizer=dict(sha256=other))
+        refused(tmp_path, data, f"were made with another tokenizer (sha256 {name}…)")
     path.write_text("{")
     refused(tmp_path, data, "manifest.json cannot be used", "build the data set again")
     path.write_text('{"datasets": []}')  # somebody else's
