@@ -22,6 +22,7 @@ Shapes are written with B batch, T tokens, D model width, H heads, K head width,
 import contextlib
 import copy
 import dataclasses
+import errno
 import functools
 import hashlib
 import io
@@ -35,6 +36,7 @@ import re
 import select
 import shutil
 import signal
+import stat
 import statistics
 import struct
 import sys
@@ -44,6 +46,7 @@ import time
 import unicodedata
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from fnmatch import fnmatch
 from pathlib import Path
 from time import monotonic
 from typing import Any, NamedTuple
@@ -700,8 +703,8 @@ class Place(NamedTuple):
 def torchrun_number(environ: Mapping[str, str], name: str, default: int) -> int:
     """One of torchrun's variables. Raises UserError."""
     text = environ.get(name, str(default))
-    if not text.isdecimal():
-        raise UserError(f"{name}={text} must be a whole number; torchrun sets it, one process needs none")
+    if not text.isdecimal() or len(text) > 9:
+        raise UserError(f"{name}={shown(text)} must be a whole number; torchrun sets it, one process needs none")
     return int(text)
 
 
@@ -906,9 +909,10 @@ class Log:
         """End with the whole log on some disk: where its own stayed full, in a folder that the console names."""
         if self._file is None:
             return
-        if self.unwritten:
-            kept = self.rescue(self.path.name, self.written() + self.unwritten)
-            complain(f"warning: {self.path} is not whole; the whole log is {kept}")
+        removed = not os.fstat(self._file.fileno()).st_nlink
+        if self.unwritten or removed:
+            kept = self.rescue(self.path.name, self.written() + self.unwritten) or "nowhere: no folder takes it"
+            complain(f"warning: {self.path} {'is gone' if removed else 'is not whole'}; the whole log is {kept}")
         self._file.close()
         self.path = self._file = None
 
@@ -926,7 +930,9 @@ def open_locked(path: Path) -> io.FileIO:
         import fcntl  # not on Windows
 
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+        if not os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            raise FileNotFoundError  # set aside between the two, by another start
+    except (BlockingIOError, FileNotFoundError):
         file.close()
         raise UserError(
             f"RUN_ID={path.stem} is running now and holds {path}; choose another or wait for its end"
@@ -1236,6 +1242,36 @@ def write_atomic(path: Path, parts: Iterable[bytes]) -> None:
         raise
 
 
+def remove(paths: Iterable[Path], log: Log) -> None:
+    """Files that nobody needs any more; one that stays is no fault of the run."""
+    for path in paths:
+        try:
+            path.unlink()
+        except OSError as error:
+            log(f"warning: cannot remove {path}: {error.strerror}")
+
+
+def read_file(path: Path, start: bytes = b"") -> bytes:
+    """All of a file, or no more than its first bytes where they are not `start`.
+
+    Raises OSError, also for a pipe or a device, which may never end, and for what memory does not hold.
+    """
+    check_regular(path)
+    try:
+        with path.open("rb") as file:
+            first = file.read(len(start))
+            return first + file.read() if first == start else first
+    except MemoryError:
+        raise OSError(errno.ENOMEM, "it is larger than the free memory", str(path)) from None
+
+
+def check_regular(path: Path) -> None:
+    """Raises OSError for a pipe or a device, where to open is to wait, and for what is not there."""
+    mode = path.stat().st_mode
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # a folder fails by itself
+        raise OSError(errno.EINVAL, "it is no regular file", str(path))
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Data: shards, loader, byte accounting
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1249,6 +1285,7 @@ def read_shard(path: Path) -> np.ndarray:
     SHARD: 256 little-endian int32 (magic, version, number of tokens, zeros), then that many little-endian uint16.
     """
     try:
+        check_regular(path)
         size = path.stat().st_size
         with path.open("rb") as file:
             header = np.frombuffer(file.read(12).ljust(12, b"\0"), dtype="<i4")
@@ -1267,8 +1304,14 @@ def read_shard(path: Path) -> np.ndarray:
 def find_shards(hp: Hyperparameters, split: str) -> list[Path]:
     """Sorted shards of a split. Raises UserError, also where a byte sidecar lies beside them."""
     folder = Path(hp.data_path)
-    paths = sorted(folder.glob(f"fineweb_{split}_*.bin"))
-    if sidecars := sorted(folder.glob("fineweb_*_bytes_*.bin")):
+    try:
+        names = os.listdir(folder)
+    except (FileNotFoundError, NotADirectoryError):
+        names = []
+    except OSError as error:
+        raise UserError(f"cannot read DATA_PATH={folder}: {error.strerror}") from None
+    paths = sorted(folder / name for name in names if fnmatch(name, f"fineweb_{split}_*.bin"))
+    if sidecars := sorted(folder / name for name in names if fnmatch(name, "fineweb_*_bytes_*.bin")):
         raise UserError(
             f"{sidecars[0]} is a byte sidecar: these shards hold transformed text (CaseOps), whose bytes this script "
             "does not count; use shards of plain text"
@@ -1399,7 +1442,7 @@ class TokenBytes:
         import sentencepiece
 
         try:
-            serialized = path.read_bytes()
+            serialized = read_file(path)
             if not serialized:
                 raise RuntimeError("it is empty")
             model = sentencepiece.SentencePieceProcessor(model_proto=serialized)  # any path's name will do
@@ -1479,6 +1522,8 @@ def protobuf_fields(message: bytes) -> Iterator[tuple[int, Any]]:
         if wire == 0:
             yield number, varint()
             continue
+        if wire not in (1, 2, 5):
+            raise UserError("the tokenizer's protobuf has a group, which SentencePiece does not write; use another")
         size = {1: 8, 5: 4}[wire] if wire != 2 else varint()
         yield number, message[place : place + size]
         place += size
@@ -1525,12 +1570,12 @@ def prepared_documents(folder: Path, tokenizer_sha256: str) -> list[tuple[int, s
     """
     path = folder / "manifest.json"
     try:
-        manifest = json.loads(path.read_bytes())
+        manifest = json.loads(read_file(path))
         if not isinstance(manifest, dict) or "prepare_version" not in manifest:
             return None
-        named = manifest["tokenizer"]["sha256"]
+        named = str(manifest["tokenizer"]["sha256"])
         entry = manifest.get("validation_documents")  # older data sets have none
-        data = (folder / entry["file"]).read_bytes() if entry else b""
+        data = read_file(folder / entry["file"]) if entry else b""
         whole = entry is None or hashlib.sha256(data).hexdigest() == entry["sha256"]
         rows = [line.split("\t") for line in data.decode().splitlines()]
         documents = [(int(count), digest) for count, digest in rows]
@@ -1539,9 +1584,13 @@ def prepared_documents(folder: Path, tokenizer_sha256: str) -> list[tuple[int, s
             return None
         raise UserError(f"{path} names {error.filename}, which is missing; build the data set again") from None
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(f"{path} cannot be used ({error!r}); build the data set again, or move it away") from None
+        raise UserError(
+            f"{path} cannot be used ({shown(repr(error))}); build the data set again, or move it away"
+        ) from None
     if named != tokenizer_sha256:
-        raise UserError(f"the shards in {folder} were made with another tokenizer (sha256 {named[:16]}…); see {path}")
+        raise UserError(
+            f"the shards in {folder} were made with another tokenizer (sha256 {shown(named[:16])}…); see {path}"
+        )
     if not whole:
         raise UserError(f"{folder / entry['file']} is not what {path} says; build the data set again")
     return documents if entry else None
@@ -3060,7 +3109,7 @@ def artifact_header(kind: str, hp: Hyperparameters, dtype: torch.dtype, tokenize
 def read_artifact_file(path: str, kind: str) -> tuple[bytes, dict, dict[str, Stored]]:
     """(bytes, header, tensors) of a file of this kind. Raises UserError naming the file."""
     try:
-        blob = Path(path).read_bytes()
+        blob = read_file(Path(path), MAGIC)
         header, tensors = unpack_artifact(blob)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
@@ -3188,7 +3237,7 @@ def checkpoint_parts(meta: Mapping, tensors: Mapping[str, Tensor]) -> Iterator[b
 def read_checkpoint(path: Path) -> Checkpoint:
     """A whole checkpoint, or a UserError that says what is wrong with it."""
     try:
-        blob = path.read_bytes()
+        blob = read_file(path, CHECKPOINT_MAGIC)
     except OSError as error:
         raise UserError(f"cannot read the checkpoint {path}: {error.strerror}") from None
     older = [p for p in find_checkpoints(path.parent) if p != path]
@@ -3233,11 +3282,14 @@ def find_resumed(hp: Hyperparameters, source: bytes) -> Checkpoint | None:
     path = Path(hp.resume)
     if hp.resume == "auto":
         folder = Path(hp.out_dir) / "runs" / hp.run_id
-        if (folder / "result.json").exists():
-            raise UserError(f"RUN_ID={hp.run_id} has ended: {folder / 'result.json'}; there is nothing to resume")
-        if (log := log_path(hp, hp.run_id)).exists():
-            open_locked(log).close()  # beside a run that is alive, its checkpoints come and go
-        found = find_checkpoints(folder)
+        try:
+            if (folder / "result.json").exists():
+                raise UserError(f"RUN_ID={hp.run_id} has ended: {folder / 'result.json'}; there is nothing to resume")
+            if (log := log_path(hp, hp.run_id)).exists():
+                open_locked(log).close()  # beside a run that is alive, its checkpoints come and go
+            found = find_checkpoints(folder)
+        except OSError as error:
+            raise UserError(f"cannot read OUT_DIR={hp.out_dir}: {error.strerror} ({error.filename})") from None
         if not found:
             return None
         path = found[-1]
@@ -3847,7 +3899,17 @@ class Trainer:
                 seconds = hp.gptq_reserve_seconds or 2 * self.measure_calibration()
                 self.clock.reserve_ms += 1000 * seconds
                 run.log(f"train_reserve:{1000 * seconds:.0f}ms for calibration")
+                run.ranks.agree(lambda: self.check_reserve(seconds))
         run.phases.seconds["warmup"] = time.perf_counter() - start
+
+    def check_reserve(self, seconds: float) -> None:
+        """Whether calibration leaves some of the training clock. Raises UserError."""
+        hp = self.run.hp
+        if seconds >= hp.max_wallclock_seconds:
+            raise UserError(
+                f"GPTQ_CALIBRATION_TOKENS={hp.gptq_calibration_tokens} may take {seconds:.0f} s and leaves nothing of "
+                f"MAX_WALLCLOCK_SECONDS={hp.max_wallclock_seconds:g} to train in; lower it"
+            )
 
     def measure_calibration(self) -> float:
         """Seconds that calibration will take, from one batch of each rank on synthetic tokens, agreed."""
@@ -3992,14 +4054,15 @@ class Trainer:
         )
         try:
             write_atomic(path, checkpoint_parts(meta, tensors))
-            found = find_checkpoints(run.folder)  # those after this step were given up when it was taken up
-            place = found.index(path)
-            for old in [*found[: max(0, place - 1)], *found[place + 1 :], *run.folder.glob("*.partial")]:
-                old.unlink()
+            size = path.stat().st_size
         except OSError as error:
             run.log(f"warning: checkpoint of step {self.step} not written: {error.strerror}; {run.signals.advice}")
             return 0
-        return path.stat().st_size
+        found = find_checkpoints(run.folder)  # those after this step were given up when it was taken up
+        if path in found:  # else somebody has just removed the folder
+            place = found.index(path)
+            remove([*found[: max(0, place - 1)], *found[place + 1 :], *run.folder.glob("*.partial")], run.log)
+        return size
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Take up the state of a checkpoint, whatever the world size that wrote it."""
@@ -5164,8 +5227,7 @@ def finish(run: Run, result: dict, scores: Mapping[str, Score], path: Path, blob
     broken, line = list(limits_broken(hp, size, result, scores[headline])), json.dumps(result)
     if run.ranks.is_main:
         file = write_result(run, run.folder / "result.json", (line + "\n").encode())
-        for left in [*find_checkpoints(run.folder), *run.folder.glob("*.partial")]:
-            left.unlink()
+        remove([*find_checkpoints(run.folder), *run.folder.glob("*.partial")], log)
         log(f"files: log {log.path} artifact {path} result {file}")
     for message in broken:
         log(f"limit: {message}")

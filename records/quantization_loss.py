@@ -95,6 +95,9 @@ def main() -> int:
     parser.add_argument("--landings", type=int, metavar="N", help="fit N perturbed copies instead of scoring")
     parser.add_argument("--calibration-tokens", type=int, default=262_144)
     arguments = parser.parse_args()
+    for word in " ".join(arguments.settings).split():
+        if "=" not in word:
+            parser.error(f"{word} is no NAME=value")
     try:
         bench = Bench(arguments.weights, arguments.data, arguments.calibration_tokens)
         rows = [dict(word.split("=", 1) for word in settings.split()) for settings in arguments.settings]

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import os
 import random
 import re
 import struct
@@ -619,6 +620,17 @@ def test_reading_a_file_names_it_and_its_kind(tmp_path):
     assert blob == path.read_bytes() and same(tensors, pg.unpack_artifact(blob)[1]) and header["kind"] == "artifact"
     with pytest.raises(pg.UserError, match="EVAL_ONLY=1"):
         pg.read_artifact_file(str(path), "weights")
+
+
+def test_what_never_ends_or_is_huge_is_no_artifact(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", Path("/dev/zero")):
+        with pytest.raises(pg.UserError, match=f"cannot read {path}: it is no regular file"):
+            pg.read_artifact_file(str(path), "artifact")
+    with (tmp_path / "huge").open("wb") as file:
+        file.truncate(1 << 40)  # of which no more is read than it takes to know
+    with pytest.raises(pg.UserError, match="not an artifact of this script"):
+        pg.read_artifact_file(str(tmp_path / "huge"), "artifact")
 
 
 def test_a_missing_compressor_is_a_user_error_and_never_another_compressor(monkeypatch):

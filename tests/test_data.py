@@ -1,9 +1,12 @@
 """Shards, batches, byte accounting, and every way in which data can be wrong."""
 
 import dataclasses
+import errno
 import gzip
 import hashlib
+import io
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -261,6 +264,33 @@ def test_damaged_shards_are_refused(name, data, tmp_path):
     refused(tmp_path, data, name, "holds no tokens")
 
 
+@pytest.mark.parametrize(
+    "name", ["fineweb_val_000000.bin", "fineweb_train_000001.bin", "manifest.json", "fineweb_val_documents.tsv"]
+)
+def test_a_pipe_is_refused_and_not_waited_for(name, data, tmp_path):
+    (data / name).unlink()
+    os.mkfifo(data / name)
+    refused(tmp_path, data, str(data), "it is no regular file")
+
+
+def test_a_folder_that_cannot_be_read_is_named(data, tmp_path, monkeypatch):
+    def refuse(_):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(os, "listdir", refuse)
+    refused(tmp_path, data, f"cannot read DATA_PATH={data}: Permission denied")
+
+
+def test_a_file_larger_than_the_memory_is_an_error_of_reading_it(data, monkeypatch):
+    class Huge(io.BytesIO):
+        def read(self, size=-1):
+            raise MemoryError
+
+    monkeypatch.setattr(Path, "open", lambda *_: Huge())
+    with pytest.raises(OSError, match="larger than the free memory"):
+        pg.read_file(data / "manifest.json")
+
+
 def test_a_validation_id_beyond_the_vocabulary_is_refused_at_load(data, tmp_path):
     path = data / "fineweb_val_000000.bin"
     alter(path, path.stat().st_size - 2, (512).to_bytes(2, "little"))  # the very last token
@@ -413,6 +443,13 @@ def test_the_published_case_operator_tokenizer_is_refused_and_the_plain_one_is_n
         pg.TokenBytes(real_text / "fineweb_8192_bpe_lossless_caps_caseops_v1_reserved.model", 8192)
 
 
+def test_a_tokenizer_with_what_sentencepiece_does_not_write_is_refused(data, tmp_path):
+    (data / "manifest.json").unlink()
+    with (data / "bpe_512.model").open("ab") as file:
+        file.write(bytes([0xC3, 0x0C, 0xC4, 0x0C]))  # a group, field 200: SentencePiece takes it
+    refused(tmp_path, data, "the tokenizer's protobuf has a group")
+
+
 def test_types_of_pieces_are_those_that_sentencepiece_tells(tmp_path):
     path, size = train_tokenizer(tmp_path, "other", user_defined_symbols=["<sep>"], control_symbols=["<mask>"])
     model = sentencepiece.SentencePieceProcessor(model_file=str(path))
@@ -442,6 +479,11 @@ def test_a_manifest_that_does_not_fit_what_lies_beside_it_is_refused(data, tmp_p
     refused(tmp_path, data, "record.tsv, which is missing; build the data set again")
     (data / "record.tsv").write_bytes(b"4\tabc\n")
     refused(tmp_path, data, "record.tsv is not what", "manifest.json says")
+    (data / "record.tsv").write_bytes(b"\xff" * 100_000)
+    refused(tmp_path, data, "manifest.json cannot be used (UnicodeDecodeError", " characters)); build")
+    for other, name in ((5, "5"), ("a\nb", "a\\nb"), ([], "[]")):
+        write(tokenizer=dict(sha256=other))
+        refused(tmp_path, data, f"were made with another tokenizer (sha256 {name}…)")
     path.write_text("{")
     refused(tmp_path, data, "manifest.json cannot be used", "build the data set again")
     path.write_text('{"datasets": []}')  # somebody else's

@@ -313,6 +313,23 @@ def test_a_log_that_cannot_be_written_any_more_is_whole_elsewhere(lines, whole, 
     assert len(text.splitlines()) == len(whole.log.read_text("utf-8").splitlines())
 
 
+def test_a_log_that_is_removed_is_whole_elsewhere(tmp_path, monkeypatch, capsys):
+    (refuge := tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(refuge))
+    for kept in (True, False):
+        log = pg.Log(path := tmp_path / "run.txt")
+        log("first", console=False)
+        path.unlink()
+        log("second", console=False)
+        if not kept:
+            monkeypatch.setattr(pg.Log, "rescue", lambda *_: None)
+        log.close()
+        (where,) = refuge.rglob("run.txt")
+        assert where.read_text() == "first\nsecond\n"
+        said = where if kept else "nowhere: no folder takes it"
+        assert capsys.readouterr().err == f"warning: {path} is gone; the whole log is {said}\n"
+
+
 def test_a_log_goes_on_whole_when_its_disk_has_room_again(tmp_path):
     """A disk that takes five bytes, then none, then all."""
     log, room = pg.Log(tmp_path / "run.txt"), [5, 0, 0, 10**6]
@@ -453,6 +470,14 @@ def test_averaging_fits_into_the_cap_behind_the_last_step(again, monkeypatch):
     taken = ran.result["phase_seconds"]
     assert 0.1 < taken["train"] <= 2 - reserve / 1000
     assert taken["train"] + taken["average"] <= 2
+
+
+def test_a_calibration_that_takes_the_whole_clock_is_an_error_before_training(again):
+    ran = again(MAX_WALLCLOCK_SECONDS=30, GPTQ_ENABLED=1, GPTQ_CALIBRATION_TOKENS=10**11, CHECKPOINT_EVERY=0)
+    said = (
+        r"error: GPTQ_CALIBRATION_TOKENS=10{11} may take \d+ s and leaves nothing of MAX_WALLCLOCK_SECONDS=30 to train"
+    )
+    assert ran.code == 2 and re.match(said, ran.err) and ran.err.count("\n") == 1 and "step:1/" not in ran.out
 
 
 def test_without_a_cap_nothing_is_reserved(whole):

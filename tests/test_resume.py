@@ -461,6 +461,18 @@ def test_a_run_that_ends_without_another_checkpoint_clears_what_a_kill_left(fold
     assert ran.artifact == plain.artifact and names_in(folder) == {"artifact.pgolf", "result.json"}
 
 
+def test_what_cannot_be_removed_is_named_and_ends_nothing(go, plain):
+    def obstruct(trainer: pg.Trainer) -> None:
+        (trainer.run.folder / "checkpoint-20.pgckpt").mkdir()
+
+    with after_step(3, obstruct):
+        ran = go(**EVERY_STEP)
+    assert ran.code == 0 and ran.artifact == plain.artifact
+    stuck = ran.folder / "checkpoint-20.pgckpt"
+    assert f"warning: cannot remove {stuck}: {os.strerror(errno.EISDIR)}\n" in ran.out and "not written" not in ran.out
+    assert names_in(ran.folder) == {"artifact.pgolf", "result.json", stuck.name}
+
+
 # -----------------------------------------------------------------------------
 # EVERY PIECE OF THE STATE
 # -----------------------------------------------------------------------------
@@ -948,8 +960,17 @@ def test_paths_that_hold_no_checkpoint_are_refused(refused, plain, tmp_path):
     noise.write_bytes(random.Random(0).randbytes(100_000))
     assert refused(RESUME=missing) == f"cannot read the checkpoint {missing}: No such file or directory"
     assert refused(RESUME=tmp_path) == f"cannot read the checkpoint {tmp_path}: Is a directory"
-    for path in (artifact, noise, plain.log):
+    os.mkfifo(tmp_path / "pipe")
+    assert refused(RESUME=tmp_path / "pipe") == f"cannot read the checkpoint {tmp_path / 'pipe'}: it is no regular file"
+    with (huge := tmp_path / "huge").open("wb") as file:
+        file.truncate(1 << 40)
+    for path in (artifact, noise, plain.log, huge):
         assert refused(RESUME=path) == f"{path} is no checkpoint of this script; there is no other one"
+
+
+def test_a_log_that_cannot_be_read_is_named(refused, tmp_path):
+    (log := tmp_path / "logs" / "run.txt").mkdir(parents=True)
+    assert refused(RESUME="auto") == f"cannot read OUT_DIR={tmp_path}: Is a directory ({log})"
 
 
 def test_scoring_an_artifact_is_not_resumed(refused, path, plain):
@@ -1000,6 +1021,26 @@ def test_a_run_id_is_one_runs_for_its_life(go, tiny_data, tmp_path, plain):
         first.wait()
         first.stdout.close()
     assert_same(go(RESUME="auto"), plain)
+
+
+def test_a_log_that_is_set_aside_while_another_start_opens_it_is_not_that_starts(tmp_path, monkeypatch):
+    import fcntl
+
+    path, lock = tmp_path / "run.txt", fcntl.flock
+    path.write_text("dead\n")
+
+    def late(file, how) -> None:
+        monkeypatch.setattr(fcntl, "flock", lock)
+        running.append(pg.Log(path))
+        running[0].set_aside()
+        lock(file, how)
+
+    running = []
+    monkeypatch.setattr(fcntl, "flock", late)
+    with pytest.raises(pg.UserError, match="RUN_ID=run is running now"):
+        pg.Log(path)
+    assert names_in(tmp_path) == {"run.txt", "run.dead-1.txt"}
+    running[0].close()
 
 
 def test_a_file_system_without_locks_is_named(tmp_path, capsys, monkeypatch):

@@ -87,6 +87,8 @@ MEETING = dict(WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT="29771")
         (dict(WORLD_SIZE=""), "WORLD_SIZE= must be a whole number"),
         (dict(RANK=""), "RANK= must be a whole number"),
         (dict(RANK="-1"), "RANK=-1 must be a whole number"),
+        (dict(RANK="9" * 5000), f"RANK={'9' * 80}… (5000 characters) must be a whole number"),
+        (dict(RANK="x\ny"), "RANK=x\\ny must be a whole number"),
         (dict(LOCAL_RANK="abc"), "LOCAL_RANK=abc must be a whole number"),
         (dict(LOCAL_WORLD_SIZE="1.0"), "LOCAL_WORLD_SIZE=1.0 must be a whole number"),
         (dict(WORLD_SIZE="0"), "RANK=0 must be less than WORLD_SIZE=0"),
