@@ -952,7 +952,7 @@ def progress_bar(total: int | None, label: str, log: Log, initial: int = 0):
 
 
 class ProgressLines:
-    """`progress:LABEL done/total` where nothing else has been said of it for PROGRESS_SECONDS."""
+    """`progress:LABEL done/total`, at most once in PROGRESS_SECONDS."""
 
     def __init__(self, total: int | None, label: str, log: Log, initial: int = 0):
         self.log, self.label, self.of = log, label, f"/{total}" if total is not None else ""
