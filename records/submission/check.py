@@ -22,6 +22,7 @@ from typing import Any
 
 from records.submission import legality
 from records.submission.claims import check_numbers, readme_scores
+from records.submission.command import clean_text, command
 from records.submission.foreign import (
     COMPANION,
     LOG,
@@ -33,7 +34,6 @@ from records.submission.foreign import (
     Finding,
     Note,
     Submission,
-    clean_text,
     leaves,
     load,
     summarised,
@@ -121,13 +121,7 @@ def check_files(s: Submission) -> Iterator[Note]:
                 data = s.read(name, MAX_FOLDER)
                 if SECRET.search(data):
                     yield Note("FAIL", f"{name}: holds what looks like a secret key")
-                elif (
-                    b"\0" in data[:4096]
-                    and name not in logs
-                    and not used
-                    and not IMAGE.search(name)
-                    and "tokenizers/" not in name
-                ):
+                elif b"\0" in data[:4096] and not (name in logs or used or IMAGE.search(name) or "tokenizers/" in name):
                     yield Note("FAIL", f"{name}: binary")
     if sum(s.files.values()) > MAX_FOLDER:
         yield Note("FAIL", f"{sum(s.files.values()):,} bytes in all")
@@ -221,9 +215,8 @@ def check_score_field(s: Submission, meta: Mapping) -> Iterator[Note]:
 
 
 def kind_name(kind: type) -> str:
-    return {str: "text", list: "a list", dict: "an object", int: "a whole number", Decimal: "a number"}.get(
-        kind, "null"
-    )
+    names = {str: "text", list: "a list", dict: "an object", int: "a whole number", Decimal: "a number"}
+    return names.get(kind, "null")
 
 
 def kind_of(value: Any) -> str:
@@ -387,9 +380,8 @@ def check_size(s: Submission) -> Iterator[Note]:
         real = total - counted + code
         over = f", {real - CAP_BYTES:,} over the cap" if real > CAP_BYTES else ""
         both = f"{total:,} bytes in all as counted, {real:,} by what runs{over}"
-        yield Note(
-            "FAIL" if s.ours else "warn", f"{name} counts {counted:,} bytes of code, {what} has {code:,}: {both}"
-        )
+        level = "FAIL" if s.ours else "warn"
+        yield Note(level, f"{name} counts {counted:,} bytes of code, {what} has {code:,}: {both}")
     if unknown:
         yield Note("skip", f"no total size is clear in {', '.join(unknown)}")
     yield from check_size_fields(s, worst)
@@ -744,28 +736,22 @@ def is_clean(findings: Iterable[Finding]) -> bool:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+CHANGED = dict(A="added", D="deleted")  # status of git diff
+
+
 def git(folder: Path, *words: str) -> str:
     """Output of a git command in a folder. Raises CheckError."""
     # Nothing that the repository's own configuration names is started.
     safe = ["-c", "core.fsmonitor=", "-c", "core.hooksPath=/dev/null", "-c", "diff.external="]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
     try:
-        done = subprocess.run(
-            ["git", *safe, *words],
-            cwd=folder,
-            env=environment,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=60,
-        )
+        done = subprocess.run(["git", *safe, *words], cwd=folder, env=environment, capture_output=True, timeout=60)
     except (OSError, subprocess.SubprocessError) as error:
         raise CheckError(f"git: {clean_text(str(error), 120)}") from None
+    out, said = (stream.decode("utf-8", "replace") for stream in (done.stdout, done.stderr))
     if done.returncode:
-        raise CheckError(
-            f"git {words[0]}: {clean_text(done.stderr.strip().splitlines()[-1] if done.stderr.strip() else '', 120)}"
-        )
-    return done.stdout
+        raise CheckError(f"git {words[0]}: {clean_text(''.join(said.strip().splitlines()[-1:]), 120)}")
+    return out
 
 
 def check_against(folder: Path, ref: str) -> list[Finding]:
@@ -783,11 +769,9 @@ def check_against(folder: Path, ref: str) -> list[Finding]:
         notes.append(Note("FAIL", f"{own} is not records/track_<track>/<folder>/"))
     for name, status in changed.items():
         if not name.startswith(own):
-            notes.append(
-                Note("FAIL", f"{name} is {dict(A='added', D='deleted').get(status, 'changed')}, outside of {own}")
-            )
+            notes.append(Note("FAIL", f"{name} is {CHANGED.get(status, 'changed')}, outside of {own}"))
         elif status != "A":
-            notes.append(Note("FAIL", f"{name} was there before and is {'deleted' if status == 'D' else 'changed'}"))
+            notes.append(Note("FAIL", f"{name} was there before and is {CHANGED.get(status, 'changed')}"))
     ignored = git(root, "ls-files", "--others", "--ignored", "--exclude-standard", "-z", "--", own).split("\0")
     notes += [Note("FAIL", f"{name} is ignored by git and would be missing: git add -f") for name in ignored if name]
     added = sum(name.startswith(own) for name in changed)
@@ -808,32 +792,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--against", metavar="REF", help="also check that the change since REF is this folder alone")
 
 
+@command
 def run(args: argparse.Namespace) -> int:
     """1 where anything FAILed, or was not examined that the challenge requires."""
-    try:
-        found = []
-        folders = [folder for folder in args.folders if not folder.is_file()] or args.folders
-        for file in [path for path in args.folders if path not in folders]:  # of `check records/track_x/*`
-            print(f"skipped: {clean_text(str(file))} is no folder", file=sys.stderr)
-        for folder in folders:
-            findings = check(folder)
-            findings += check_run(folder) if args.run else []
-            findings += check_against(folder, args.against) if args.against else []
-            found.append((folder, findings))
-    except (CheckError, OSError) as error:
-        print(f"error: {clean_text(str(error))}", file=sys.stderr)
-        return 2
+    found = []
+    folders = [folder for folder in args.folders if not folder.is_file()] or args.folders
+    for file in [path for path in args.folders if path not in folders]:  # of `check records/track_x/*`
+        print(f"skipped: {clean_text(str(file))} is no folder", file=sys.stderr)
+    for folder in folders:
+        findings = check(folder)
+        findings += check_run(folder) if args.run else []
+        findings += check_against(folder, args.against) if args.against else []
+        found.append((folder, findings))
     clean = all(is_clean(findings) for _, findings in found)
     if args.json:
-        folders = [
-            {
-                "folder": str(folder),
-                "failed": any(f.level == "FAIL" for f in findings),
-                "clean": is_clean(findings),
-                "findings": [f._asdict() for f in findings],
-            }
-            for folder, findings in found
-        ]
+        folders = []
+        for folder, findings in found:
+            failed = any(f.level == "FAIL" for f in findings)
+            said = dict(folder=str(folder), failed=failed, clean=is_clean(findings))
+            folders.append(said | {"findings": [f._asdict() for f in findings]})
         failed = any(folder["failed"] for folder in folders)
         print(json.dumps({"failed": failed, "clean": clean, "folders": folders}, indent=2))
         return int(not clean)

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from records.submission import runlog, unpack
+from records.submission.command import Unusable, clean_text
 from records.submission.runlog import LogError, RunLog
 from records.submission.runs import Choice, as_seed, choose, declared_label, headline_of, joined, number, seed_of
 
@@ -39,7 +40,7 @@ COMPANION = re.compile(
 )
 
 
-class CheckError(Exception):
+class CheckError(Unusable):
     """Arguments that cannot be used, in one line for the user."""
 
 
@@ -342,11 +343,3 @@ def summarised(name: str, notes: list[Note]) -> list[Finding]:
         if len(texts) > MAX_FINDINGS:
             found.append(Finding(name, level, f"and {len(texts) - MAX_FINDINGS} more"))
     return found
-
-
-def clean_text(text: str, limit: int = 300) -> str:
-    """Foreign text for a terminal: one line, nothing that is not printable."""
-    shown = "".join(
-        c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text[:limit]
-    )
-    return shown + "..." * (len(text) > limit)
