@@ -31,7 +31,7 @@ def command(run: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Name
             problem = f"{error.filename}: {error.strerror}" if error.filename else str(error)
         except Unusable as error:
             problem = str(error)
-        print(f"error: {clean_text(problem, 500)}", file=sys.stderr)
+        print(f"error: {clean_text(problem, 2000)}", file=sys.stderr)
         return 2
 
     return carried_out

@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import chain
 from typing import Any, NamedTuple
 
-from records.submission.unpack import read_tree
+from records.submission.unpack import Function, blocks, read_tree
 
 
 class Finding(NamedTuple):
@@ -40,7 +40,6 @@ class Finding(NamedTuple):
 MAX_FOLLOWED = 1_000_000  # nodes visited while values are followed; this project's script takes 200,000
 MAX_WARM_UP = 100  # statements of a block that a warm-up may take
 UNKNOWN, Nothing = object(), object()  # no value that is known; the value None
-Function = (ast.FunctionDef, ast.AsyncFunctionDef)
 Scopes = list[tuple[str, list[ast.AST]]]  # (name, own nodes) of the module and of every function
 
 VALIDATION = re.compile(
@@ -624,8 +623,8 @@ class Flow:
             state.quiet = quiet
             return events
         if isinstance(node, ast.Try) or type(node).__name__ == "TryStar":
-            blocks = [node.body, *(handler.body for handler in node.handlers), node.orelse, node.finalbody]
-            return [event for block in blocks for event in self.block(block, state)]
+            parts = [node.body, *(handler.body for handler in node.handlers), node.orelse, node.finalbody]
+            return [event for block in parts for event in self.block(block, state)]
         if isinstance(node, ast.Match):
             return [event for case in node.cases for event in self.block(case.body, state)]
         events = [event for part in ast.iter_child_nodes(node) for event in self.expression(part, state)]
@@ -834,10 +833,7 @@ def without_gradient(node: ast.AST) -> bool:
 def blocks_of(tree: ast.AST) -> Iterator[tuple[list[ast.stmt], bool]]:
     """(statements, whether they are a function's) of every block."""
     for node in ast.walk(tree):
-        for field in ("body", "orelse", "finalbody"):
-            block = getattr(node, field, None)
-            if isinstance(block, list):
-                yield block, isinstance(node, Function)
+        yield from ((block, isinstance(node, Function)) for _, block in blocks(node))
 
 
 def thrown_away(found: tuple[list[ast.stmt], bool]) -> Iterator[int]:

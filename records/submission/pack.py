@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from records.submission.command import Unusable, command
+from records.submission.unpack import Function, blocks
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -128,9 +129,8 @@ class Strip(ast.NodeTransformer):
         return next(t for t in self.tokens[i:] if t.string in strings or ("" in strings and t.type == tokenize.NEWLINE))
 
     def visit(self, node: ast.AST) -> Any:
-        for field in ("body", "orelse", "finalbody"):
-            statements = getattr(node, field, None)
-            if isinstance(statements, list) and statements:
+        for field, statements in blocks(node):
+            if statements:
                 setattr(node, field, self.without_strings(node, statements))
         return super().visit(node)
 
@@ -138,7 +138,7 @@ class Strip(ast.NodeTransformer):
         """A block without the statements that are only a string; `pass` where nothing else is in it."""
         gone = [s for s in statements if isinstance(s, ast.Expr) and isinstance(s.value, ast.Constant)]
         gone = [s for s in gone if isinstance(s.value.value, str)]
-        has_docstring = isinstance(owner, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+        has_docstring = isinstance(owner, (ast.Module, ast.ClassDef, *Function))
         if self.keeps_docstrings and has_docstring:
             gone = [s for s in gone if s is not statements[0]]
         kept = [s for s in statements if s not in gone]
@@ -323,9 +323,9 @@ def make_tiny_data(folder: Path) -> Path:
     texts = sorted({text for member in members if len(text := str(getattr(member, "__doc__", None) or "")) > 80})
     documents, out = folder / "documents.jsonl", folder / "shards"
     documents.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), "utf-8")
-    command = [sys.executable, ROOT / "data" / "prepare.py", "text", documents, "--val-docs", "30", "--out", out]
-    command += ["--vocab-size", "512", "--shard-tokens", "20000", "--workers", "1"]
-    done = subprocess.run(command, env=clean_environ(), capture_output=True, text=True)
+    words = [sys.executable, ROOT / "data" / "prepare.py", "text", documents, "--val-docs", "30", "--out", out]
+    words += ["--vocab-size", "512", "--shard-tokens", "20000", "--workers", "1"]
+    done = subprocess.run(words, env=clean_environ(), capture_output=True, text=True)
     if done.returncode:
         raise PackError(f"cannot make data for the proof: {last_line(done.stderr)}")
     return out
@@ -355,8 +355,8 @@ def tiny_runs(scripts: dict[str, bytes], data: Path, folder: Path) -> dict[str, 
             place.mkdir()
             (place / "train_gpt.py").write_bytes(source)
             with (place / "out").open("wb") as out, (place / "err").open("wb") as err:
-                command, environ = [sys.executable, "-B", "train_gpt.py"], clean_environ(**settings)
-                running[name] = subprocess.Popen(command, cwd=place, env=environ, stdout=out, stderr=err)
+                words, environ = [sys.executable, "-B", "train_gpt.py"], clean_environ(**settings)
+                running[name] = subprocess.Popen(words, cwd=place, env=environ, stdout=out, stderr=err)
         for name, process in running.items():
             code = process.wait(PROOF_SECONDS)
             out, err = (last_line((folder / name / stream).read_text("utf-8", "replace")) for stream in ("out", "err"))

@@ -30,6 +30,7 @@ MAX_LAYERS = 8
 MAX_DICTIONARY = 1 << 26  # of a raw LZMA stream, which names its own memory need
 MAX_FOLDS = 20_000  # nodes folded per layer
 MAX_FOLDED = 64_000_000  # bytes made on the way, per layer
+Function = (ast.FunctionDef, ast.AsyncFunctionDef)
 
 
 class Problem(NamedTuple):
@@ -96,6 +97,11 @@ def read_tree(source: str, version: tuple[int, int] = (3, 10)) -> tuple[ast.Modu
     except SyntaxError as error:
         problems.append(Problem(error.lineno or 0, error.msg or "invalid syntax"))
     return parse(source), problems
+
+
+def decode(data: bytes) -> str:
+    """Foreign text with `\\n` newlines, whatever is wrong with it."""
+    return data.decode("utf-8", "replace").replace("\r\n", "\n")
 
 
 def decode_source(data: bytes) -> str:
@@ -555,12 +561,19 @@ class Folding:
             self.names, self.depth = outside, self.depth - 1
 
 
+def blocks(node: ast.AST) -> Iterator[tuple[str, list[ast.stmt]]]:
+    """(field, statements) of every block of a node; handlers and cases are nodes themselves."""
+    for field in ("body", "orelse", "finalbody"):
+        if isinstance(block := getattr(node, field, None), list):
+            yield field, block
+
+
 def statements(tree: ast.AST, inside: bool = False) -> Iterator[ast.stmt]:
     """Every statement that runs with the module, in order; those of functions only if `inside` is asked for."""
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, (ast.stmt, ast.ExceptHandler)):
             yield node
-            if inside or not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            if inside or not isinstance(node, (*Function, ast.ClassDef)):
                 yield from statements(node, inside)
 
 
@@ -622,10 +635,6 @@ def executed(call: ast.Call, foldings: list["Folding"], found: Unwrapped) -> lis
     return []
 
 
-def decode(data: bytes) -> str:
-    return data.decode("utf-8", "replace").replace("\r\n", "\n")
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Comparing a packed script with its readable companion
 # ----------------------------------------------------------------------------------------------------------------------
@@ -643,11 +652,9 @@ class Bare(ast.NodeTransformer):
 
     def visit(self, node):
         node = super().generic_visit(node)
-        for field in ("body", "orelse", "finalbody"):
-            block = getattr(node, field, None)
-            if isinstance(block, list):
-                setattr(node, field, [statement for statement in block if not is_bare(statement)])
-        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+        for field, block in blocks(node):
+            setattr(node, field, [statement for statement in block if not is_bare(statement)])
+        if isinstance(node, Function):
             node.returns = None
         elif isinstance(node, ast.arg):
             node.annotation = None
