@@ -22,6 +22,7 @@ from typing import Any
 from urllib.parse import quote
 
 from records.submission import runlog
+from records.submission.command import Unusable, command
 from records.submission.foreign import load
 from records.submission.rules import CAP_BYTES
 from records.submission.runs import declared_label
@@ -44,10 +45,6 @@ Runs of this project, best first. The table is written by `python records/submit
 markers is kept. Scores of different tracks were made on different data or hardware and do not compare.
 
 """
-
-
-class BoardError(Exception):
-    """Input that cannot be used: one line for the user."""
 
 
 @dataclass
@@ -155,7 +152,7 @@ def find(path: Path) -> Iterator[Path]:
                 elif is_record(inner):
                     yield inner
     else:
-        raise BoardError(f"{path} does not exist")
+        raise Unusable(f"{path} does not exist")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -300,10 +297,10 @@ def read_log(path: Path) -> Entry:
 
 
 def collect(paths: Sequence[Path]) -> list[Entry]:
-    """All entries by track (loose logs last) and score, ranked within their track. Raises BoardError, LogError."""
+    """All entries by track (loose logs last) and score, ranked within their track. Raises Unusable, LogError."""
     found = sorted({path.resolve(): path for start in paths for path in find(start)}.items())
     if len(found) > MAX_ENTRIES:
-        raise BoardError(f"{len(found)} folders and logs are more than {MAX_ENTRIES}; name fewer")
+        raise Unusable(f"{len(found)} folders and logs are more than {MAX_ENTRIES}; name fewer")
     entries = []
     for _, path in found:
         if path.is_dir():
@@ -384,15 +381,15 @@ def markdown(entries: Sequence[Entry], base: Path) -> str:
 
 
 def update_readme(path: Path, table: str) -> None:
-    """Put the table between the markers; a file that is not there is begun. Raises BoardError."""
+    """Put the table between the markers; a file that is not there is begun. Raises Unusable."""
     try:
         old = path.read_text("utf-8") if path.exists() else f"{INTRODUCTION}{BEGIN}\n{END}\n"
     except (OSError, ValueError) as error:
-        raise BoardError(f"{path} cannot be read as text: {error}") from None
+        raise Unusable(f"{path} cannot be read as text: {error}") from None
     before, begin, rest = old.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end or BEGIN in rest or END in before + after:
-        raise BoardError(f"{path} must have one line {BEGIN} and, after it, one line {END}: the table goes between")
+        raise Unusable(f"{path} must have one line {BEGIN} and, after it, one line {END}: the table goes between")
     write(path, f"{before}{BEGIN}\n\n{table}\n{END}{after}")
 
 
@@ -441,7 +438,7 @@ def write(path: Path, text: str) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, "utf-8", newline="\n")
     except OSError as error:
-        raise BoardError(f"cannot write {path}: {error.strerror}") from None
+        raise Unusable(f"cannot write {path}: {error.strerror}") from None
     print(f"wrote {path}")
 
 
@@ -451,14 +448,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--readme", type=Path, default=RECORDS / "README.md", help="file with the board's markers")
 
 
+@command
 def run(args: argparse.Namespace) -> int:
     """Exit code: 0, or 2 where a path or a file cannot be used."""
-    try:
-        entries = collect(args.paths or [RECORDS])
-        update_readme(args.readme, markdown(entries, args.readme.parent))
-        if args.html is not None:
-            write(args.html, page(entries))
-    except (BoardError, runlog.LogError, OSError) as error:
-        print(f"error: {clean(error, 500)}", file=sys.stderr)
-        return 2
+    entries = collect(args.paths or [RECORDS])
+    update_readme(args.readme, markdown(entries, args.readme.parent))
+    if args.html is not None:
+        write(args.html, page(entries))
     return 0

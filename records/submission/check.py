@@ -20,41 +20,14 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-from records.submission import legality
+from records.submission import foreign, legality, runs
 from records.submission.claims import check_numbers, readme_scores
-from records.submission.foreign import (
-    COMPANION,
-    LOG,
-    MAX_FILE,
-    MAX_FOLDER,
-    MAX_LINE,
-    STATED_BPB,
-    CheckError,
-    Finding,
-    Note,
-    Submission,
-    clean_text,
-    leaves,
-    load,
-    summarised,
-)
+from records.submission.command import clean_text, command
+from records.submission.foreign import CheckError, Finding, Note, Submission, load
 from records.submission.program import COMPANION_SOURCE, beside, check_source, check_syntax, sources
 from records.submission.rules import AUDITS, CAP_BYTES, CLOCK_SECONDS, SEEDS, has_clocks, verdict, within
 from records.submission.runlog import RunLog
-from records.submission.runs import (
-    EXACT_DIGITS,
-    Mean,
-    as_seed,
-    columns,
-    decimals,
-    declared_label,
-    differences,
-    means,
-    named_seed,
-    number,
-    score_digits,
-    seed_of,
-)
+from records.submission.runs import EXACT_DIGITS, Mean, means, number, seed_of
 from records.submission.smoke import check_run
 
 MIB_16 = 16 << 20  # what some take the cap for
@@ -106,30 +79,24 @@ def check_files(s: Submission) -> Iterator[Note]:
     for name, size in s.files.items():
         reason = next((why for why, pattern in SURPRISE.items() if re.search(pattern, name, re.I)), None)
         used = name == script or name in beside(s)
-        if COMPANION.fullmatch(name) or name in logs or used:
+        if foreign.COMPANION.fullmatch(name) or name in logs or used:
             reason = None
-        elif reason is None and not IMAGE.search(name) and not LOG.search(name):
+        elif reason is None and not IMAGE.search(name) and not foreign.LOG.search(name):
             yield Note("warn", f"{name}: not one of the files a submission has")
         if IMAGE.search(name) and Path(name).name not in s.readme:
             yield Note("warn", f"{name}: an image that README.md does not show")
         if reason:
             yield Note("FAIL", f"{name}: {reason}")
-        elif size > MAX_FILE and name not in logs:
+        elif size > foreign.MAX_FILE and name not in logs:
             yield Note("FAIL", f"{name}: {size:,} bytes")
-        elif size <= MAX_FOLDER:
+        elif size <= foreign.MAX_FOLDER:
             with contextlib.suppress(OSError):
-                data = s.read(name, MAX_FOLDER)
+                data = s.read(name, foreign.MAX_FOLDER)
                 if SECRET.search(data):
                     yield Note("FAIL", f"{name}: holds what looks like a secret key")
-                elif (
-                    b"\0" in data[:4096]
-                    and name not in logs
-                    and not used
-                    and not IMAGE.search(name)
-                    and "tokenizers/" not in name
-                ):
+                elif b"\0" in data[:4096] and not (name in logs or used or IMAGE.search(name) or "tokenizers/" in name):
                     yield Note("FAIL", f"{name}: binary")
-    if sum(s.files.values()) > MAX_FOLDER:
+    if sum(s.files.values()) > foreign.MAX_FOLDER:
         yield Note("FAIL", f"{sum(s.files.values()):,} bytes in all")
 
 
@@ -183,7 +150,7 @@ def check_json(s: Submission) -> Iterator[Note]:
         yield Note("warn", "github_id is empty")
     if isinstance(meta.get("date"), str) and not is_date(meta["date"]):
         yield Note("FAIL", f"date {meta['date']} is no day (YYYY-MM-DD) or ISO time")
-    for path, value in leaves(meta):
+    for path, value in foreign.leaves(meta):
         unsaid = path in ("author", "github_id", "name", "date", "track") and str(value).lower() in UNSAID
         if isinstance(value, str) and (unsaid or PLACEHOLDER.search(value[:500])):
             yield Note("FAIL", f"{path} is not filled in: {value}")
@@ -193,12 +160,12 @@ def check_json(s: Submission) -> Iterator[Note]:
     yield from check_score_field(s, meta)
     seeds, results = meta.get("seeds"), meta.get("seed_results")
     if isinstance(seeds, (list, dict)) and isinstance(results, dict):
-        listed, given = ({as_seed(seed) for seed in values} - {None} for values in (seeds, results))
+        listed, given = ({runs.as_seed(seed) for seed in values} - {None} for values in (seeds, results))
         if listed != given:
             odd = ", ".join(map(str, sorted(listed ^ given)))
             yield Note("FAIL", f"seeds and seed_results differ: {odd}")
     for i, line in enumerate(s.readme.split("\n"), 1):
-        if match := README_PLACEHOLDER.search(line[:MAX_LINE]):
+        if match := README_PLACEHOLDER.search(line[: foreign.MAX_LINE]):
             yield Note("warn", f"README.md line {i}: not filled in: {match[0]}")
 
 
@@ -221,9 +188,8 @@ def check_score_field(s: Submission, meta: Mapping) -> Iterator[Note]:
 
 
 def kind_name(kind: type) -> str:
-    return {str: "text", list: "a list", dict: "an object", int: "a whole number", Decimal: "a number"}.get(
-        kind, "null"
-    )
+    names = {str: "text", list: "a list", dict: "an object", int: "a whole number", Decimal: "a number"}
+    return names.get(kind, "null")
 
 
 def kind_of(value: Any) -> str:
@@ -251,7 +217,7 @@ def check_headline(s: Submission) -> Iterator[Note]:
         yield Note("skip", "nothing to compare: no JSON" if s.runs else "nothing to compare: no log of a run")
         return
     logs, (label, how) = list(s.runs.values()), s.headline
-    if declared_label(s.meta) is None and not s.ours:
+    if runs.declared_label(s.meta) is None and not s.ours:
         yield Note("usual", "headline")
     for index, key in enumerate(("val_bpb", "val_loss")):
         claim = s.stated(key) if key == "val_bpb" else s.meta.get(key)
@@ -300,7 +266,7 @@ def is_mean_of_rounded(s: Submission, key: str, claim: Any, mean: Mean) -> bool:
     values = rounded_scores(s, key) or readme_scores(s.readme, s.seeds)
     if not values:
         return False
-    rounding = 0.5 * 10.0 ** -max(map(decimals, values))
+    rounding = 0.5 * 10.0 ** -max(map(runs.decimals, values))
     stated = Mean(statistics.fmean(map(float, values)), len(values), tolerance=0.0)
     return stated.gives(claim) and mean.gives(claim, rounding)
 
@@ -325,13 +291,13 @@ def check_readme(s: Submission) -> Iterator[Note]:
     scores = re.findall(r"(?<![\w.])\d\.\d{3,20}(?![\w.]*\d)", s.readme)
     value = number(claim)
     # The one with more digits has to give the other.
-    halves = [0.5 * 10.0 ** -min(len(text) - 2, score_digits(claim)) * 1.001 for text in scores]
+    halves = [0.5 * 10.0 ** -min(len(text) - 2, runs.score_digits(claim)) * 1.001 for text in scores]
     if any(abs(float(text) - value) <= half for text, half in zip(scores, halves, strict=True)):
         return
     if any(abs(float(text) - value) < 10.0 ** -(len(text) - 2) for text in scores):
         yield Note("warn", f"README.md gives val_bpb {claim} of the JSON cut, not rounded")
     else:
-        stated = STATED_BPB.search(s.readme)
+        stated = foreign.STATED_BPB.search(s.readme)
         here = f", it gives {stated[1] or stated[2]}" if stated else ""
         yield Note("FAIL" if stated else "warn", f"README.md nowhere gives val_bpb {claim} of {s.json_name}{here}")
 
@@ -387,9 +353,8 @@ def check_size(s: Submission) -> Iterator[Note]:
         real = total - counted + code
         over = f", {real - CAP_BYTES:,} over the cap" if real > CAP_BYTES else ""
         both = f"{total:,} bytes in all as counted, {real:,} by what runs{over}"
-        yield Note(
-            "FAIL" if s.ours else "warn", f"{name} counts {counted:,} bytes of code, {what} has {code:,}: {both}"
-        )
+        level = "FAIL" if s.ours else "warn"
+        yield Note(level, f"{name} counts {counted:,} bytes of code, {what} has {code:,}: {both}")
     if unknown:
         yield Note("skip", f"no total size is clear in {', '.join(unknown)}")
     yield from check_size_fields(s, worst)
@@ -465,7 +430,7 @@ def check_clocks(s: Submission) -> Iterator[Note]:
         if steps := [str(step) for event, step in log.events if event == "resume"]:
             text = f"{name}: taken up from a checkpoint at step {', '.join(steps)}: its clocks span several processes"
             yield Note("warn", text)
-    for path, value in leaves(s.meta):
+    for path, value in foreign.leaves(s.meta):
         found, key = number(value), path.lower()
         if found is not None and re.search(r"(?:train|eval)_?time|wallclock|(?:train|eval)\w*_seconds", key):
             seconds = found / 1000 if key.endswith("_ms") else found
@@ -486,13 +451,13 @@ def check_calibration(name: str, log: RunLog, train: float | None) -> Iterator[N
     none. Text that the model makes itself is no training data, whatever was reserved."""
     lines = log.printed
     end = next((i for i, line in enumerate(lines) if ENDED.match(line)), len(lines))
-    late = [line.strip()[:MAX_LINE] for line in lines[end:] if CALIBRATION.search(line[:MAX_LINE])]
+    late = [line.strip()[: foreign.MAX_LINE] for line in lines[end:] if CALIBRATION.search(line[: foreign.MAX_LINE])]
     late = [line for line in late if not line.startswith("gptq (")]
     if not late:
         return
     spent = re.search(r"(\d{1,9}(?:\.\d{1,9})?) ?s\b", " ".join(late))
     seconds = float(spent[1]) if spent else 0.0
-    reserves = [RESERVED.search(line[:MAX_LINE]) for line in lines[:end] if "reserv" in line]
+    reserves = [RESERVED.search(line[: foreign.MAX_LINE]) for line in lines[:end] if "reserv" in line]
     if any(SELF_GENERATED.search(line) for line in late):
         took = f" ({seconds:.1f} s)" if seconds else ""
         yield Note("warn", f"{name}: calibration after the training clock{took}, on text that the model made itself")
@@ -520,7 +485,7 @@ def check_seeds(s: Submission) -> Iterator[Note]:
         return
     seeds: dict[int | None, str] = {}
     for name, log in s.runs.items():
-        seed, stated = seed_of(name, log), named_seed(name)
+        seed, stated = seed_of(name, log), runs.named_seed(name)
         if None not in (stated, log.seed) and stated != log.seed:
             yield Note("FAIL", f"{name} is the log of seed {log.seed}")
         if seed is not None and seed in seeds:
@@ -532,7 +497,7 @@ def check_seeds(s: Submission) -> Iterator[Note]:
             if "runs in one log" in message or "several values of seed" in message:
                 yield Note("warn", f"{name}: {message}")
     for copy, original in s.choice.copies.items():
-        if named_seed(copy) not in (None, seed_of(original, s.logs[original])):
+        if runs.named_seed(copy) not in (None, seed_of(original, s.logs[original])):
             yield Note("FAIL", f"the same file as {original}, or its copy: {copy}, named for another seed")
     if not s.choice.decided:
         yield Note("skip", f"several experiments, and nothing says which is meant: {', '.join(s.runs)} were judged")
@@ -550,7 +515,7 @@ def one_configuration(s: Submission) -> Iterator[Note]:
     """Nothing but seed, run id and paths differs between the logs."""
     (first, reference), *others = s.runs.items()
     for name, log in others:
-        odd = [f"{what} {mine} and {other}" for what, mine, other in differences(log, reference)]
+        odd = [f"{what} {mine} and {other}" for what, mine, other in runs.differences(log, reference)]
         if odd:
             yield Note("FAIL", f"{name} and {first} are of different configurations: {', '.join(odd[:4])}")
 
@@ -561,13 +526,14 @@ def deviations(s: Submission) -> Iterator[Note]:
         claim = s.meta.get(f"{key}_std")
         if number(claim) is None:
             continue
-        found = {label: [value for value, _ in values] for label, values in columns(s.runs.values(), index).items()}
+        lines = runs.columns(s.runs.values(), index)
+        found = {label: [value for value, _ in values] for label, values in lines.items()}
         score = s.stated("val_bpb") if index == 0 else s.meta.get(key)
         label = s.headline[0]
         fits = [name for name, mean in means(s.runs.values(), index).items() if mean.gives(score)]
         values = [found[name] for name in (fits if label is None else [label]) if len(found.get(name, ())) > 1]
         rounded = [[float(value) for value in rounded_scores(s, key)]]
-        half = 0.5 * 10.0 ** -decimals(claim) + 1.5 * EXACT_DIGITS  # the scores in the log are rounded too
+        half = 0.5 * 10.0 ** -runs.decimals(claim) + 1.5 * EXACT_DIGITS  # the scores in the log are rounded too
 
         def is_claim(deviation: Callable, samples: list[list[float]], claim=claim, half=half) -> bool:
             return any(abs(deviation(sample) - number(claim)) <= half for sample in samples if len(sample) > 1)
@@ -636,22 +602,22 @@ def check_compliance(s: Submission) -> Iterator[Note]:
     if not isinstance(claims, dict):
         yield Note("pass", "nothing to check: the JSON claims none")
         return
-    runs = s.runs.values()
+    logs = s.runs.values()
     seeds = {seed_of(name, log) for name, log in s.runs.items()} - {None}
 
     def clean(*rules: str) -> bool | None:
         levels = {finding.level for _, finding in examined(s) if finding.rule in rules}
         return False if "FAIL" in levels else None
 
-    audited = [passed for log in runs for passed, _ in log.audit.values()]
-    in_time = within(map(train_seconds, runs), CLOCK_SECONDS)
-    if all((train_seconds(log) or 0.0) < CLOCK_SECONDS + LAST_STEP_SECONDS for log in runs):
+    audited = [passed for log in logs for passed, _ in log.audit.values()]
+    in_time = within(map(train_seconds, logs), CLOCK_SECONDS)
+    if all((train_seconds(log) or 0.0) < CLOCK_SECONDS + LAST_STEP_SECONDS for log in logs):
         in_time = in_time or None  # the last step alone ended late
     computed: dict[str, bool | None] = {
         "three_seeds": len(seeds) >= SEEDS if seeds else None,
         "train_under_600s": in_time,
-        "eval_under_600s": within((log.eval_seconds for log in runs), CLOCK_SECONDS),
-        "artifact_under_16mb": within((log.bytes_total for log in runs), CAP_BYTES),
+        "eval_under_600s": within((log.eval_seconds for log in logs), CLOCK_SECONDS),
+        "artifact_under_16mb": within((log.bytes_total for log in logs), CAP_BYTES),
         "score_first_ttt": clean("train_before_score", "several_passes"),
         "no_pre_quant_ttt": clean("train_before_score"),
         "no_slot": clean("scored_region"),
@@ -661,7 +627,7 @@ def check_compliance(s: Submission) -> Iterator[Note]:
         "no_network": clean("network"),
         "one_configuration": False if s.runs and any(one_configuration(s)) else None,
     }
-    shown = {key: verdict(log.audit.get(name, (None,))[0] for log in runs) for name, (key, _) in AUDITS.items()}
+    shown = {key: verdict(log.audit.get(name, (None,))[0] for log in logs) for name, (key, _) in AUDITS.items()}
     computed |= {key: verdict([computed.get(key, answer), answer]) for key, answer in shown.items()}
     aliases = {"training_under_600s": "train_under_600s", "artifact_under_16_mb": "artifact_under_16mb"}
     for key, claim in claims.items():
@@ -727,7 +693,7 @@ def check(folder: Path) -> list[Finding]:
         except RecursionError:
             notes = [Note("skip", "nested too deeply to be examined")]
         usual += [note.what for note in notes if note.level == "usual"]
-        found += summarised(name, notes)
+        found += foreign.summarised(name, notes)
     if usual:
         unsaid = ", ".join(dict.fromkeys(usual))
         found.append(Finding("unsaid", "warn", f"{submission.json_name} does not say, as many do not: {unsaid}"))
@@ -744,28 +710,22 @@ def is_clean(findings: Iterable[Finding]) -> bool:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+CHANGED = dict(A="added", D="deleted")  # status of git diff
+
+
 def git(folder: Path, *words: str) -> str:
     """Output of a git command in a folder. Raises CheckError."""
     # Nothing that the repository's own configuration names is started.
     safe = ["-c", "core.fsmonitor=", "-c", "core.hooksPath=/dev/null", "-c", "diff.external="]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
     try:
-        done = subprocess.run(
-            ["git", *safe, *words],
-            cwd=folder,
-            env=environment,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=60,
-        )
+        done = subprocess.run(["git", *safe, *words], cwd=folder, env=environment, capture_output=True, timeout=60)
     except (OSError, subprocess.SubprocessError) as error:
         raise CheckError(f"git: {clean_text(str(error), 120)}") from None
+    out, said = (stream.decode("utf-8", "replace") for stream in (done.stdout, done.stderr))
     if done.returncode:
-        raise CheckError(
-            f"git {words[0]}: {clean_text(done.stderr.strip().splitlines()[-1] if done.stderr.strip() else '', 120)}"
-        )
-    return done.stdout
+        raise CheckError(f"git {words[0]}: {clean_text(''.join(said.strip().splitlines()[-1:]), 120)}")
+    return out
 
 
 def check_against(folder: Path, ref: str) -> list[Finding]:
@@ -783,17 +743,15 @@ def check_against(folder: Path, ref: str) -> list[Finding]:
         notes.append(Note("FAIL", f"{own} is not records/track_<track>/<folder>/"))
     for name, status in changed.items():
         if not name.startswith(own):
-            notes.append(
-                Note("FAIL", f"{name} is {dict(A='added', D='deleted').get(status, 'changed')}, outside of {own}")
-            )
+            notes.append(Note("FAIL", f"{name} is {CHANGED.get(status, 'changed')}, outside of {own}"))
         elif status != "A":
-            notes.append(Note("FAIL", f"{name} was there before and is {'deleted' if status == 'D' else 'changed'}"))
+            notes.append(Note("FAIL", f"{name} was there before and is {CHANGED.get(status, 'changed')}"))
     ignored = git(root, "ls-files", "--others", "--ignored", "--exclude-standard", "-z", "--", own).split("\0")
     notes += [Note("FAIL", f"{name} is ignored by git and would be missing: git add -f") for name in ignored if name]
     added = sum(name.startswith(own) for name in changed)
     if not added:
         notes.append(Note("FAIL", f"{own} is not new against {ref}"))
-    return summarised("against", notes or [Note("pass", f"adds {added} files, all in {own}")])
+    return foreign.summarised("against", notes or [Note("pass", f"adds {added} files, all in {own}")])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -808,32 +766,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--against", metavar="REF", help="also check that the change since REF is this folder alone")
 
 
+@command
 def run(args: argparse.Namespace) -> int:
     """1 where anything FAILed, or was not examined that the challenge requires."""
-    try:
-        found = []
-        folders = [folder for folder in args.folders if not folder.is_file()] or args.folders
-        for file in [path for path in args.folders if path not in folders]:  # of `check records/track_x/*`
-            print(f"skipped: {clean_text(str(file))} is no folder", file=sys.stderr)
-        for folder in folders:
-            findings = check(folder)
-            findings += check_run(folder) if args.run else []
-            findings += check_against(folder, args.against) if args.against else []
-            found.append((folder, findings))
-    except (CheckError, OSError) as error:
-        print(f"error: {clean_text(str(error))}", file=sys.stderr)
-        return 2
+    found = []
+    folders = [folder for folder in args.folders if not folder.is_file()] or args.folders
+    for file in [path for path in args.folders if path not in folders]:  # of `check records/track_x/*`
+        print(f"skipped: {clean_text(str(file))} is no folder", file=sys.stderr)
+    for folder in folders:
+        findings = check(folder)
+        findings += check_run(folder) if args.run else []
+        findings += check_against(folder, args.against) if args.against else []
+        found.append((folder, findings))
     clean = all(is_clean(findings) for _, findings in found)
     if args.json:
-        folders = [
-            {
-                "folder": str(folder),
-                "failed": any(f.level == "FAIL" for f in findings),
-                "clean": is_clean(findings),
-                "findings": [f._asdict() for f in findings],
-            }
-            for folder, findings in found
-        ]
+        folders = []
+        for folder, findings in found:
+            failed = any(f.level == "FAIL" for f in findings)
+            said = dict(folder=str(folder), failed=failed, clean=is_clean(findings))
+            folders.append(said | {"findings": [f._asdict() for f in findings]})
         failed = any(folder["failed"] for folder in folders)
         print(json.dumps({"failed": failed, "clean": clean, "folders": folders}, indent=2))
         return int(not clean)

@@ -65,21 +65,14 @@ def logged_numbers(lines: Iterable[str]) -> Iterator[float]:
 
 def figures_of(log: RunLog) -> dict[str, float]:
     """The quantities of one run that a table may give a mean of."""
-    found: dict[str, float | None] = dict(
-        bytes_total=log.bytes_total,
-        bytes_code=log.bytes_code,
-        bytes_model=log.bytes_model,
-        train_seconds=log.train_seconds,
-        eval_seconds=log.eval_seconds,
-    )
+    names = ("bytes_total", "bytes_code", "bytes_model", "train_seconds", "eval_seconds")
+    found: dict[str, float | None] = {name: getattr(log, name) for name in names}
     if log.bytes_total is not None:
         found["headroom"] = CAP_BYTES - log.bytes_total
     for score in log.scores:
         found |= {f"{score.label} bpb": score.val_bpb, f"{score.label} loss": score.val_loss}
-    scores = (log.result or {}).get("scores")
-    for label, score in scores.items() if isinstance(scores, dict) else ():
-        if isinstance(score, dict):
-            found |= {f"{label} bpb": number(score.get("val_bpb")), f"{label} loss": number(score.get("val_loss"))}
+    for label, score in log.told_scores.items():
+        found |= {f"{label} bpb": number(score.get("val_bpb")), f"{label} loss": number(score.get("val_loss"))}
     if log.steps:
         last = log.steps[-1]
         found |= {"steps": float(last.step), "last bpb": last.val_bpb, "last loss": last.val_loss}

@@ -8,22 +8,18 @@ import argparse
 import json
 import math
 import statistics
-import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from records.submission import runlog
-from records.submission.foreign import CheckError, load
-from records.submission.runlog import LogError, RunLog, ScoreLine
+from records.submission.command import Unusable, command
+from records.submission.foreign import load
+from records.submission.runlog import RunLog, ScoreLine
 
 POWER = 0.8  # probability of meeting a rule that the number of seeds is worked out for
 MAX_SEEDS = 1000
-
-
-class CompareError(Exception):
-    """What cannot be compared, in one line for the user."""
 
 
 class Rule(NamedTuple):
@@ -84,11 +80,11 @@ class Verdict(NamedTuple):
 
 
 def scipy_stats():
-    """scipy.stats, or a CompareError that says how to get it."""
+    """scipy.stats, or a Unusable that says how to get it."""
     try:
         from scipy import stats
     except ImportError:
-        raise CompareError("the t distribution needs scipy: pip install -r requirements-records.txt") from None
+        raise Unusable("the t distribution needs scipy: pip install -r requirements-records.txt") from None
     return stats
 
 
@@ -171,28 +167,28 @@ def judge(rule: Rule, a: Sample | None, b: Sample | None) -> Verdict:
 
 
 def score_of(log: RunLog, label: str | None) -> ScoreLine:
-    """The score that counts: of the given label, else the log's headline. Raises CompareError."""
+    """The score that counts: of the given label, else the log's headline. Raises Unusable."""
     score = log.score(label) if label else log.headline()
     if score is None:
         labels = ", ".join(dict.fromkeys(found.label for found in log.scores)) or "none"
         problem = f"no single result {label!r}" if label else "which result is the headline is not clear; --headline"
-        raise CompareError(f"{log.path}: {problem} (results: {labels})")
+        raise Unusable(f"{log.path}: {problem} (results: {labels})")
     for figure in (score.val_loss, score.val_bpb):
         if figure is not None and not math.isfinite(figure):
-            raise CompareError(f"{log.path}: {score.label} is not finite (line {score.line})")
+            raise Unusable(f"{log.path}: {score.label} is not finite (line {score.line})")
     return score
 
 
 def read_side(paths: Sequence[Path], asked: str | None) -> Side:
     """The runs of a side, each scored by the line that its folder declares, or by the one that is asked for. Raises
-    CompareError and LogError."""
+    Unusable and LogError."""
     asked = asked and runlog.plain_label(asked)
     logs, labels = [], []
     for path in paths:
         if path.is_dir():
             folder = load(path)
             if not folder.runs:
-                raise CompareError(f"{path}: no log in this folder")
+                raise Unusable(f"{path}: no log in this folder")
             found, label = list(folder.runs.values()), folder.headline[0]
             for name, log in folder.runs.items():
                 log.path = path / name
@@ -204,17 +200,17 @@ def read_side(paths: Sequence[Path], asked: str | None) -> Side:
         labels += [label] * len(found)
     scores = [score_of(log, asked or label) for log, label in zip(logs, labels, strict=True)]
     if len(names := {score.label for score in scores}) > 1:
-        raise CompareError(f"{logs[0].path} and others: their headlines are {', '.join(sorted(names))}; --headline")
+        raise Unusable(f"{logs[0].path} and others: their headlines are {', '.join(sorted(names))}; --headline")
     own = {label or getattr(log.headline(), "label", None) for log, label in zip(logs, labels, strict=True)}
     return Side(logs, scores, own.pop() if len(own) == 1 else None)
 
 
 def reject_twice(logs: Sequence[RunLog]) -> None:
-    """A run counts once, under whatever name. Raises CompareError."""
+    """A run counts once, under whatever name. Raises Unusable."""
     first: dict[str, Path] = {}
     for log in logs:
         if log.sha256 in first:
-            raise CompareError(f"{log.path} is the same log as {first[log.sha256]}")
+            raise Unusable(f"{log.path} is the same log as {first[log.sha256]}")
         first[log.sha256] = log.path
 
 
@@ -336,16 +332,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="the report as one JSON object")
 
 
+@command
 def run(args: argparse.Namespace) -> int:
     """Exit code: 0, or 2 where the sides cannot be compared."""
-    try:
-        if not args.versus:
-            raise CompareError("a comparison has two sides: compare A... -- B...")
-        a, b = (read_side(paths, args.headline) for paths in (args.candidate, args.versus))
-        reject_twice(a.logs + b.logs)
-        report = compare(a, b)
-    except (CompareError, CheckError, LogError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    if not args.versus:
+        raise Unusable("a comparison has two sides: compare A... -- B...")
+    a, b = (read_side(paths, args.headline) for paths in (args.candidate, args.versus))
+    reject_twice(a.logs + b.logs)
+    report = compare(a, b)
     print(json.dumps(report, indent=2) if args.json else describe(report))
     return 0

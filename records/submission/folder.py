@@ -17,20 +17,15 @@ import re
 import shlex
 import shutil
 import statistics
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from records.submission import pack, runlog, unpack
+from records.submission.command import Unusable, command
 from records.submission.rules import AUDITS, CAP_BYTES, CLOCK_SECONDS, SEEDS, has_clocks, may_differ, verdict, within
-from records.submission.runlog import LogError, RunLog, ScoreLine
-
-
-class FolderError(Exception):
-    """Logs or options that make no submission. One line for the user."""
-
+from records.submission.runlog import RunLog, ScoreLine
 
 # ----------------------------------------------------------------------------------------------------------------------
 # What a log says
@@ -55,34 +50,29 @@ class SeedRun:
     def name(self) -> str:
         return self.log.path.name
 
+    def told(self, name: str, kind: type) -> Any:
+        """An entry of the `result` line, if it is of this kind."""
+        value = self.result.get(name)
+        return value if isinstance(value, kind) else None
+
     @property
     def steps(self) -> int | None:
-        steps = self.result.get("steps")
-        return steps if isinstance(steps, int) else self.log.steps[-1].step if self.log.steps else None
+        told = self.told("steps", int)
+        return self.log.steps[-1].step if told is None and self.log.steps else told
 
     @property
     def counted(self) -> dict[str, Any]:
         """What the `result` line says of the score that counts: tokens and bytes, too."""
-        scores = self.result.get("scores")
-        found = scores.get(self.score.label) if isinstance(scores, dict) else None
-        return found if isinstance(found, dict) else {}
+        return self.log.told_scores.get(self.score.label, {})
 
     @property
     def pre_quant_bpb(self) -> float | None:
         """The score of the float weights that were exported."""
-        scores = self.result.get("scores")
-        found = scores.get(f"float_{self.result.get('exported')}") if isinstance(scores, dict) else None
-        return runlog.number(found.get("val_bpb")) if isinstance(found, dict) else None
+        return runlog.number(self.log.told_scores.get(f"float_{self.result.get('exported')}", {}).get("val_bpb"))
 
     @property
-    def eval_cut(self) -> dict[str, Any] | None:
-        cut = self.result.get("eval_cut")
-        return cut if isinstance(cut, dict) else None
-
-    @property
-    def resumed_at(self) -> list[int]:
-        steps = self.result.get("resumed_at")
-        return [step for step in steps if isinstance(step, int)] if isinstance(steps, list) else []
+    def ranks(self) -> int:
+        return self.log.world_size or self.result.get("world_size") or 1
 
     @property
     def compared(self) -> dict[str, object] | None:
@@ -95,14 +85,14 @@ class SeedRun:
 
     @property
     def hardware(self) -> str | None:
-        device, ranks = self.log.device, self.log.world_size or self.result.get("world_size") or 1
+        device, ranks = self.log.device, self.ranks
         if device is None or ranks == 1:
             return device
         return f"{device}, {ranks} processes" if device.startswith("cpu") else f"{ranks}x {device}"
 
 
 def read_run(path: Path, headline: str | None) -> SeedRun:
-    """Parse a log and make sure that it holds what a submission needs. Raises LogError and FolderError."""
+    """Parse a log and make sure that it holds what a submission needs. Raises LogError and Unusable."""
     log = runlog.parse(path)
     data = path.read_bytes()
     score = log.score(headline.removesuffix("_exact")) if headline else log.headline()
@@ -120,7 +110,7 @@ def read_run(path: Path, headline: str | None) -> SeedRun:
         (log.bytes_total is None, f"its size is not clear ({said(log, 'total size', 'bytes')})"),
     ):
         if missing:
-            raise FolderError(f"{path}: {message}")
+            raise Unusable(f"{path}: {message}")
     return SeedRun(log, data, log.seed, score, log.bytes_total)
 
 
@@ -134,16 +124,16 @@ def said(log: RunLog, *subjects: str) -> str:
 
 
 def check_one_configuration(runs: Sequence[SeedRun]) -> None:
-    """Raises FolderError where two logs are not of one configuration."""
+    """Raises Unusable where two logs are not of one configuration."""
     first = runs[0]
     for other in runs[1:]:
         mine, others = first.compared, other.compared
         if (mine is None) != (others is None):
-            raise FolderError(f"{first.name} and {other.name}: only one of them states its settings")
+            raise Unusable(f"{first.name} and {other.name}: only one of them states its settings")
         for name in dict.fromkeys((*(mine or {}), *(others or {}))):
             a, b = ((s or {}).get(name, "unset") for s in (mine, others))
             if a != b:
-                raise FolderError(
+                raise Unusable(
                     f"two configurations: {name.upper()}={plain(a)} in {first.name}, {plain(b)} in {other.name}"
                 )
         for what, value in (
@@ -160,11 +150,11 @@ def check_one_configuration(runs: Sequence[SeedRun]) -> None:
         ):
             a, b = value(first), value(other)
             if a != b:
-                raise FolderError(f"two configurations: {what} {a} in {first.name}, {b} in {other.name}")
+                raise Unusable(f"two configurations: {what} {a} in {first.name}, {b} in {other.name}")
     for i, run in enumerate(runs):
         for other in runs[:i]:
             if run.seed == other.seed:
-                raise FolderError(f"two logs of seed {run.seed}: {other.name} and {run.name}; keep one")
+                raise Unusable(f"two logs of seed {run.seed}: {other.name} and {run.name}; keep one")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -183,7 +173,7 @@ class Script(NamedTuple):
 
 
 def find_script(runs: Sequence[SeedRun], given: Path | None, human: Path | None) -> Script:
-    """The script that the logs prove to have run. Raises FolderError."""
+    """The script that the logs prove to have run. Raises Unusable."""
     log, name = runs[0].log, runs[0].name
     size = log.bytes_code
     candidates = []
@@ -206,11 +196,11 @@ def find_script(runs: Sequence[SeedRun], given: Path | None, human: Path | None)
             return finish_script(data, "every log states its size in bytes, and nothing more", human)
         if where == str(given):
             stated = f"sha256 {log.code_sha256}" if log.code_sha256 else f"{size} bytes of code"
-            raise FolderError(f"{given} did not run: it has sha256 {digest}, {len(data)} bytes; {name} states {stated}")
+            raise Unusable(f"{given} did not run: it has sha256 {digest}, {len(data)} bytes; {name} states {stated}")
     if log.source is None:
-        raise FolderError(f"{name} holds no source; give the file that ran with --script")
+        raise Unusable(f"{name} holds no source; give the file that ran with --script")
     stated = f"sha256 {log.code_sha256}" if log.code_sha256 else f"size, {size} bytes"
-    raise FolderError(f"the source in {name} is not of the {stated} that it states; give the file with --script")
+    raise Unusable(f"the source in {name} is not of the {stated} that it states; give the file with --script")
 
 
 def finish_script(data: bytes, evidence: str, human: Path | None) -> Script:
@@ -223,16 +213,13 @@ def finish_script(data: bytes, evidence: str, human: Path | None) -> Script:
         return Script(data, evidence, packed, layers[-1], None)
     readable = human.read_bytes()
     if not packed:
-        raise FolderError(f"the script that ran is readable itself; leave out --human {human}")
-    try:
-        if inner is not None:
-            same = pack.strip(readable, str(human)) == layers[-1]
-        else:
-            same = unpack.same_program(readable.decode("utf-8", "replace"), layers[-1])
-    except pack.PackError as error:
-        raise FolderError(str(error)) from None
+        raise Unusable(f"the script that ran is readable itself; leave out --human {human}")
+    if inner is not None:
+        same = pack.strip(readable, str(human)) == layers[-1]
+    else:
+        same = unpack.same_program(readable.decode("utf-8", "replace"), layers[-1])
     if not same:
-        raise FolderError(f"{human} is not the source of the packed script that ran")
+        raise Unusable(f"{human} is not the source of the packed script that ran")
     return Script(data, evidence, packed, readable.decode("utf-8", "replace"), readable)
 
 
@@ -361,8 +348,8 @@ def seed_result(run: SeedRun) -> dict[str, Any]:
         pre_quant_val_bpb=run.pre_quant_bpb,
         artifact_sha256=run.result.get("artifact_sha256"),
         scores={score.label: score.val_bpb for score in log.candidates() if score.val_bpb is not None},
-        eval_cut=run.eval_cut,
-        resumed_at=run.resumed_at,
+        eval_cut=run.told("eval_cut", dict),
+        resumed_at=[step for step in run.told("resumed_at", list) or () if isinstance(step, int)],
         log=log_name(run),
         log_sha256=log.sha256,
     )
@@ -504,19 +491,17 @@ def techniques(s: Mapping[str, Any], script: Script) -> str:
         return "The logs do not state the settings of the runs, or the script does not declare its defaults."
     if not s["settings"]:
         return "Nothing: the script's defaults ran."
-    return table(
-        ["setting", "here", "default", "what it is"],
-        [
-            [code(name), code(plain(value)), code(plain(was.default)) if was.default != "" else "", cell(was.doc)]
-            for name, value in s["settings"].items()
-            for was in [declared[name]]
-        ],
-    )
+    rows = []
+    for name, value in s["settings"].items():
+        was = declared[name]
+        default = code(plain(was.default)) if was.default != "" else ""
+        rows.append([code(name), code(plain(value)), default, cell(was.doc)])
+    return table(["setting", "here", "default", "what it is"], rows)
 
 
 def run_command(s: Mapping[str, Any], runs: Sequence[SeedRun]) -> str:
     """What makes these runs again, but for the machine."""
-    ranks = runs[0].log.world_size or runs[0].result.get("world_size") or 1
+    ranks = runs[0].ranks
     settings = {name: plain(value) for name, value in (s["settings"] or {}).items()}
     if all((run.log.settings or {}).get("audit") is True for run in runs):
         settings["AUDIT"] = "1"
@@ -537,27 +522,20 @@ def rules(s: Mapping[str, Any], runs: Sequence[SeedRun]) -> str:
     hashes = f"settings hash {s['settings_hash']}" if s["settings_hash"] else "the logs state no settings hash"
     rows = [
         [f"Code and compressed model: at most {CAP_BYTES:,} bytes", yes_no(c["artifact_under_16mb"]), sizes],
-        [
-            f"Training: at most {CLOCK_SECONDS} s",
-            yes_no(c["train_under_600s"]) if timed else "no rule of this track",
-            f"longest {figure(s['train_time_s_max'], 1)} s" if s["train_time_s_max"] is not None else "",
-        ],
-        [
-            f"Evaluation: at most {CLOCK_SECONDS} s",
-            yes_no(c["eval_under_600s"]) if timed else "no rule of this track",
-            f"longest {figure(s['eval_time_s_max'], 1)} s" if s["eval_time_s_max"] is not None else "",
-        ],
+        *(
+            [
+                f"{what}: at most {CLOCK_SECONDS} s",
+                yes_no(c[f"{key}_under_600s"]) if timed else "no rule of this track",
+                f"longest {figure(longest, 1)} s" if (longest := s[f"{key}_time_s_max"]) is not None else "",
+            ]
+            for what, key in (("Training", "train"), ("Evaluation", "eval"))
+        ),
         ["At least three seeds", yes_no(c["three_seeds"]), ", ".join(map(str, s["seeds"]))],
         ["One configuration", yes_no(c["one_configuration"]), f"{hashes}; {cell(s['code_evidence'])}"],
     ]
     for name, (key, rule) in AUDITS.items():
-        findings = [(run.seed, run.log.audit.get(name)) for run in runs]
-        figures = [
-            f"{seed}: {'' if passed else 'FAIL '}{cell(figure)}"
-            for seed, finding in findings
-            if finding
-            for passed, figure in [finding]
-        ]
+        audits = [(run.seed, *run.log.audit[name]) for run in runs if name in run.log.audit]
+        figures = [f"{seed}: {'' if passed else 'FAIL '}{cell(figure)}" for seed, passed, figure in audits]
         rows.append([rule, yes_no(c[key]), "<br>".join(figures)])
     text = table(["rule", "kept", "evidence"], rows)
     if c["audit_passed"] is None:
@@ -640,15 +618,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=Path("records"), help="folder of the tracks; default: %(default)s")
 
 
+@command
 def run(args: argparse.Namespace) -> int:
-    try:
-        folder, submission, why = build(args)
-    except (FolderError, LogError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
-        return 2
+    folder, submission, why = build(args)
     print(f"{folder}: {score_line(submission).replace('*', '').replace('`', '')}")
     if why:
         print(f"note: {submission['headline']} counts: {why}; --headline LABEL names another")
@@ -669,13 +641,13 @@ def run(args: argparse.Namespace) -> int:
 def build(args: argparse.Namespace) -> tuple[Path, dict[str, Any], str]:
     """Make the folder; returns it, its submission.json and why its score counts where no log declares it.
 
-    Raises FolderError, LogError and OSError.
+    Raises Unusable, LogError and OSError.
     """
     for what, value in (("NAME", args.name), ("--track", args.track)):
         if not re.fullmatch(r"[A-Za-z0-9][\w.+-]{0,127}", value, re.ASCII):
-            raise FolderError(f"{what} {value!r} must be letters, digits, '_', '.', '+' and '-'")
+            raise Unusable(f"{what} {value!r} must be letters, digits, '_', '.', '+' and '-'")
     if args.date and not is_date(args.date):
-        raise FolderError(f"--date {args.date} must be a day: YYYY-MM-DD")
+        raise Unusable(f"--date {args.date} must be a day: YYYY-MM-DD")
     runs = sorted((read_run(path, args.headline) for path in args.logs), key=lambda run: run.seed)
     check_one_configuration(runs)
     script = find_script(runs, args.script, args.human)
@@ -700,9 +672,9 @@ def is_date(text: str) -> bool:
 
 
 def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
-    """All files in a new folder, or none. Raises FolderError where the folder is there already."""
+    """All files in a new folder, or none. Raises Unusable where the folder is there already."""
     if folder.exists() or folder.is_symlink():
-        raise FolderError(f"{folder} exists; choose another NAME, or remove it")
+        raise Unusable(f"{folder} exists; choose another NAME, or remove it")
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
     try:

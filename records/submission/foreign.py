@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from records.submission import runlog, unpack
+from records.submission.command import Unusable, clean_text
 from records.submission.runlog import LogError, RunLog
 from records.submission.runs import Choice, as_seed, choose, declared_label, headline_of, joined, number, seed_of
 
@@ -39,7 +40,7 @@ COMPANION = re.compile(
 )
 
 
-class CheckError(Exception):
+class CheckError(Unusable):
     """Arguments that cannot be used, in one line for the user."""
 
 
@@ -166,7 +167,7 @@ class Submission:
         for name in [name for name, size in self.files.items() if name.endswith(".py") and size][:MAX_SCRIPTS]:
             with contextlib.suppress(OSError):
                 data = self.read(name)
-                texts[name] = data.decode("utf-8", "replace").replace("\r\n", "\n")
+                texts[name] = unpack.decode(data)
                 logged = [log.source.strip() for log in self.runs.values() if log.source]
                 hashes = {log.code_sha256 for log in self.runs.values()}
                 if texts[name].strip() in logged or hashlib.sha256(data).hexdigest() in hashes:
@@ -194,7 +195,7 @@ class Submission:
         """Every readable layer of the script."""
         if self.script is None:
             return unpack.Unwrapped([], [], [])
-        text = self.script.decode("utf-8", "replace").replace("\r\n", "\n")
+        text = unpack.decode(self.script)
         return unpack.unwrap(text, self.file_from(self.found_script[0]))
 
     def file_from(self, script: str) -> Callable[[str], bytes | None]:
@@ -220,8 +221,7 @@ def load(folder: Path) -> Submission:
     read_json(submission)
     if "README.md" in submission.files:
         with contextlib.suppress(OSError):
-            readme = submission.read("README.md", MAX_README).decode("utf-8", "replace")
-            submission.readme = readme.replace("\r\n", "\n")
+            submission.readme = unpack.decode(submission.read("README.md", MAX_README))
     room = MAX_LOG_BYTES
     for name, size in submission.files.items():
         if LOG.search(name) and not COMPANION.fullmatch(name):
@@ -342,11 +342,3 @@ def summarised(name: str, notes: list[Note]) -> list[Finding]:
         if len(texts) > MAX_FINDINGS:
             found.append(Finding(name, level, f"and {len(texts) - MAX_FINDINGS} more"))
     return found
-
-
-def clean_text(text: str, limit: int = 300) -> str:
-    """Foreign text for a terminal: one line, nothing that is not printable."""
-    shown = "".join(
-        c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text[:limit]
-    )
-    return shown + "..." * (len(text) > limit)

@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import chain
 from typing import Any, NamedTuple
 
-from records.submission.unpack import read_tree
+from records.submission.unpack import Function, blocks, read_tree
 
 
 class Finding(NamedTuple):
@@ -40,7 +40,6 @@ class Finding(NamedTuple):
 MAX_FOLLOWED = 1_000_000  # nodes visited while values are followed; this project's script takes 200,000
 MAX_WARM_UP = 100  # statements of a block that a warm-up may take
 UNKNOWN, Nothing = object(), object()  # no value that is known; the value None
-Function = (ast.FunctionDef, ast.AsyncFunctionDef)
 Scopes = list[tuple[str, list[ast.AST]]]  # (name, own nodes) of the module and of every function
 
 VALIDATION = re.compile(
@@ -149,12 +148,39 @@ def names_in(node: ast.AST) -> set[str]:
     return {name_of(part) for part in ast.walk(node) if isinstance(part, (ast.Name, ast.Attribute))}
 
 
+def constants_in(node: ast.AST) -> list[str]:
+    return [str(part.value) for part in ast.walk(node) if isinstance(part, ast.Constant)]
+
+
+def arguments_of(node: ast.Call) -> list[ast.expr]:
+    return [*node.args, *(keyword.value for keyword in node.keywords)]
+
+
+def argument(node: ast.Call, place: int, name: str) -> ast.expr | None:
+    """What a call gives for a parameter, by its place or its name."""
+    return node.args[place] if len(node.args) > place else keyword(node, name)
+
+
+def keyword(node: ast.Call, name: str) -> ast.expr | None:
+    return next((part.value for part in node.keywords if part.arg == name), None)
+
+
+def is_open(node: ast.Call) -> bool:
+    """Whether a call has arguments that only its run shows: `*values`, `**settings`."""
+    return any(isinstance(part, ast.Starred) for part in node.args) or any(k.arg is None for k in node.keywords)
+
+
+def targets_of(node: ast.Assign | ast.AugAssign | ast.AnnAssign | ast.NamedExpr) -> list[ast.expr]:
+    return node.targets if isinstance(node, ast.Assign) else [node.target]
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Reachability: settings that are off, then names that nothing live mentions
 # ----------------------------------------------------------------------------------------------------------------------
 
 
 OFF, ON = {"", "0", "false", "no", "off", "none"}, {"1", "true", "yes", "on"}
+CHANGES = {"replace", "_replace", "update", "Namespace", "SimpleNamespace"}
 CASTS = {"bool": bool, "int": int, "float": float, "str": str}
 OPERATORS = {
     **dict.fromkeys((ast.Eq, ast.Is), operator.eq),
@@ -197,7 +223,7 @@ class Settings:
         if isinstance(node, (*Function, ast.Lambda)):
             scope = (*scope, node)
         elif isinstance(node, (ast.Assign, ast.AnnAssign, ast.NamedExpr)):
-            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            targets = targets_of(node)
             for target in targets if node.value is not None else ():
                 pairs = [(target, node.value)]
                 if isinstance(target, ast.Tuple) and isinstance(node.value, ast.Tuple):
@@ -219,23 +245,17 @@ class Settings:
             self.bound.add(id(node.func))
             values = [getattr(part, "value", None) for part in node.args]
             if name_of(node.func) == "add_argument" and node.args and isinstance(values[-1], str):
-                given = {keyword.arg: keyword.value for keyword in node.keywords}
-                off = ast.Constant(False) if getattr(given.get("action"), "value", "") == "store_true" else UNKNOWN
-                self.bind(values[-1].lstrip("-").replace("-", "_"), given.get("default", off), scope)
+                switch = getattr(keyword(node, "action"), "value", "") == "store_true"
+                default = keyword(node, "default") or (ast.Constant(False) if switch else UNKNOWN)
+                self.bind(values[-1].lstrip("-").replace("-", "_"), default, scope)
             elif name_of(node.func) == "setattr" and len(values) == 3 and isinstance(values[1], str):
                 self.bind(values[1], UNKNOWN, scope)
             elif name_of(node.func) in {"setdefault", "putenv"} and values and isinstance(values[0], str):
                 self.bind(f"[{values[0]}]", UNKNOWN, scope)
             # A field that is given where its object is made or changed.
-            fields = name_of(node.func) in self.classes | {
-                "replace",
-                "_replace",
-                "update",
-                "Namespace",
-                "SimpleNamespace",
-            }
-            for keyword in node.keywords if fields or name_of(node.func) == "dict" else ():
-                self.bind(f"{keyword.arg}" if fields else f"[{keyword.arg}]", keyword.value, scope)
+            fields = name_of(node.func) in self.classes | CHANGES
+            for part in node.keywords if fields or name_of(node.func) == "dict" else ():
+                self.bind(f"{part.arg}" if fields else f"[{part.arg}]", part.value, scope)
         for part in ast.iter_child_nodes(node):
             if id(part) not in self.bound:
                 if isinstance(getattr(part, "ctx", None), (ast.Store, ast.Del)):
@@ -284,7 +304,7 @@ class Settings:
             arg.arg: d for arg, d in zip(function.args.kwonlyargs, function.args.kw_defaults, strict=True) if d
         }
         for call, scope in calls:
-            if any(isinstance(part, ast.Starred) for part in call.args) or any(k.arg is None for k in call.keywords):
+            if is_open(call):
                 return UNKNOWN
             method = isinstance(call.func, ast.Attribute) and names[:1] in (["self"], ["cls"])
             arguments = dict(zip(names[method:], call.args, strict=False)) | {k.arg: k.value for k in call.keywords}
@@ -303,8 +323,7 @@ class Settings:
         variable = getattr(node.args[0], "value", None) if node.args else None
         if not reads or not isinstance(variable, str):
             return None
-        default = next((k.value for k in node.keywords if k.arg == "default"), None)
-        default = node.args[1] if len(node.args) > 1 else default
+        default = argument(node, 1, "default")
         if default is None and helper is not None and len(inner[0].args) > 1:
             default = inner[0].args[1]
         if f"[{variable}]" in self.bindings:
@@ -361,9 +380,7 @@ class Settings:
         if (found := self.environment(node)) is not None:
             return None if found is Nothing else found
         if name in {"opt", "field", "Field"}:
-            default = next((k.value for k in node.keywords if k.arg == "default"), None)
-            place = 1 if name == "opt" else 0
-            default = arguments[place] if default is None and len(arguments) > place else default
+            default = keyword(node, "default") or argument(node, 1 if name == "opt" else 0, "")
             return UNKNOWN if default is None else value(default)
         if name in {"getattr", "get"} and len(arguments) > (name == "getattr"):
             key = getattr(arguments[name == "getattr"], "value", None)
@@ -608,18 +625,14 @@ class Flow:
             events = [event for item in node.items for event in self.expression(item.context_expr, state)]
             quiet = state.quiet
             for item in node.items:
-                state.quiet = True if without_gradient(item.context_expr) else state.quiet
-                state.quiet = (
-                    False if "enable_grad" in dotted(getattr(item.context_expr, "func", item)) else state.quiet
-                )
+                enabled = "enable_grad" in dotted(getattr(item.context_expr, "func", item))
+                state.quiet = not enabled and (state.quiet or without_gradient(item.context_expr))
             events += self.block(node.body, state)
             state.quiet = quiet
             return events
         if isinstance(node, ast.Try) or type(node).__name__ == "TryStar":
-            events = self.block(node.body, state)
-            for handler in node.handlers:
-                events += self.block(handler.body, state)
-            return events + self.block(node.orelse, state) + self.block(node.finalbody, state)
+            parts = [node.body, *(handler.body for handler in node.handlers), node.orelse, node.finalbody]
+            return [event for block in parts for event in self.block(block, state)]
         if isinstance(node, ast.Match):
             return [event for case in node.cases for event in self.block(case.body, state)]
         events = [event for part in ast.iter_child_nodes(node) for event in self.expression(part, state)]
@@ -705,7 +718,7 @@ class Flow:
 
     def call(self, node: ast.Call, state: "State") -> list[Event]:
         name = name_of(node.func)
-        arguments = [*node.args, *(keyword.value for keyword in node.keywords)]
+        arguments = arguments_of(node)
         if name in {"backward", "grad"} and not state.quiet:
             owner = [node.func.value] if isinstance(node.func, ast.Attribute) and name == "backward" else []
             followed = [*owner, *arguments] if name == "backward" or "autograd" in dotted(node.func) else []
@@ -714,10 +727,8 @@ class Flow:
         if name in {"append", "add_", "extend", "index_add_", "copy_"} and isinstance(node.func, ast.Attribute):
             kept = any(KEPT.search(word) for word in names_in(node))
             if kept and any(self.level(part, state) == RESULT for part in arguments):
-                return [
-                    *(event for part in arguments for event in self.expression(part, state)),
-                    self.kept(node, state),
-                ]
+                inner = [event for part in arguments for event in self.expression(part, state)]
+                return [*inner, self.kept(node, state)]
         events: list[Event] = []
         for function, levels in self.targets(node, state):
             self.called.add(id(function))
@@ -746,10 +757,7 @@ class Flow:
                 continue
             names = [argument.arg for argument in (*function.args.posonlyargs, *function.args.args)]
             names = names[1:] if attribute and names[:1] in (["self"], ["cls"]) else names
-            starred = any(isinstance(part, ast.Starred) for part in node.args) or any(
-                k.arg is None for k in node.keywords
-            )
-            if len(names) - len(function.args.defaults) > len(node.args) + len(node.keywords) and not starred:
+            if len(names) - len(function.args.defaults) > len(arguments_of(node)) and not is_open(node):
                 continue  # another function of that name
             nested = function.col_offset > 0 and not attribute  # it sees the names around it
             levels = dict(state.levels) if nested else {}
@@ -775,19 +783,16 @@ class Flow:
             name = name_of(node.func)
             if name in CLEAN:
                 return 0
-            parts = [*node.args, *(keyword.value for keyword in node.keywords)]
-            if isinstance(node.func, ast.Attribute):
-                parts.append(node.func.value)
-            carried = max((self.level(part, state) for part in parts), default=0)
+            owner = [node.func.value] if isinstance(node.func, ast.Attribute) else []
+            carried = max((self.level(part, state) for part in arguments_of(node) + owner), default=0)
             targets = [] if name in CONVERSIONS else list(self.targets(node, state))
             if targets:
                 return max(self.summary(function, levels, state.quiet)[1] for function, levels in targets)
             if re.search(r"load_val", name):
                 return TOKENS
             return carried if carried == 0 or name in CONVERSIONS else RESULT
-        children = []
-        for part in ast.iter_child_nodes(node):
-            children.append(part.iter if isinstance(part, ast.comprehension) else part)
+        parts = ast.iter_child_nodes(node)
+        children = [part.iter if isinstance(part, ast.comprehension) else part for part in parts]
         return max((self.level(part, state) for part in children if isinstance(part, ast.expr)), default=0)
 
 
@@ -836,10 +841,7 @@ def without_gradient(node: ast.AST) -> bool:
 def blocks_of(tree: ast.AST) -> Iterator[tuple[list[ast.stmt], bool]]:
     """(statements, whether they are a function's) of every block."""
     for node in ast.walk(tree):
-        for field in ("body", "orelse", "finalbody"):
-            block = getattr(node, field, None)
-            if isinstance(block, list):
-                yield block, isinstance(node, Function)
+        yield from ((block, isinstance(node, Function)) for _, block in blocks(node))
 
 
 def thrown_away(found: tuple[list[ast.stmt], bool]) -> Iterator[int]:
@@ -850,15 +852,8 @@ def thrown_away(found: tuple[list[ast.stmt], bool]) -> Iterator[int]:
         target = made.targets[0] if isinstance(made, ast.Assign) else None
         if not (isinstance(target, ast.Name) and isinstance(made.value, ast.Call)):
             continue
-        name, end = target.id, None
-        for j, later in enumerate(block[i + 1 : i + MAX_WARM_UP], i + 1):
-            gone = isinstance(later, ast.Delete) and name in names_in(later)
-            anew = isinstance(later, ast.Assign) and any(name_of(part) == name for part in later.targets)
-            reset = isinstance(later, ast.Expr) and isinstance(later.value, ast.Call)
-            reset = reset and re.match(rf"{name}\.(?:\w*reset\w*|load_state_dict)$", dotted(later.value.func))
-            if gone or anew or reset:
-                end = j
-                break
+        name = target.id
+        end = next((j for j in range(i + 1, min(i + MAX_WARM_UP, len(block))) if gives_up(block[j], name)), None)
         if end is None and not (whole and len(block) - i < MAX_WARM_UP):
             continue
         within = block[i + 1 : end]
@@ -866,27 +861,29 @@ def thrown_away(found: tuple[list[ast.stmt], bool]) -> Iterator[int]:
         if any(name in names_in(part) for part in within[last + 1 :]):
             continue  # it is used again
         region = [node for statement in within for node in ast.walk(statement)]
-        escapes = any(
-            name in names_in(node.value)
-            for node in region
-            if isinstance(node, (ast.Return, ast.Yield)) and node.value is not None
-        )
+        given = [node.value for node in region if isinstance(node, (ast.Return, ast.Yield)) and node.value is not None]
+        escapes = any(name in names_in(value) for value in given)
         kept = any(isinstance(node, ast.AugAssign) and KEPT.search(name_of(node.target)) for node in region)
         calls = [node for node in region if isinstance(node, ast.Call)]
-        kept = kept or any(
-            name_of(c.func) in {"append", "extend"} and any(map(KEPT.search, names_in(c))) for c in calls
-        )
-        optimizers = {
-            name_of(part)
-            for node in region
-            if isinstance(node, ast.Assign) and name in names_in(node.value) and "parameters" in names_in(node.value)
-            for part in node.targets
-        }
-        stepped = {
-            name_of(c.func.value) for c in calls if name_of(c.func) == "step" and isinstance(c.func, ast.Attribute)
-        }
+        gathered = [names_in(call) for call in calls if name_of(call.func) in {"append", "extend"}]
+        kept = kept or any(KEPT.search(word) for words in gathered for word in words)
+        made_of = [node for node in region if isinstance(node, ast.Assign) and name in names_in(node.value)]
+        made_of = [node for node in made_of if "parameters" in names_in(node.value)]
+        optimizers = {name_of(part) for node in made_of for part in node.targets}
+        steps = [call.func for call in calls if name_of(call.func) == "step" and isinstance(call.func, ast.Attribute)]
+        stepped = {name_of(step.value) for step in steps}
         if stepped and stepped <= optimizers and not escapes and not kept:
             yield from (id(call) for call in calls if name_of(call.func) in {"backward", "grad"})
+
+
+def gives_up(statement: ast.stmt, name: str) -> bool:
+    """Whether a statement deletes what has a name, makes it anew or resets it."""
+    if isinstance(statement, ast.Delete):
+        return name in names_in(statement)
+    if isinstance(statement, ast.Assign):
+        return any(name_of(part) == name for part in statement.targets)
+    call = statement.value.func if isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Call) else None
+    return call is not None and re.match(rf"{name}\.(?:\w*reset\w*|load_state_dict)$", dotted(call)) is not None
 
 
 def makes_parameter(function: ast.FunctionDef, settings: Settings) -> bool:
@@ -983,10 +980,8 @@ def derived(nodes: list[ast.AST], start: set[str], stop: set[str]) -> set[str]:
     for _ in range(4):
         for node in assigned:
             if (names_in(node.value) & names) and not {name_of(c.func) for c in calls_of(node.value)} & stop:
-                for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
-                    names |= {
-                        n.id for n in ast.walk(target) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)
-                    }
+                parts = [part for target in targets_of(node) for part in ast.walk(target) if isinstance(part, ast.Name)]
+                names |= {part.id for part in parts if isinstance(part.ctx, ast.Store)}
     return names
 
 
@@ -1001,7 +996,7 @@ def target_keys(nodes: list[ast.AST]) -> tuple[set[str], set[str]]:
     keys = set()
     for node in nodes:
         if isinstance(node, (ast.Assign, ast.AugAssign)) and is_hash(node.value) and names_in(node.value) & targets:
-            for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
+            for target in targets_of(node):
                 keys |= {name_of(part) for part in ast.walk(target) if isinstance(part, ast.Name)}
     return targets, derived(nodes, keys, LOOKUPS | LOSSES) if keys else set()
 
@@ -1076,11 +1071,6 @@ def unnormalised_mix(scopes: Scopes) -> Iterator[Finding]:
                     yield Finding("unnormalised_mix", level, node.lineno, text)
 
 
-def words_of(node: ast.AST) -> set[str]:
-    """Names and constants in an expression, as text."""
-    return names_in(node) | {str(part.value) for part in ast.walk(node) if isinstance(part, ast.Constant)}
-
-
 def scores_in(node: ast.Call) -> int:
     """How many arguments have the name of a score."""
     return sum(any(SCORE.search(word) for word in names_in(part)) for part in node.args)
@@ -1094,10 +1084,6 @@ def over_passes(node: ast.Call) -> bool:
     return any(SCORE.search(word) for word in names_in(node)) and bool(gathered or passes)
 
 
-def takes_validation(node: ast.Call) -> bool:
-    return any(is_validation(part) for part in (*node.args, *(keyword.value for keyword in node.keywords)))
-
-
 NETWORK_COMMANDS = re.compile(
     r"\b(?:pip3? install|curl |wget |git clone|apt(?:-get)? install|conda install|hf download)"
 )
@@ -1105,67 +1091,55 @@ TRAIN_WORDS = re.compile(rf"{TRAINING_DATA.pattern}|fineweb_train")
 
 
 class CallRule(NamedTuple):
-    """A call that breaks a rule: its dotted name, the function around it, and what else has to hold of it."""
+    """A call that breaks a rule: its dotted name, what else has to hold of it, and the function around it."""
 
     rule: str
-    call: re.Pattern
-    inside: re.Pattern
-    holds: Callable[[ast.Call], bool]
+    call: str
     text: str
+    holds: Callable[[ast.Call], Any] = lambda node: True
+    inside: str = ""
 
 
-ANYWHERE = re.compile("")
-CALL_RULES = tuple(
-    CallRule(rule, re.compile(call), inside, holds, text)
-    for rule, call, inside, holds, text in (
-        (
-            "best_of_passes",
-            r"(?:^|\.)(?:minimum|fmin|min)$",
-            ANYWHERE,
-            lambda node: scores_in(node) >= 2 and not any("best" in word for word in names_in(node)),
-            "keeps the smaller of two scores ({call})",
-        ),
-        (
-            "best_of_passes",
-            r"(?:^|\.)where$",
-            ANYWHERE,
-            lambda node: len(node.args) == 3 == scores_in(node),
-            "chooses between two scores by comparing them",
-        ),
-        ("best_of_passes", r"(?:^|\.)a?min$", ANYWHERE, over_passes, "keeps the smallest score over several passes"),
-        (
-            "network",
-            r"(?:^|\.)(?:urlopen|urlretrieve|hf_hub_download|snapshot_download|load_dataset|create_connection"
-            r"|HTTPS?Connection)$|^(?:requests|httpx|aiohttp)\.(?:get|post|put|head|request|Session|Client|ClientSession)$"
-            r"|^wget\.download$|^boto3\.(?:client|resource)$",
-            ANYWHERE,
-            lambda node: True,
-            "{call}() uses the network at run time",
-        ),
-        (
-            "network",
-            r"(?:^|\.)(?:system|run|call|check_call|check_output|Popen)$",
-            ANYWHERE,
-            lambda node: NETWORK_COMMANDS.search(
-                " ".join(str(part.value) for part in ast.walk(node) if isinstance(part, ast.Constant)) + " "
-            ),
-            "{call}() fetches something at run time",
-        ),
-        (
-            "training_data_in_eval",
-            r"(?i)load|loader|read|open|glob|next_batch|shard|prefill|update|stream|memmap|fromfile",
-            re.compile(rf"^(?!.*train).*{EVALUATION.pattern}"),
-            lambda node: any(TRAIN_WORDS.search(word) for word in words_of(node)),
-            "{scope}() reads training data",
-        ),
-        (
-            "calibration_on_validation",
-            rf"(?:{CALIBRATION.pattern})[^.]*$",
-            ANYWHERE,
-            lambda node: takes_validation(node) and not EVALUATION.search(name_of(node.func)),
-            "{call}() gets validation tokens",
-        ),
-    )
+CALL_RULES = (
+    CallRule(
+        "best_of_passes",
+        r"(?:^|\.)(?:minimum|fmin|min)$",
+        "keeps the smaller of two scores ({call})",
+        lambda node: scores_in(node) >= 2 and not any("best" in word for word in names_in(node)),
+    ),
+    CallRule(
+        "best_of_passes",
+        r"(?:^|\.)where$",
+        "chooses between two scores by comparing them",
+        lambda node: len(node.args) == 3 == scores_in(node),
+    ),
+    CallRule("best_of_passes", r"(?:^|\.)a?min$", "keeps the smallest score over several passes", over_passes),
+    CallRule(
+        "network",
+        r"(?:^|\.)(?:urlopen|urlretrieve|hf_hub_download|snapshot_download|load_dataset|create_connection"
+        r"|HTTPS?Connection)$|^(?:requests|httpx|aiohttp)\.(?:get|post|put|head|request|Session|Client|ClientSession)$"
+        r"|^wget\.download$|^boto3\.(?:client|resource)$",
+        "{call}() uses the network at run time",
+    ),
+    CallRule(
+        "network",
+        r"(?:^|\.)(?:system|run|call|check_call|check_output|Popen)$",
+        "{call}() fetches something at run time",
+        lambda node: NETWORK_COMMANDS.search(" ".join(constants_in(node)) + " "),
+    ),
+    CallRule(
+        "training_data_in_eval",
+        r"(?i)load|loader|read|open|glob|next_batch|shard|prefill|update|stream|memmap|fromfile",
+        "{scope}() reads training data",
+        lambda node: any(map(TRAIN_WORDS.search, names_in(node).union(constants_in(node)))),
+        inside=rf"^(?!.*train).*{EVALUATION.pattern}",
+    ),
+    CallRule(
+        "calibration_on_validation",
+        rf"(?:{CALIBRATION.pattern})[^.]*$",
+        "{call}() gets validation tokens",
+        lambda node: any(map(is_validation, arguments_of(node))) and not EVALUATION.search(name_of(node.func)),
+    ),
 )
 
 
@@ -1175,7 +1149,7 @@ def forbidden_calls(scopes: Scopes) -> Iterator[Finding]:
         for node in nodes:
             for rule in CALL_RULES if isinstance(node, ast.Call) else ():
                 call = dotted(node.func)
-                if rule.call.search(call) and rule.inside.search(scope) and rule.holds(node):
+                if re.search(rule.call, call) and re.search(rule.inside, scope) and rule.holds(node):
                     yield Finding(rule.rule, "FAIL", node.lineno, rule.text.format(call=call, scope=scope))
 
 

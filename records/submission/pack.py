@@ -31,6 +31,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from records.submission.command import Unusable, command
+from records.submission.unpack import Function, blocks
+
 ROOT = Path(__file__).resolve().parent.parent.parent
 
 STUB = """import base64,linecache,{codec}
@@ -41,7 +44,7 @@ exec(compile(_source,__file__,"exec"))
 DECOMPRESS = {"lzma": lzma.decompress, "zlib": zlib.decompress}
 
 
-class PackError(Exception):
+class PackError(Unusable):
     """A file that cannot be packed, or a proof that cannot be run. One line for the user."""
 
 
@@ -126,9 +129,8 @@ class Strip(ast.NodeTransformer):
         return next(t for t in self.tokens[i:] if t.string in strings or ("" in strings and t.type == tokenize.NEWLINE))
 
     def visit(self, node: ast.AST) -> Any:
-        for field in ("body", "orelse", "finalbody"):
-            statements = getattr(node, field, None)
-            if isinstance(statements, list) and statements:
+        for field, statements in blocks(node):
+            if statements:
                 setattr(node, field, self.without_strings(node, statements))
         return super().visit(node)
 
@@ -136,7 +138,7 @@ class Strip(ast.NodeTransformer):
         """A block without the statements that are only a string; `pass` where nothing else is in it."""
         gone = [s for s in statements if isinstance(s, ast.Expr) and isinstance(s.value, ast.Constant)]
         gone = [s for s in gone if isinstance(s.value.value, str)]
-        has_docstring = isinstance(owner, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+        has_docstring = isinstance(owner, (ast.Module, ast.ClassDef, *Function))
         if self.keeps_docstrings and has_docstring:
             gone = [s for s in gone if s is not statements[0]]
         kept = [s for s in statements if s not in gone]
@@ -293,37 +295,14 @@ def unpack(packed: bytes) -> bytes | None:
 # ----------------------------------------------------------------------------------------------------------------------
 
 # A model of a few thousand parameters that uses every part of the run: averages, late QAT, sliding windows, TTT.
-TINY = dict(
-    DEVICE="cpu",
-    DTYPE="fp32",
-    VOCAB_SIZE="512",
-    NUM_LAYERS="3",
-    MODEL_DIM="32",
-    NUM_HEADS="4",
-    NUM_KV_HEADS="2",
-    ROPE_DIMS="4",
-    XSA_LAST_N="1",
-    BIGRAM_VOCAB_SIZE="64",
-    BIGRAM_DIM="8",
-    VE_DIM="8",
-    VE_LAYERS="1,2",
-    TRAIN_SEQ_LEN="32",
-    EVAL_SEQ_LEN="32",
-    TRAIN_BATCH_TOKENS="384",
-    ITERATIONS="12",
-    WARMDOWN_ITERS="11",
-    WARMUP_STEPS="1",
-    MAX_WALLCLOCK_SECONDS="0",
-    EVAL_MAX_SECONDS="0",
-    VAL_LOSS_EVERY="6",
-    SWA_ENABLED="1",
-    SWA_EVERY="1",
-    VAL_BATCH_SIZE="4096",
-    EVAL_STRIDE="16",
-    TTT_CHUNK_TOKENS="2048",
-    TTT_EPOCHS="1",
-    TTT_BATCH_SEQS="16",
-)
+TINY_SETTINGS = """
+DEVICE=cpu DTYPE=fp32 VOCAB_SIZE=512 NUM_LAYERS=3 MODEL_DIM=32 NUM_HEADS=4 NUM_KV_HEADS=2 ROPE_DIMS=4
+XSA_LAST_N=1 BIGRAM_VOCAB_SIZE=64 BIGRAM_DIM=8 VE_DIM=8 VE_LAYERS=1,2 TRAIN_SEQ_LEN=32 EVAL_SEQ_LEN=32
+TRAIN_BATCH_TOKENS=384 ITERATIONS=12 WARMDOWN_ITERS=11 WARMUP_STEPS=1 MAX_WALLCLOCK_SECONDS=0
+EVAL_MAX_SECONDS=0 VAL_LOSS_EVERY=6 SWA_ENABLED=1 SWA_EVERY=1 VAL_BATCH_SIZE=4096 EVAL_STRIDE=16
+TTT_CHUNK_TOKENS=2048 TTT_EPOCHS=1 TTT_BATCH_SEQS=16
+"""
+TINY = dict(setting.split("=") for setting in TINY_SETTINGS.split())
 PROOF_SECONDS = 1800
 # What two runs of one script may differ in, and what belongs to the file. All else in the result has to be the same.
 OF_THE_RUN = {"run_id", "train_seconds", "eval_seconds", "phase_seconds", "peak_memory_mib"}
@@ -344,9 +323,9 @@ def make_tiny_data(folder: Path) -> Path:
     texts = sorted({text for member in members if len(text := str(getattr(member, "__doc__", None) or "")) > 80})
     documents, out = folder / "documents.jsonl", folder / "shards"
     documents.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), "utf-8")
-    command = [sys.executable, ROOT / "data" / "prepare.py", "text", documents, "--val-docs", "30", "--out", out]
-    command += ["--vocab-size", "512", "--shard-tokens", "20000", "--workers", "1"]
-    done = subprocess.run(command, env=clean_environ(), capture_output=True, text=True)
+    words = [sys.executable, ROOT / "data" / "prepare.py", "text", documents, "--val-docs", "30", "--out", out]
+    words += ["--vocab-size", "512", "--shard-tokens", "20000", "--workers", "1"]
+    done = subprocess.run(words, env=clean_environ(), capture_output=True, text=True)
     if done.returncode:
         raise PackError(f"cannot make data for the proof: {last_line(done.stderr)}")
     return out
@@ -376,13 +355,8 @@ def tiny_runs(scripts: dict[str, bytes], data: Path, folder: Path) -> dict[str, 
             place.mkdir()
             (place / "train_gpt.py").write_bytes(source)
             with (place / "out").open("wb") as out, (place / "err").open("wb") as err:
-                running[name] = subprocess.Popen(
-                    [sys.executable, "-B", "train_gpt.py"],
-                    cwd=place,
-                    env=clean_environ(**settings),
-                    stdout=out,
-                    stderr=err,
-                )
+                words, environ = [sys.executable, "-B", "train_gpt.py"], clean_environ(**settings)
+                running[name] = subprocess.Popen(words, cwd=place, env=environ, stdout=out, stderr=err)
         for name, process in running.items():
             code = process.wait(PROOF_SECONDS)
             out, err = (last_line((folder / name / stream).read_text("utf-8", "replace")) for stream in ("out", "err"))
@@ -445,17 +419,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", type=Path, help="shards and tokenizer for the proof; default: tiny ones made for it")
 
 
+@command
 def run(args: argparse.Namespace) -> int:
-    try:
-        return carry_out(args)
-    except PackError as error:
-        print(f"error: {error}", file=sys.stderr)
-    except OSError as error:
-        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
-    return 2
-
-
-def carry_out(args: argparse.Namespace) -> int:
     """Pack, prove if wanted, and only then write."""
     out = args.out or args.file.with_name(f"{args.file.stem}_packed{args.file.suffix}")
     source = args.file.read_bytes()

@@ -2,20 +2,16 @@
 
 import argparse
 import statistics
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from records.submission import runlog
 from records.submission.board import clean, number, thin
+from records.submission.command import Unusable, command
 
 MAX_LOGS, MAX_SCORES, MAX_POINTS, MAX_EVENTS = 10, 12, 2000, 12
 COLOURS = ("#0b62c4", "#c8500a", "#1a7f4b", "#a3278f", "#8a6a00", "#c32a3c", "#0b7d8c", "#5a45c9", "#5d6a1c", "#6b4a3a")
 SHARED = "#5c6673"  # what belongs to no one run
-
-
-class PlotError(Exception):
-    """Input that cannot be used: one line for the user."""
 
 
 def points(log: runlog.RunLog, name: str) -> tuple[list[int], list[float]]:
@@ -50,14 +46,14 @@ def limits(logs: Sequence[runlog.RunLog]) -> tuple[float, float] | None:
 
 
 def draw(logs: Sequence[runlog.RunLog], names: Sequence[str], out: Path) -> None:
-    """Write the PNG. Raises PlotError where matplotlib is missing or the file cannot be written."""
+    """Write the PNG. Raises Unusable where matplotlib is missing or the file cannot be written."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
         from matplotlib.lines import Line2D
         from matplotlib.ticker import FuncFormatter, MaxNLocator
     except ImportError:
-        raise PlotError("plot needs matplotlib: pip install -r requirements-records.txt") from None
+        raise Unusable("plot needs matplotlib: pip install -r requirements-records.txt") from None
     rows = (len(logs) + 1) // 2
     figure = Figure(figsize=(8, 4.2 + 0.22 * rows), dpi=100, layout="constrained")
     FigureCanvasAgg(figure)
@@ -101,7 +97,7 @@ def draw(logs: Sequence[runlog.RunLog], names: Sequence[str], out: Path) -> None
         out.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(out, format="png", metadata={"Software": None})
     except OSError as error:
-        raise PlotError(f"cannot write {out}: {error.strerror}") from None
+        raise Unusable(f"cannot write {out}: {error.strerror}") from None
 
 
 def mark_events(axes, logs: Sequence[runlog.RunLog]) -> None:
@@ -151,24 +147,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-o", "--out", type=Path, metavar="OUT.png", help="default: beside the first log, as .png")
 
 
+@command
 def run(args: argparse.Namespace) -> int:
     """Exit code: 0, or 2 where a log or matplotlib cannot be used."""
-    try:
-        logs, names = [], []
-        for path in args.logs[: MAX_LOGS + 1]:
-            log = runlog.parse(path)
-            parts = log.parts or [log]
-            logs += parts
-            names += [clean(path.stem, 36) + f", run {i}" * (len(parts) > 1) for i, _ in enumerate(parts, 1)]
-        if len(logs) > MAX_LOGS:
-            raise PlotError(f"more than {MAX_LOGS} runs cannot be told apart")
-        for log in logs:
-            if not log.steps:
-                raise PlotError(f"{log.path} has no training step to draw")
-        out = args.out or args.logs[0].with_suffix(".png")
-        draw(logs, names, out)
-    except (PlotError, runlog.LogError) as error:
-        print(f"error: {clean(error, 500)}", file=sys.stderr)
-        return 2
+    logs, names = [], []
+    for path in args.logs[: MAX_LOGS + 1]:
+        log = runlog.parse(path)
+        parts = log.parts or [log]
+        logs += parts
+        names += [clean(path.stem, 36) + f", run {i}" * (len(parts) > 1) for i, _ in enumerate(parts, 1)]
+    if len(logs) > MAX_LOGS:
+        raise Unusable(f"more than {MAX_LOGS} runs cannot be told apart")
+    for log in logs:
+        if not log.steps:
+            raise Unusable(f"{log.path} has no training step to draw")
+    out = args.out or args.logs[0].with_suffix(".png")
+    draw(logs, names, out)
     print(f"wrote {out}")
     return 0

@@ -28,7 +28,7 @@ def check_source(s: Submission) -> Iterator[Note]:
         yield Note("skip", why)
         return
     sha = hashlib.sha256(s.script).hexdigest()
-    text = s.script.decode("utf-8", "replace").replace("\r\n", "\n").strip("\n")
+    text = unpack.decode(s.script).strip("\n")
     layers = {layer.strip("\n") for layer in s.layers.layers[1:]}
     sizes = {len(s.script), len(s.script.replace(b"\r\n", b"\n")), *(len(x.encode()) for x in s.layers.layers)}
     unproved = []
@@ -219,7 +219,7 @@ def imports(tree: ast.Module) -> Iterator[tuple[str, int, bool]]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Try) and node.handlers:
             guarded |= {id(part) for statement in node.body for part in ast.walk(statement)}
-        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+        if isinstance(node, unpack.Function):
             guarded |= {id(part) for part in ast.walk(node)}  # imported when needed, not with the script
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):

@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+from records.submission.command import Unusable
+
 MAX_BYTES = 256 << 20  # of a log; the longest public ones have a few MB
 MAX_LINES = 1_000_000
 MAX_LINE = 4096  # characters of a line that can be a result; settings and result are JSON and may be longer
@@ -25,7 +27,7 @@ BYTES_PER_WEIGHT = 1.5  # a submission with more than that holds floats: the raw
 TRAINING_PHASES = ("train", "average", "calibrate")  # what the training clock of train_gpt.py holds
 
 
-class LogError(Exception):
+class LogError(Unusable):
     """Input that cannot be used, in one line for the user."""
 
 
@@ -107,6 +109,12 @@ class RunLog:
         """The result of this label; None if there is none or if several differ."""
         found = [score for score in self.scores if score.label == label]
         return found[0] if len(found) == 1 else None
+
+    @property
+    def told_scores(self) -> dict[str, dict]:
+        """What the `result` line says of each score, by label."""
+        scores = (self.result or {}).get("scores")
+        return {k: v for k, v in scores.items() if isinstance(v, dict)} if isinstance(scores, dict) else {}
 
     def each(self) -> list["RunLog"]:
         """The runs in the log, one by one where each has its score; else the log as it is."""
@@ -468,38 +476,29 @@ CLOCK = re.compile(r"stopping_early:.{0,200}?train_time[:=]? ?(\d{1,12}(?:\.\d{1
 GPU = re.compile(r"\|\s{1,8}\d{1,3}\s{1,8}((?:NVIDIA|AMD|Tesla) [\w -]{1,40}?)\s{1,24}(?:On|Off|N/A)\b")
 
 # First word of a line -> the facts in it: (field, what the value is, pattern).
-FACTS: dict[str, tuple[tuple[str, Callable, re.Pattern], ...]] = {
-    word: tuple((name, kind, re.compile(pattern)) for name, kind, pattern in facts)
-    for word, facts in {
-        "code_sha256": (
-            ("code_sha256", str, r"code_sha256:([0-9a-f]{64})\b"),
-            ("settings_hash", str, r"code_sha256:\w{1,64} settings_hash:([0-9a-f]{1,64})\b"),
-        ),
-        "torch": (
-            ("torch", str, r"torch:(\S{1,60})"),
-            ("cuda", str, r"torch:\S{1,60} cuda:(\d\S{0,20})"),
-            ("python", str, r"torch:\S{1,60} .{0,60}?\bpython:(3\.\d{1,2})\b"),
-            ("device", str, r"torch:\S{1,60} .{0,60}?\bdevice:(.{1,80})"),
-        ),
-        "Running": (
-            ("python", str, r"Running Python (3\.\d{1,2})\b"),
-            ("torch", str, r"Running PyTorch (\S{1,60})"),
-            ("cuda", lambda digits: f"{digits[:-1]}.{digits[-1]}", r"Running PyTorch \S{1,50}\+cu(\d{3})\b"),
-        ),
-        "setting": (("run_id", str, r"setting:RUN_ID=(.{1,200})"),),
-        "Python": (("python", str, r"Python (?:version)?:? ?(3\.\d{1,2})\b"),),
-        "python": (("python", str, r"python(?:_version)?[:=] ?(3\.\d{1,2})\b"),),
-        "params": (
-            ("model_params", count, r"params: ?(\d[\d,_]{0,23})(?![\w.])"),
-            ("seed", int, r"params:.{0,200}?\bs: ?(\d{1,18})\b(?!\.)"),
-        ),
-        "s": (("seed", int, r"s: ?(\d{1,18})$"),),
-        "seed": (("seed", int, r"seed: ?(\d{1,18})$"),),
-        "model_params": (("model_params", count, r"model_params: ?(\d[\d,_]{0,23})$"),),
-        "world_size": (("world_size", int, r"world_size: ?(\d{1,6})\b"),),
-        "total_eval_time": (("eval_seconds", float, r"total_eval_time: ?(\d{1,9}(?:\.\d{1,9})?)s$"),),
-    }.items()
-}
+FACTS: dict[str, list[tuple[str, Callable, re.Pattern]]] = defaultdict(list)
+for _name, _kind, _pattern in (
+    ("code_sha256", str, r"code_sha256:([0-9a-f]{64})\b"),
+    ("settings_hash", str, r"code_sha256:\w{1,64} settings_hash:([0-9a-f]{1,64})\b"),
+    ("torch", str, r"torch:(\S{1,60})"),
+    ("cuda", str, r"torch:\S{1,60} cuda:(\d\S{0,20})"),
+    ("python", str, r"torch:\S{1,60} .{0,60}?\bpython:(3\.\d{1,2})\b"),
+    ("device", str, r"torch:\S{1,60} .{0,60}?\bdevice:(.{1,80})"),
+    ("python", str, r"Running Python (3\.\d{1,2})\b"),
+    ("torch", str, r"Running PyTorch (\S{1,60})"),
+    ("cuda", lambda digits: f"{digits[:-1]}.{digits[-1]}", r"Running PyTorch \S{1,50}\+cu(\d{3})\b"),
+    ("run_id", str, r"setting:RUN_ID=(.{1,200})"),
+    ("python", str, r"Python (?:version)?:? ?(3\.\d{1,2})\b"),
+    ("python", str, r"python(?:_version)?[:=] ?(3\.\d{1,2})\b"),
+    ("model_params", count, r"params: ?(\d[\d,_]{0,23})(?![\w.])"),
+    ("seed", int, r"params:.{0,200}?\bs: ?(\d{1,18})\b(?!\.)"),
+    ("seed", int, r"s: ?(\d{1,18})$"),
+    ("seed", int, r"seed: ?(\d{1,18})$"),
+    ("model_params", count, r"model_params: ?(\d[\d,_]{0,23})$"),
+    ("world_size", int, r"world_size: ?(\d{1,6})\b"),
+    ("eval_seconds", float, r"total_eval_time: ?(\d{1,9}(?:\.\d{1,9})?)s$"),
+):
+    FACTS[re.match(r"\w+", _pattern)[0]].append((_name, _kind, re.compile(_pattern)))
 # What stands once at the head of a run.
 HEADS = ("code_sha256:", "Running Python", "Hyperparameters:", "seed:", "===== source begin")
 
@@ -797,12 +796,9 @@ class _Reader:
         if isinstance(phases, dict):
             exact = {name: seconds for name, value in phases.items() if (seconds := number(value)) is not None}
             log.phases = {name: exact.get(name, seconds) for name, seconds in log.phases.items()} | exact
-        scores = log.result.get("scores")
-        for label, figures in (scores if isinstance(scores, dict) else {}).items():
+        for label, figures in log.told_scores.items():
             logged = log.score(label)
-            if logged is None or not isinstance(figures, dict):
-                continue
-            for name in ("val_loss", "val_bpb"):
+            for name in ("val_loss", "val_bpb") if logged is not None else ():
                 if not agree(getattr(logged, name), number(figures.get(name))):
                     self.undecided(f"{name} of {label} is another in the `result` line than in line {logged.line}")
 

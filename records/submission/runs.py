@@ -64,9 +64,8 @@ class Mean(NamedTuple):
 def scores_by_label(log: RunLog) -> dict[str, tuple[float | None, float | None, bool]]:
     """label -> (bpb, loss, whether unrounded); the last validation of training is one of them."""
     found = {score.label: (score.val_bpb, score.val_loss, score.exact) for score in log.scores}
-    scores = (log.result or {}).get("scores")
-    for label, score in scores.items() if isinstance(scores, dict) else ():
-        if isinstance(score, dict) and label in found:
+    for label, score in log.told_scores.items():
+        if label in found:
             found[label] = (number(score.get("val_bpb")), number(score.get("val_loss")), True)
     validated = [step for step in log.steps if step.val_bpb is not None]
     if validated:

@@ -13,7 +13,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from records.submission.foreign import MAX_FOLDER, Finding, Note, clean_text, load
+from records.submission.command import clean_text
+from records.submission.foreign import MAX_FOLDER, Finding, Note, load
 from records.submission.runs import number
 
 RUN_SECONDS = 120
@@ -92,13 +93,11 @@ def check_run(folder: Path) -> list[Finding]:
     elif number(last.get("seconds")) is None:
         notes.append(Note("FAIL", f"IMPORT_FAIL error={ended}"))
     else:
-        shown = [
-            f"{name}={last.get(key)}"
-            for name, key in (("dim", "model_dim"), ("layers", "num_layers"), ("vocab", "vocab_size"))
-        ]
+        sizes = dict(dim="model_dim", layers="num_layers", vocab="vocab_size")
+        shown = [f"{name}={last.get(key)}" for name, key in sizes.items()]
         smoke = f"import OK in {last['seconds']:.2f}s, {', '.join(shown)}, code={len(s.script)} B, SMOKE_TEST_PASS"
         notes.append(Note("pass", smoke))
-        if None in (last.get("model_dim"), last.get("num_layers"), last.get("vocab_size")):
+        if None in map(last.get, sizes.values()):
             notes.append(Note("warn", "Hyperparameters lacks model_dim, num_layers or vocab_size"))
     return [Finding("run", note.level, clean_text(note.what)) for note in notes]
 
@@ -111,16 +110,9 @@ def import_there(script: Path, work: Path, preload: bool) -> tuple[list[dict], s
     environment = {"HOME": str(work), "TMPDIR": str(work), "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
     environment |= {"CUDA_VISIBLE_DEVICES": "", "LANG": "C.UTF-8"}
     try:
-        process = subprocess.Popen(
-            command,
-            cwd=work,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            pass_fds=(writer,),
-            start_new_session=True,
-        )
+        silent = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
+        options = dict(cwd=work, env=environment, pass_fds=(writer,), start_new_session=True)
+        process = subprocess.Popen(command, **options, **silent)
     finally:
         os.close(writer)
     try:

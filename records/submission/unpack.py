@@ -17,7 +17,6 @@ import io
 import lzma
 import posixpath
 import re
-import string
 import warnings
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -31,6 +30,7 @@ MAX_LAYERS = 8
 MAX_DICTIONARY = 1 << 26  # of a raw LZMA stream, which names its own memory need
 MAX_FOLDS = 20_000  # nodes folded per layer
 MAX_FOLDED = 64_000_000  # bytes made on the way, per layer
+Function = (ast.FunctionDef, ast.AsyncFunctionDef)
 
 
 class Problem(NamedTuple):
@@ -99,6 +99,11 @@ def read_tree(source: str, version: tuple[int, int] = (3, 10)) -> tuple[ast.Modu
     return parse(source), problems
 
 
+def decode(data: bytes) -> str:
+    """Foreign text with `\\n` newlines, whatever is wrong with it."""
+    return data.decode("utf-8", "replace").replace("\r\n", "\n")
+
+
 def decode_source(data: bytes) -> str:
     """Text of a script with `\\n` newlines. Raises SyntaxError where it is not UTF-8."""
     try:
@@ -112,16 +117,23 @@ def decode_source(data: bytes) -> str:
 # comment, or a line break within single quotes. Older interpreters cannot even tokenize such text, hence a scanner.
 # ----------------------------------------------------------------------------------------------------------------------
 
-PREFIXES = {a + b for a in ("", "r", "R") for b in ("f", "F", "b", "B", "u", "U")}
-PREFIXES |= {b + a for a in ("r", "R") for b in ("f", "F", "b", "B")} | {"r", "R", ""}
-WORD = set(string.ascii_letters + string.digits + "_")
+# A comment, the beginning of a string, a word, or any other character.
+LEXEME = re.compile(
+    r"""\#.* | (?P<prefix>[rR]?[fFbBuU]|[fFbB][rR]|[rR]|)(?P<quote>'{3}|"{3}|['"])
+    | [A-Za-z0-9_\x80-\U0010ffff]+ | (?s:.)""",
+    re.VERBOSE,
+)
 
 
 class FStrings:
-    """Scanner over one source; `found` are outermost f-strings (start, end, reason) that 3.10 would refuse."""
+    """Scanner over one source; `found` are outermost f-strings (start, end, reason) that 3.10 would refuse. Its methods
+    take where something begins, and the quotes of the f-strings around it; they return where it ends."""
 
     def __init__(self, source: str):
         self.source, self.found, self.reason = source, [], ""
+
+    def refuse(self, reason: str) -> None:
+        self.reason = self.reason or reason
 
     def scan(self) -> list[tuple[int, int, str]]:
         i, n = 0, len(self.source)
@@ -133,29 +145,18 @@ class FStrings:
         return self.found
 
     def token(self, i: int, quotes: list[str]) -> int:
-        """Where the word, string, comment or character at i ends."""
-        s, c = self.source, self.source[i]
-        if c == "#":
-            end = s.find("\n", i)
-            return len(s) if end < 0 else end
-        word = i
-        while word < len(s) and (s[word] in WORD or s[word] > "\x7f"):
-            word += 1
-        prefix = s[i:word]
-        if word < len(s) and s[word] in "'\"" and prefix in PREFIXES:
-            return self.string(word, prefix.lower(), quotes)
-        return max(word, i + 1)
+        lexeme = LEXEME.match(self.source, i)
+        quote = lexeme["quote"]
+        return lexeme.end() if quote is None else self.string(lexeme.end(), quote, lexeme["prefix"].lower(), quotes)
 
-    def string(self, i: int, prefix: str, quotes: list[str]) -> int:
+    def string(self, i: int, quote: str, prefix: str, quotes: list[str]) -> int:
         s = self.source
-        quote = s[i : i + 3] if s[i : i + 3] in ("'''", '"""') else s[i]
         if any(quote.startswith(outer) or (len(outer) == 1 and outer in quote) for outer in quotes):
-            self.reason = self.reason or "the same quotes inside"
-        i += len(quote)
+            self.refuse("the same quotes inside")
         while i < len(s) and not s.startswith(quote, i):
             if s[i] == "\\":
                 if quotes:
-                    self.reason = self.reason or "a backslash inside"
+                    self.refuse("a backslash inside")
                 i += 2
                 if "r" not in prefix and s.startswith("N{", i - 1):
                     i = max(i, s.find("}", i))
@@ -180,12 +181,8 @@ class FStrings:
                 return i + 1
             if c == ":" and depth == 0:
                 return self.spec(i + 1, quotes)
-            if c == "#":
-                self.reason = self.reason or "a comment inside"
-            elif c == "\\":
-                self.reason = self.reason or "a backslash inside"
-            elif c == "\n" and len(quotes[-1]) == 1:
-                self.reason = self.reason or "a line break inside"
+            if c in "#\\" or (c == "\n" and len(quotes[-1]) == 1):
+                self.refuse({"#": "a comment inside", "\\": "a backslash inside"}.get(c, "a line break inside"))
             depth += (c in "([{") - (c in ")]}")
             i = self.token(i, quotes)
         return i
@@ -238,14 +235,6 @@ def zlib_decompress(data: bytes, wbits: int = zlib.MAX_WBITS, bufsize: int = 0) 
     return inflate(zlib.decompressobj(wbits), data)
 
 
-def bz2_decompress(data: bytes) -> bytes:
-    return inflate(bz2.BZ2Decompressor(), data)
-
-
-def gzip_decompress(data: bytes) -> bytes:
-    return zlib_decompress(data, 31)
-
-
 def brotli_decompress(data: bytes) -> bytes:
     try:
         import brotli
@@ -273,8 +262,8 @@ def codecs_decode(data: Any, encoding: str = "utf-8", errors: str = "strict") ->
 FUNCTIONS: Mapping[str, Callable] = {
     "lzma.decompress": lzma_decompress,
     "zlib.decompress": zlib_decompress,
-    "bz2.decompress": bz2_decompress,
-    "gzip.decompress": gzip_decompress,
+    "bz2.decompress": lambda data: inflate(bz2.BZ2Decompressor(), data),
+    "gzip.decompress": lambda data: zlib_decompress(data, 31),
     "brotli.decompress": brotli_decompress,
     "zstandard.decompress": zstd_decompress,
     "zstd.decompress": zstd_decompress,
@@ -406,11 +395,8 @@ class Folding:
         self.folds += 1
         if self.folds > MAX_FOLDS or self.bytes > MAX_FOLDED:
             raise Unfoldable("too much to fold")
-        method = getattr(self, f"fold_{type(node).__name__}", None)
-        if method is None:
-            raise Unfoldable(f"{type(node).__name__} at line {getattr(node, 'lineno', 0)} is not a constant")
         try:
-            value = method(node)
+            value = self.value(node)
         except Unfoldable:
             raise
         except RecursionError:
@@ -428,55 +414,58 @@ class Folding:
         if self.bytes > MAX_FOLDED:
             raise Unfoldable("too much to fold")
 
-    def fold_Constant(self, node):
-        return node.value
+    def value(self, node: ast.AST) -> Any:
+        """What fold gives, without its bounds."""
+        match node:
+            case ast.Constant(value):
+                return value
+            case ast.Name(name):
+                value = self.names.get(name)
+                if isinstance(value, Unfoldable):
+                    raise value
+                if value is None:
+                    raise Unfoldable(f"{name} is not known at line {node.lineno}")
+                return value
+            case ast.NamedExpr(ast.Name(name), inner):
+                value = self.names[name] = self.fold(inner)
+                return value
+            case ast.Tuple(parts):
+                return tuple(self.fold(part) for part in parts)
+            case ast.List(parts):
+                return [self.fold(part) for part in parts]
+            case ast.Dict(keys, values):
+                return {self.fold(key): self.fold(value) for key, value in zip(keys, values, strict=True)}
+            case ast.JoinedStr(parts):
+                texts = [_str(self.fold(part)) for part in parts]
+                self.spend(size_to_come("join", "", [texts]))
+                return "".join(texts)
+            case ast.FormattedValue(inner):
+                return self.fold(inner)
+            case ast.UnaryOp(ast.USub(), operand):
+                return -self.fold(operand)
+            case ast.UnaryOp():
+                raise Unfoldable("an operator that is not followed")
+            case ast.BinOp(left, operator, right):
+                return self.operation(self.fold(left), operator, self.fold(right), node.lineno)
+            case ast.Subscript():
+                return self.part(self.fold(node.value), node)
+            case ast.Attribute():
+                return self.attribute(self.fold(node.value), node)
+            case ast.Call():
+                return self.call(node)
+        raise Unfoldable(f"{type(node).__name__} at line {getattr(node, 'lineno', 0)} is not a constant")
 
-    def fold_Name(self, node):
-        value = self.names.get(node.id)
-        if isinstance(value, Unfoldable):
-            raise value
-        if value is None:
-            raise Unfoldable(f"{node.id} is not known at line {node.lineno}")
-        return value
-
-    def fold_NamedExpr(self, node):
-        value = self.names[node.target.id] = self.fold(node.value)
-        return value
-
-    def fold_Tuple(self, node):
-        return tuple(self.fold(part) for part in node.elts)
-
-    def fold_List(self, node):
-        return [self.fold(part) for part in node.elts]
-
-    def fold_Dict(self, node):
-        return {self.fold(k): self.fold(v) for k, v in zip(node.keys, node.values, strict=True)}
-
-    def fold_JoinedStr(self, node):
-        parts = [_str(self.fold(part)) for part in node.values]
-        self.spend(size_to_come("join", "", [parts]))
-        return "".join(parts)
-
-    def fold_FormattedValue(self, node):
-        return self.fold(node.value)
-
-    def fold_UnaryOp(self, node):
-        if isinstance(node.op, ast.USub):
-            return -self.fold(node.operand)
-        raise Unfoldable("an operator that is not followed")
-
-    def fold_BinOp(self, node):
-        left, right = self.fold(node.left), self.fold(node.right)
-        if isinstance(node.op, ast.Add) and type(left) is type(right) and isinstance(left, (str, bytes, list, int)):
+    @staticmethod
+    def operation(left: Any, operator: ast.operator, right: Any, line: int) -> Any:
+        if isinstance(operator, ast.Add) and type(left) is type(right) and isinstance(left, (str, bytes, list, int)):
             return left + right
-        if isinstance(node.op, (ast.Sub, ast.BitOr)) and isinstance(left, int) and isinstance(right, int):
-            return left - right if isinstance(node.op, ast.Sub) else left | right
-        if isinstance(node.op, ast.Div) and isinstance(left, str) and isinstance(right, str):
+        if isinstance(operator, (ast.Sub, ast.BitOr)) and isinstance(left, int) and isinstance(right, int):
+            return left - right if isinstance(operator, ast.Sub) else left | right
+        if isinstance(operator, ast.Div) and isinstance(left, str) and isinstance(right, str):
             return Located(posixpath.join(left, right))
-        raise Unfoldable(f"an operator at line {node.lineno} that is not followed")
+        raise Unfoldable(f"an operator at line {line} that is not followed")
 
-    def fold_Subscript(self, node):
-        value = self.fold(node.value)
+    def part(self, value: Any, node: ast.Subscript) -> Any:
         if isinstance(value, Ref) or not isinstance(value, (str, bytes, list, tuple, dict)):
             raise Unfoldable(f"a subscript at line {node.lineno}")
         if isinstance(node.slice, ast.Slice):
@@ -484,13 +473,12 @@ class Folding:
             return value[slice(*(None if part is None else self.fold(part) for part in parts))]
         return value[self.fold(node.slice)]
 
-    def fold_Attribute(self, node):
-        value = self.fold(node.value)
+    @staticmethod
+    def attribute(value: Any, node: ast.Attribute) -> Any:
         if isinstance(value, Ref):
-            name = f"{value.name}.{node.attr}".removeprefix("builtins.").removeprefix("__builtins__.")
             if value.name == "lzma" and isinstance(getattr(lzma, node.attr, None), int):
                 return int(getattr(lzma, node.attr))
-            return Ref(name)
+            return Ref(f"{value.name}.{node.attr}".removeprefix("builtins.").removeprefix("__builtins__."))
         if isinstance(value, Located) and node.attr == "parent":
             return Located(posixpath.dirname(value))
         raise Unfoldable(f"attribute {node.attr} at line {node.lineno}")
@@ -504,7 +492,7 @@ class Folding:
             raise Unfoldable(f"the folder lacks {name}")
         return self.files[name] if binary else decode_source(self.files[name])
 
-    def fold_Call(self, node):
+    def call(self, node: ast.Call) -> Any:
         if isinstance(node.func, ast.Attribute) and node.func.attr in METHODS | PATH_METHODS:
             try:
                 owner = self.fold(node.func.value)
@@ -573,26 +561,31 @@ class Folding:
             self.names, self.depth = outside, self.depth - 1
 
 
+def blocks(node: ast.AST) -> Iterator[tuple[str, list[ast.stmt]]]:
+    """(field, statements) of every block of a node; handlers and cases are nodes themselves."""
+    for field in ("body", "orelse", "finalbody"):
+        if isinstance(block := getattr(node, field, None), list):
+            yield field, block
+
+
 def statements(tree: ast.AST, inside: bool = False) -> Iterator[ast.stmt]:
     """Every statement that runs with the module, in order; those of functions only if `inside` is asked for."""
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, (ast.stmt, ast.ExceptHandler)):
             yield node
-            if inside or not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            if inside or not isinstance(node, (*Function, ast.ClassDef)):
                 yield from statements(node, inside)
+
+
+def called_name(call: ast.Call) -> str:
+    return getattr(call.func, "id", None) or getattr(call.func, "attr", "")
 
 
 def executions(tree: ast.Module) -> list[ast.Call]:
     """Calls of exec, eval and of functions that run a file, wherever they stand."""
-    return [
-        node
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Call)
-        and (
-            (isinstance(node.func, ast.Name) and node.func.id in {"exec", "eval", "run_path"})
-            or (isinstance(node.func, ast.Attribute) and node.func.attr in {"exec", "run_path"})
-        )
-    ]
+    names = {ast.Name: {"exec", "eval", "run_path"}, ast.Attribute: {"exec", "run_path"}}
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    return [call for call in calls if called_name(call) in names.get(type(call.func), ())]
 
 
 def unwrap(source: str, read: Callable[[str], bytes | None] = lambda name: None) -> Unwrapped:
@@ -619,7 +612,7 @@ def unwrap(source: str, read: Callable[[str], bytes | None] = lambda name: None)
 
 def executed(call: ast.Call, foldings: list["Folding"], found: Unwrapped) -> list[str]:
     """The text that a call executes, if it is no file's as it stands: those are named in `found.files`."""
-    name = getattr(call.func, "id", None) or getattr(call.func, "attr", "")
+    name = called_name(call)
     for folding in foldings:
         try:
             inner = folding.fold(call.args[0])
@@ -642,13 +635,16 @@ def executed(call: ast.Call, foldings: list["Folding"], found: Unwrapped) -> lis
     return []
 
 
-def decode(data: bytes) -> str:
-    return data.decode("utf-8", "replace").replace("\r\n", "\n")
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Comparing a packed script with its readable companion
 # ----------------------------------------------------------------------------------------------------------------------
+
+
+def is_bare(node: ast.stmt) -> bool:
+    """Whether a statement does nothing."""
+    value = getattr(node, "value", None)
+    constant = isinstance(node, ast.Expr) and isinstance(value, ast.Constant)
+    return isinstance(node, ast.Pass) or constant or (isinstance(node, ast.AnnAssign) and value is None)
 
 
 class Bare(ast.NodeTransformer):
@@ -656,18 +652,9 @@ class Bare(ast.NodeTransformer):
 
     def visit(self, node):
         node = super().generic_visit(node)
-        for field in ("body", "orelse", "finalbody"):
-            block = getattr(node, field, None)
-            if isinstance(block, list):
-                kept = [
-                    statement
-                    for statement in block
-                    if not isinstance(statement, ast.Pass)
-                    and not (isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant))
-                    and not (isinstance(statement, ast.AnnAssign) and statement.value is None)
-                ]
-                setattr(node, field, kept)
-        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+        for field, block in blocks(node):
+            setattr(node, field, [statement for statement in block if not is_bare(statement)])
+        if isinstance(node, Function):
             node.returns = None
         elif isinstance(node, ast.arg):
             node.annotation = None

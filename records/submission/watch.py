@@ -31,6 +31,7 @@ from typing import NamedTuple, TextIO
 
 from records.submission import runlog
 from records.submission.board import clean, number
+from records.submission.command import Unusable, command
 
 RECENT = 5  # logged steps that count as the present
 SETTLED = 10  # the first steps are no guide to anything
@@ -40,10 +41,6 @@ STALE_S = 60.0  # without a new line, the view says so
 DOTS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))  # of a braille character: rows of (left, right)
 HOME, CLEAR_BELOW, CLEAR_RIGHT = "\x1b[H", "\x1b[J", "\x1b[K"
 ENTER, LEAVE = "\x1b[?1049h\x1b[?25l", "\x1b[?25h\x1b[?1049l"  # a screen of its own, without a cursor; and back
-
-
-class WatchError(Exception):
-    """Input that cannot be used: one line for the user."""
 
 
 class Projection(NamedTuple):
@@ -396,19 +393,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--once", action="store_true", help="say once how it stands, and end")
 
 
+@command
 def run(args: argparse.Namespace) -> int:
     """Exit code: 0 when the run has ended or the user has seen enough (Ctrl-C), 2 where a log cannot be used."""
     try:
         likes = [runlog.parse(path) for path in args.like]
         for like in likes:
             if final_score(like) is None:
-                raise WatchError(f"{like.path} has no result to compare with")
+                raise Unusable(f"{like.path} has no result to compare with")
         follow(args, likes, sys.stdout)
     except KeyboardInterrupt:
         print()
     except BrokenPipeError:  # `watch LOG | head`: nobody reads on
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (WatchError, runlog.LogError) as error:
-        print(f"error: {clean(error, 500)}", file=sys.stderr)
-        return 2
     return 0
