@@ -4809,6 +4809,9 @@ def open_outputs(hp: Hyperparameters, run_id: str, ranks: Ranks, goes_on: bool) 
             raise UserError(f"OUT_DIR={hp.out_dir} has {free:,} bytes free; this run may write {needed:,}")
         log = Log(path)
         if not log.fresh and not goes_on:
+            if log.written().rstrip().rpartition(b"\n")[2].startswith(b"result {"):  # its result.json is elsewhere
+                log.close()
+                raise UserError(f"RUN_ID={run_id} has ended already: see the end of {path}; choose another RUN_ID")
             aside = log.set_aside()
             log(f"log:set_aside {aside} left no checkpoint to go on from")
         return log, folder

@@ -1373,6 +1373,10 @@ def test_what_a_full_disk_does_not_take_is_written_where_there_is_room(name, go,
     assert result["headline"] == plain.result["headline"]
     if name != "weights.pgolf":
         assert re.search(rf"^files: .* {re.escape(str(kept))}( |$)", ran.out, re.MULTILINE)
+    if name == "result.json":  # a job that is restarted until it ends must not train again
+        again, log = go(RESUME="auto"), ran.log.read_bytes()
+        assert (again.code, again.out) == (2, "") and f"has ended already: see the end of {ran.log}" in again.err
+        assert ran.log.read_bytes() == log
     if name == "artifact.pgolf":
         assert kept.read_bytes() == plain.artifact
         assert go(run_id="again", EVAL_ONLY=1, ARTIFACT_PATH=kept).result["headline"] == plain.result["headline"]
