@@ -1090,6 +1090,8 @@ def intact_manifest(out: Path, record: dict) -> dict:
     """The manifest of an earlier run with the same options; raises UserError unless every file is as it says."""
     advice = f"remove {out} or name another --out"
     try:
+        if (out / "manifest.json").is_fifo():
+            raise OSError  # to open it is to wait
         manifest = json.loads((out / "manifest.json").read_text("utf-8"))
         files = [(f["name"], f["sha256"]) for split in manifest["splits"].values() for f in split["files"]]
         files.append((manifest["tokenizer"]["file"], manifest["tokenizer"]["sha256"]))
