@@ -96,7 +96,6 @@ class LimitError(Exception):
 # Settings
 # ----------------------------------------------------------------------------------------------------------------------
 
-
 # What is larger is a slip; int64 and fp32 hold these and what is computed from them.
 LARGEST = {int: 1 << 40, float: 1e12}
 
@@ -673,7 +672,7 @@ def settings_table() -> str:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Runtime: ranks, log, phases, clock
+# Runtime: ranks, log, phases, signals, clock
 # ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -1273,6 +1272,114 @@ def check_regular(path: Path) -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Checkpoints
+# ----------------------------------------------------------------------------------------------------------------------
+
+# CHECKPOINT, little-endian: magic, u64 length of a JSON header, the header, the tensors in the order of its table
+# ("tensors": [[name, shape, dtype], …]) without padding, SHA-256 of everything before. Nothing in it is executed.
+CHECKPOINT_MAGIC = b"PGCKPT\x01\n"
+
+CHECKPOINT_META = dict(run_id=str, settings=dict, code_sha256=str, data=list, dtype=str, step=int, loss=float)
+CHECKPOINT_META |= dict(elapsed_ms=float, durations=list, swa_samples=int, qat=bool, looping=bool, resumed_at=list)
+
+# Settings that neither move a weight by more than rounding nor a score: they may change when a run goes on.
+MAY_CHANGE = ("run_id", "out_dir", "data_path", "tokenizer_path", "resume", "checkpoint_every", "audit", "audit_tokens")
+MAY_CHANGE += ("train_log_every", "val_loss_every", "save_weights", "micro_batch_tokens")
+
+
+class Checkpoint(NamedTuple):
+    path: Path
+    meta: dict  # the header without its table
+    tensors: dict[str, Tensor]  # on the main rank; empty on the others
+
+
+def checkpoint_parts(meta: Mapping, tensors: Mapping[str, Tensor]) -> Iterator[bytes]:
+    """The file piece by piece: no second copy of the state is ever whole in memory."""
+    table = [[name, list(t.shape), str(t.dtype).removeprefix("torch.")] for name, t in tensors.items()]
+    header, digest = json.dumps({**meta, "tensors": table}).encode(), hashlib.sha256()
+    data = (np.ascontiguousarray(t.cpu().numpy()).reshape(-1).view(np.uint8) for t in tensors.values())
+    for part in itertools.chain((CHECKPOINT_MAGIC, struct.pack("<Q", len(header)), header), data):
+        digest.update(part)
+        yield part
+    yield digest.digest()
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """A whole checkpoint, or a UserError that says what is wrong with it."""
+    try:
+        blob = read_file(path, CHECKPOINT_MAGIC)
+    except OSError as error:
+        raise UserError(f"cannot read the checkpoint {path}: {error.strerror}") from None
+    older = [p for p in find_checkpoints(path.parent) if p != path]
+    advice = f"; RESUME={older[-1]} is another one" if older else "; there is no other one"
+    start = len(CHECKPOINT_MAGIC) + 8
+    foreign = UserError(f"{path} is no checkpoint of this script{advice}")
+    if blob[: len(CHECKPOINT_MAGIC)] != CHECKPOINT_MAGIC or len(blob) < start + 32:
+        raise foreign
+    view = memoryview(blob)
+    if hashlib.sha256(view[:-32]).digest() != blob[-32:]:
+        raise UserError(f"the checkpoint {path} is damaged or not whole: its checksum does not match{advice}")
+    end = start + int.from_bytes(blob[start - 8 : start], "little")
+    try:
+        meta, tensors = json.loads(blob[start:end]), {}
+        for name, shape, dtype in meta.pop("tensors"):
+            if not all(type(n) is int and n >= 0 for n in shape):
+                raise foreign
+            size = math.prod(shape) * np.dtype(dtype).itemsize
+            data = np.frombuffer(view[end : min(end + size, len(blob) - 32)], dtype)
+            tensors[name] = torch.from_numpy(data.reshape(shape).copy())
+            end += size
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        raise foreign from None
+    if end != len(blob) - 32 or {k: type(v) for k, v in meta.items()} != CHECKPOINT_META:
+        raise foreign
+    return Checkpoint(path, meta, tensors)
+
+
+def find_checkpoints(folder: Path) -> list[Path]:
+    """Oldest first."""
+    found = (p for p in folder.glob("checkpoint-*.pgckpt") if re.fullmatch(r"checkpoint-\d+\.pgckpt", p.name))
+    return sorted(found, key=lambda path: int(path.stem.removeprefix("checkpoint-")))
+
+
+def find_resumed(hp: Hyperparameters, source: bytes) -> Checkpoint | None:
+    """The checkpoint that RESUME names, if any, made by this code with these settings. Raises UserError.
+
+    RESUME=auto without a checkpoint starts from the beginning: a job that is restarted until it ends needs one command.
+    """
+    if not hp.resume:
+        return None
+    path = Path(hp.resume)
+    if hp.resume == "auto":
+        folder = Path(hp.out_dir) / "runs" / hp.run_id
+        try:
+            if (folder / "result.json").exists():
+                raise UserError(f"RUN_ID={hp.run_id} has ended: {folder / 'result.json'}; there is nothing to resume")
+            if (log := log_path(hp, hp.run_id)).exists():
+                open_locked(log).close()  # beside a run that is alive, its checkpoints come and go
+            found = find_checkpoints(folder)
+        except OSError as error:
+            raise UserError(f"cannot read OUT_DIR={hp.out_dir}: {error.strerror} ({error.filename})") from None
+        if not found:
+            return None
+        path = found[-1]
+    checkpoint = read_checkpoint(path)
+    if checkpoint.meta.get("code_sha256") != hashlib.sha256(source).hexdigest():
+        raise UserError(f"{path} was made by another train_gpt.py; the log of its run holds that source")
+    settings, theirs = dataclasses.asdict(hp), checkpoint.meta["settings"]
+    if settings.keys() != theirs.keys() or not re.fullmatch(r"\w[\w.-]{0,127}", checkpoint.meta["run_id"]):
+        raise UserError(f"{path} is no checkpoint of this script")
+    different = [
+        f"{name.upper()}={settings[name]} here, {value} there"
+        for name, value in theirs.items()
+        if name not in MAY_CHANGE and settings[name] != value
+    ]
+    if different:
+        raise UserError(f"{path} was made with other settings: {'; '.join(different)}")
+    return checkpoint
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Data: shards, loader, byte accounting
 # ----------------------------------------------------------------------------------------------------------------------
 
@@ -1596,10 +1703,39 @@ def prepared_documents(folder: Path, tokenizer_sha256: str) -> list[tuple[int, s
     return documents if entry else None
 
 
+class Run(NamedTuple):
+    """What every stage of a run needs."""
+
+    hp: Hyperparameters
+    ranks: Ranks
+    log: Log
+    phases: Phases
+    dtype: torch.dtype  # of activations
+    attend: Callable
+    compile: bool
+    val: Validation
+    stream: TokenStream | None  # training text, where the run trains
+    folder: Path  # of results
+    source: bytes  # of this file, as it runs
+    signals: Signals
+    checkpoint: Checkpoint | None  # to go on from
+
+    def build(self, context: int) -> "GPT":
+        """An uninitialized model for this context, on CPU."""
+        return GPT(self.hp, context, self.attend, self.dtype)
+
+    def compiled(self, model: "GPT") -> Callable:
+        """The model's forward, compiled for fixed shapes where COMPILE says so."""
+        if not self.compile:
+            return model
+        # A run has about ten graphs of one forward: with and without QAT and gradients, two widths of scored windows …
+        torch._dynamo.config.recompile_limit = 64
+        return torch.compile(model, dynamic=False, fullgraph=True)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Model
 # ----------------------------------------------------------------------------------------------------------------------
-
 
 NORM_EPS = torch.finfo(torch.float32).eps  # for bf16 too: the mean square of a fresh token table is only 2.5e-5
 
@@ -2321,6 +2457,330 @@ class Averages:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Training
+# ----------------------------------------------------------------------------------------------------------------------
+
+TRAINING_PHASES = ("train", "average", "calibrate")  # what the training clock has to hold
+
+
+def accumulate_gradients(forward: Callable, inputs: Tensor, targets: Tensor, rows: int, batch_tokens: int) -> Tensor:
+    """Backward over micro-batches of `rows` sequences; returns this rank's part of the mean loss, ().
+
+    Each loss is divided by the tokens of the global batch, so that gradients and losses only have to be summed.
+    """
+    loss = torch.zeros((), device=inputs.device)
+    for x, y in zip(inputs.split(rows), targets.split(rows), strict=True):
+        part = forward(x, y).sum() / batch_tokens
+        part.backward()
+        loss += part.detach()
+    return loss
+
+
+def out_of_time(hp: Hyperparameters, clock: Clock) -> bool:
+    """True where another step would end beyond the cap: two steps may be unreported, and one more has to fit."""
+    cap_ms = 1000 * hp.max_wallclock_seconds
+    step_ms = clock.step_ms or max(clock.durations, default=0.0)
+    return cap_ms > 0 and clock.elapsed_ms + clock.reserve_ms + 3 * step_ms > cap_ms
+
+
+def warn_of_warmdown(hp: Hyperparameters, clock: Clock, log: Log) -> None:
+    """Once the step time is known: a warmdown as long as the whole budget never trains at the full learning rate."""
+    steps = hp.iterations
+    if hp.max_wallclock_seconds and clock.step_ms:
+        steps = min(steps, int(1000 * hp.max_wallclock_seconds / clock.step_ms))
+    if hp.warmdown_iters >= steps:
+        fits = max(1, int(0.4 * steps))
+        log(f"warning: WARMDOWN_ITERS={hp.warmdown_iters} covers all {steps} steps; WARMDOWN_ITERS={fits} would fit")
+
+
+class Trainer:
+    """The trained model with everything that moves while it trains."""
+
+    def __init__(self, run: Run):
+        self.run, hp, ranks = run, run.hp, run.ranks
+        self.model = run.build(hp.train_seq_len)
+        init_weights(self.model, hp)
+        self.model.to(ranks.device)
+        self.model.looping = hp.num_loops > 0 and hp.enable_looping_at == 0
+        # After .to(): parameters become views of banks here, and a later move would silently part them.
+        self.optimizers = Optimizers(self.model, hp, ranks, run.dtype, run.compile)
+        self.averages, self.qat = Averages(self.model, hp), QAT(self.model, hp)
+        self.forward = run.compiled(self.model)
+        self.micro_rows = hp.micro_batch(ranks.size) // hp.train_seq_len
+        self.clock, self.step = Clock(ranks, run.signals), 0
+        self.saved_ms, self.resumed_at = 0.0, []
+        run.log(f"model_params:{sum(p.numel() for p in self.model.parameters())}")
+        accumulation = hp.train_batch_tokens // ranks.size // hp.micro_batch(ranks.size)
+        run.log(f"world_size:{ranks.size} grad_accum_steps:{accumulation}")
+
+    def warm_up(self) -> None:
+        """Run every graph of the timed loop on synthetic tokens, then undo all of it: weights and optimizer state.
+
+        Variants: with and without fake quantization and loops (where they will switch), and scoring without gradients.
+        """
+        run, hp, start = self.run, self.run.hp, time.perf_counter()
+        initial = [p.detach().clone() for p in self.model.parameters()]
+        generator = torch.Generator().manual_seed(0)
+
+        def synthetic(rows: int) -> Tensor:
+            shape = (2, rows, hp.train_seq_len)
+            return torch.randint(hp.vocab_size, shape, generator=generator).to(run.ranks.device)
+
+        fake_quants = [False] * (not hp.qat_enabled) + [True] * (hp.qat_enabled or hp.late_qat)
+        loops = sorted({self.model.looping, hp.num_loops > 0}, reverse=True)  # ends as training starts
+        for i in range(hp.warmup_steps):
+            for fake_quant, self.model.looping in itertools.product(fake_quants, loops):
+                with self.qat.switched(fake_quant):
+                    inputs, targets = synthetic(self.micro_rows)
+                    accumulate_gradients(self.forward, inputs, targets, self.micro_rows, hp.train_batch_tokens)
+                    self.optimizers.step(1.0, hp.muon_momentum)
+            run.log(f"warmup_step:{i + 1}/{hp.warmup_steps}")
+        with torch.no_grad():
+            if hp.warmup_steps and run.compile:
+                self.forward(*synthetic(score_batch_windows(hp, run.ranks, hp.train_seq_len)))
+            for parameter, value in zip(self.model.parameters(), initial, strict=True):
+                parameter.copy_(value)
+        self.optimizers.reset()
+        if hp.max_wallclock_seconds:
+            averaging = time.perf_counter()
+            self.exported_weights()
+            # Twice the time: it is measured once, and the last step must not end beyond the cap.
+            self.clock.reserve_ms = 2000 * run.ranks.largest(time.perf_counter() - averaging)
+            run.log(f"train_reserve:{self.clock.reserve_ms:.0f}ms for averaging")
+            if hp.calibrates:
+                seconds = hp.gptq_reserve_seconds or 2 * self.measure_calibration()
+                self.clock.reserve_ms += 1000 * seconds
+                run.log(f"train_reserve:{1000 * seconds:.0f}ms for calibration")
+                run.ranks.agree(lambda: self.check_reserve(seconds))
+        run.phases.seconds["warmup"] = time.perf_counter() - start
+
+    def check_reserve(self, seconds: float) -> None:
+        """Whether calibration leaves some of the training clock. Raises UserError."""
+        hp = self.run.hp
+        if seconds >= hp.max_wallclock_seconds:
+            raise UserError(
+                f"GPTQ_CALIBRATION_TOKENS={hp.gptq_calibration_tokens} may take {seconds:.0f} s and leaves nothing of "
+                f"MAX_WALLCLOCK_SECONDS={hp.max_wallclock_seconds:g} to train in; lower it"
+            )
+
+    def measure_calibration(self) -> float:
+        """Seconds that calibration will take, from one batch of each rank on synthetic tokens, agreed."""
+        run, length = self.run, self.run.hp.train_seq_len
+        count, at_once = run.hp.gptq_calibration_tokens // length, calibration_rows(run) * run.ranks.size
+        texts = np.random.default_rng(0).integers(run.hp.vocab_size, size=(min(count, at_once), length + 1))
+        weights = self.exported_weights()[1]
+        start = time.perf_counter()
+        calibrate(run, weights, texts)
+        synchronize(run.ranks.device)
+        return run.ranks.largest(time.perf_counter() - start) * -(-count // at_once)
+
+    def train_step(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        """One update from this rank's (sequences, T) part of the batch; returns its part of the mean loss, ()."""
+        hp, clock, step = self.run.hp, self.clock, self.step
+        scale = lr_scale(step, hp, clock.elapsed_ms + clock.reserve_ms, clock.step_ms)
+        if not self.qat.on and (hp.qat_enabled or (hp.late_qat and scale < hp.late_qat_threshold)):
+            self.qat.switch(True)
+            self.run.log(f"{'qat' if hp.qat_enabled else 'late_qat'}:enabled step:{step} scale:{scale:.4f}")
+        elif (self.qat.on or hp.crown_q) and step % QAT_REFRESH_STEPS == 0:
+            self.qat.refresh()
+        if hp.num_loops and not self.model.looping and self.progress() >= hp.enable_looping_at:
+            self.model.looping = True
+            self.run.log(f"looping:enabled step:{step} passes:{len(self.model.looped)}")
+        loss = accumulate_gradients(self.forward, inputs, targets, self.micro_rows, hp.train_batch_tokens)
+        if hp.crown_q and scale < 1:
+            self.qat.penalize(hp.crown_q / self.run.ranks.size)
+        norm = self.optimizers.step(scale, muon_momentum(step, hp))
+        if self.averages.update(step, scale):
+            self.run.log(f"swa:start step:{step}")
+        clock.post(loss, norm)
+        self.step += 1
+        return loss
+
+    def progress(self) -> float:
+        """Share of the training loop that is over: of its steps or of its time, whichever ends first."""
+        hp, clock = self.run.hp, self.clock
+        time_ms = 1000 * hp.max_wallclock_seconds - clock.reserve_ms
+        return max(self.step / hp.iterations, clock.elapsed_ms / max(time_ms, 1.0) if hp.max_wallclock_seconds else 0.0)
+
+    def train(self) -> None:
+        """The timed loop: until ITERATIONS, the wall-clock cap or a signal. Validation and checkpoints stop the clock.
+
+        A failure that ends it names the checkpoint that is still good.
+        """
+        hp, log, clock, signals = self.run.hp, self.run.log, self.clock, self.run.signals
+        loader = BatchLoader(self.run.stream, hp, self.run.ranks, log, self.step)
+        bar = progress_bar(hp.iterations, "train", log, self.step)
+        signals.deferred = hp.checkpoint_every > 0
+        try:
+            clock.resume()
+            while self.step < hp.iterations and not out_of_time(hp, clock) and not clock.interrupted:
+                batch = loader.next()
+                clock.problem = clock.problem or loader.problem  # told a step later
+                self.train_step(*batch)
+                bar.update()
+                self.report()
+            clock.pause()
+            # Agreed: all ranks take part in saving.
+            if signals.deferred and (clock.interrupted or self.run.ranks.largest(signals.caught)):
+                self.save()
+                raise Interrupted(signals.caught or signal.SIGTERM)
+        except (LimitError, UserError) as error:
+            error.args = (f"{error}; {signals.advice}",)
+            raise
+        finally:
+            signals.deferred = False
+            bar.close()
+        if self.step < hp.iterations:
+            log(f"stopping_early: wallclock_cap train_time:{clock.elapsed_ms:.0f}ms step:{self.step}/{hp.iterations}")
+        if hp.num_loops and not self.model.looping:
+            log("warning: training ended before its loops were switched on, and the exported model runs them")
+        allocated, reserved = peak_memory_mib(self.run.ranks.device)
+        log(f"peak memory allocated: {allocated} MiB reserved: {reserved} MiB")
+        self.run.phases.seconds["train"] = clock.elapsed_ms / 1000
+
+    def report(self) -> None:
+        """What the log, a validation or a checkpoint is due after this step."""
+        hp, log, clock = self.run.hp, self.run.log, self.clock
+        if hp.train_log_every and (self.step <= 10 or self.step % hp.train_log_every == 0):
+            clock.collect()
+            log(f"step:{self.step}/{hp.iterations} train_loss:{clock.loss:.4f} {self.timing()}")
+        if self.step == min(20, hp.iterations):
+            warn_of_warmdown(hp, clock, log)
+        if hp.val_loss_every and self.step % hp.val_loss_every == 0 and self.step < hp.iterations:
+            clock.pause()
+            self.validate_raw()
+            clock.resume()
+        if hp.checkpoint_every and clock.elapsed_ms - self.saved_ms >= 1000 * hp.checkpoint_every:
+            clock.pause()
+            self.save()
+            clock.resume()
+
+    def state(self) -> dict[str, Tensor]:
+        """Every tensor that the next step reads, live; but Muon's momentum, which is sharded. Nothing is random."""
+        averages, names = self.averages, {p: name for name, p in self.model.named_parameters()}
+        kinds = dict(weight=averages.live, ema=averages.ema, swa=averages.swa)
+        state = {
+            f"{kind}.{name}": w
+            for kind, weights in kinds.items()
+            if weights is not None
+            for name, w in zip(names.values(), weights, strict=True)
+        }
+        for parameter in self.optimizers.small:
+            moments = self.optimizers.moments(parameter)
+            state |= {f"adam.{key}.{names[parameter]}": moment for key, moment in moments.items()}
+        return state | {f"row_scale.{name}": layer.row_scale for name, layer in self.qat.layers.items()}
+
+    def save(self) -> None:
+        """Write a checkpoint at a paused clock and keep the one before. A full disk does not end the run."""
+        run, clock = self.run, self.clock
+        with run.phases("checkpoint"):
+            tensors = self.state()
+            tensors |= {f"momentum.{bank.name}": bank.whole_momentum() for bank in self.optimizers.banks}
+            if not all(t.isfinite().all() for t in tensors.values()):  # the same on every rank
+                raise LimitError(f"step {self.step} left weights that are not finite; a new run needs {LOWER_RATES}")
+            self.saved_ms = clock.elapsed_ms
+            path = run.folder / f"checkpoint-{self.step}.pgckpt"
+            written = run.ranks.broadcast_object(self.write(path, tensors) if run.ranks.is_main else None)
+        if written:  # every rank has to know what to tell its user
+            run.log(f"checkpoint:written step:{self.step} bytes:{written} path:{path}")
+            run.signals.resume_from(path)
+
+    def write(self, path: Path, tensors: dict[str, Tensor]) -> int:
+        """Bytes written to the main rank's disk; 0 where that failed."""
+        run, clock = self.run, self.clock
+        tensors["random"] = torch.get_rng_state()
+        meta = dict(
+            run_id=run.folder.name,
+            settings=dataclasses.asdict(run.hp),
+            code_sha256=hashlib.sha256(run.source).hexdigest(),
+            data=[run.stream.fingerprint, run.val.fingerprint, run.val.tokenizer_sha256],
+            dtype=str(run.dtype),
+            step=self.step,
+            loss=clock.loss,
+            elapsed_ms=clock.elapsed_ms,
+            durations=list(clock.durations),
+            swa_samples=self.averages.swa_samples,
+            qat=self.qat.on,
+            looping=self.model.looping,
+            resumed_at=self.resumed_at,
+        )
+        try:
+            write_atomic(path, checkpoint_parts(meta, tensors))
+            size = path.stat().st_size
+        except OSError as error:
+            run.log(f"warning: checkpoint of step {self.step} not written: {error.strerror}; {run.signals.advice}")
+            return 0
+        found = find_checkpoints(run.folder)  # those after this step were given up when it was taken up
+        if path in found:  # else somebody has just removed the folder
+            place = found.index(path)
+            remove([*found[: max(0, place - 1)], *found[place + 1 :], *run.folder.glob("*.partial")], run.log)
+        return size
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Take up the state of a checkpoint, whatever the world size that wrote it."""
+        meta, ranks = checkpoint.meta, self.run.ranks
+        self.step, self.saved_ms = meta["step"], meta["elapsed_ms"]
+        self.resumed_at = [*meta["resumed_at"], self.step]
+        self.clock.restore(self.step, meta["loss"], meta["elapsed_ms"], meta["durations"])
+        self.qat.set(meta["qat"])
+        self.model.looping = meta["looping"]
+        self.averages.swa_samples = meta["swa_samples"]
+        if self.averages.swa_samples:
+            self.averages.swa = [torch.empty_like(w) for w in self.averages.live]
+
+        state = self.state()
+        momentum = {f"momentum.{bank.name}": bank.whole_momentum().clone() for bank in self.optimizers.banks}
+        ranks.agree(lambda: self.check_tensors(checkpoint, state | momentum | dict(random=torch.get_rng_state())))
+
+        def load(name: str, into: Tensor) -> Tensor:
+            return ranks.broadcast_(into.copy_(checkpoint.tensors[name]) if ranks.is_main else into)
+
+        with torch.no_grad():
+            for name, live in state.items():
+                load(name, live)
+            for bank in self.optimizers.banks:
+                bank.load_momentum(load(f"momentum.{bank.name}", momentum[f"momentum.{bank.name}"]))
+        torch.set_rng_state(ranks.broadcast_object(checkpoint.tensors.get("random")))
+        self.run.log(f"resume:step:{self.step} train_time:{meta['elapsed_ms']:.0f}ms from:{checkpoint.path}")
+
+    def check_tensors(self, checkpoint: Checkpoint, wanted: Mapping[str, Tensor]) -> None:
+        """Whether a checkpoint holds just these tensors. Raises UserError."""
+        found = {name: (tuple(t.shape), t.dtype) for name, t in checkpoint.tensors.items()}
+        if self.run.ranks.is_main and found != {name: (tuple(t.shape), t.dtype) for name, t in wanted.items()}:
+            raise UserError(f"{checkpoint.path} does not hold the tensors of this run; use another checkpoint")
+
+    def timing(self) -> str:
+        ms = self.clock.elapsed_ms
+        return f"train_time:{ms:.0f}ms step_avg:{ms / max(self.step, 1):.2f}ms"
+
+    def exported_weights(self) -> tuple[str, dict[str, Tensor]]:
+        """(swa | ema | raw, fp32 weights by name on CPU): what is quantized."""
+        source, weights = self.averages.exported()
+        names = [name for name, _ in self.model.named_parameters()]
+        return source, {name: w.float().cpu() for name, w in zip(names, weights, strict=True)}
+
+    def validate_raw(self) -> "Score":
+        with self.run.phases("validate"), self.qat.switched(False):
+            raw = validate(self.run, self.forward, self.run.hp.train_seq_len, "validate")
+        steps = f"step:{self.step}/{self.run.hp.iterations}"
+        self.run.log(f"{steps} val_loss:{raw.loss:.4f} val_bpb:{raw.bpb:.4f} {self.timing()}")
+        return raw
+
+    def diagnose(self) -> dict[str, "Score"]:
+        """Scores of the unquantized weights, for the log alone: nothing is chosen by them."""
+        scores = {"raw": self.validate_raw()}
+        source, _ = self.averages.exported()
+        averages = {"ema": self.averages.ema, "swa": self.averages.swa if source == "swa" else None}
+        for name, weights in averages.items():
+            if weights is not None:
+                start = time.perf_counter()
+                with self.run.phases("validate"), self.qat.switched(False), self.averages.swapped_in(weights):
+                    scores[name] = validate(self.run, self.forward, self.run.hp.train_seq_len, f"post_{name}")
+                log_score(self.run.log, f"DIAGNOSTIC post_{name}", scores[name], start)
+        return scores
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Quantization
 # ----------------------------------------------------------------------------------------------------------------------
 
@@ -2550,7 +3010,7 @@ class Calibration(NamedTuple):
     sensitivity: dict[str, Tensor]  # QUANT=rd's, of every matrix: (rows, 1) mean squares of the loss's gradient
 
 
-def calibrate(run: "Run", weights: Mapping[str, Tensor], texts: np.ndarray) -> Calibration:
+def calibrate(run: Run, weights: Mapping[str, Tensor], texts: np.ndarray) -> Calibration:
     """One pass over texts (n, TRAIN_SEQ_LEN + 1), summed over all ranks; what the settings do not need stays empty.
 
     On a copy of the model in fp32 weights: casting the live ones for calibration cost a published run 0.3 bpb. Squares
@@ -2595,13 +3055,13 @@ def calibrate(run: "Run", weights: Mapping[str, Tensor], texts: np.ndarray) -> C
     return Calibration(hessians, squares)
 
 
-def calibration_rows(run: "Run") -> int:
+def calibration_rows(run: Run) -> int:
     """Sequences of one calibration forward of a rank; few where gradients are squared, which sums would average out."""
     tokens = 2048 if run.hp.quant == "rd" else SCORE_TOKENS[run.ranks.device.type]
     return max(1, tokens // run.hp.train_seq_len)
 
 
-def calibration_texts(run: "Run") -> np.ndarray:
+def calibration_texts(run: Run) -> np.ndarray:
     """(n, TRAIN_SEQ_LEN + 1) uint16: GPTQ_CALIBRATION_TOKENS targets of the training text, evenly spaced, and what
     precedes them. Raises UserError."""
     length = run.hp.train_seq_len
@@ -2693,6 +3153,168 @@ class QAT:
             yield
         finally:
             self.set(before)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Export
+# ----------------------------------------------------------------------------------------------------------------------
+
+FIT_WINDOW = 4096  # bytes below the cap that a fitted artifact may leave
+FIT_FACTORS = (2.0**-4, 2.0**2)  # on the steps: beyond, int8 has no more levels or a matrix hardly any
+FIT_ATTEMPTS = 8  # of packing; two to four do
+FIT_SAMPLE = 1 << 22  # weights that a prediction rounds
+
+
+class Exporter:
+    """Averaged weights on their way into an artifact, on the main rank."""
+
+    def __init__(self, run: Run, weights: Mapping[str, Tensor], calibration: Calibration):
+        self.run, self.weights = run, {name: w.to(run.ranks.device) for name, w in weights.items()}
+        self.steps = choose_steps(self.weights, run.hp, calibration.sensitivity)
+        self.gptq = {name: GPTQ(hessian, run.hp) for name, hessian in calibration.hessians.items()}
+
+    def pack(self, factor: float) -> bytes:
+        """The artifact with steps `factor` times as large as QUANT has them."""
+        run = self.run
+        with run.phases("quantize"):
+            tensors = quantize(self.weights, run.hp, make_grids(self.weights, run.hp, self.steps, factor), self.gptq)
+        with run.phases("compress"):
+            header = artifact_header("artifact", run.hp, run.dtype, run.val.tokenizer_sha256)
+            return pack_artifact(header, tensors, run.hp.compressor)
+
+    def predict(self, factor: float) -> float:
+        """Bytes of all codes at the entropy of each matrix, from rounding a sample of its rows to nearest."""
+        bits, every = 0.0, max(1, sum(w.numel() for w in self.weights.values()) // FIT_SAMPLE)
+        rows = {name: w[::every] for name, w in self.weights.items() if w.ndim == 2}
+        steps = {name: step[::every] for name, step in self.steps.items()}
+        for name, grid in make_grids(rows, self.run.hp, steps, factor).items():
+            codes = round_to_nearest(rows[name].float(), grid)[1].long().flatten() + grid.q_max
+            bits += entropy_bits(torch.bincount(codes).cpu().numpy()) * self.weights[name].numel() / len(codes)
+        return bits / 8
+
+    def solve(self, size: float) -> float:
+        """The factor whose codes are predicted to need so many bytes; an end of FIT_FACTORS where none does."""
+        low, high = FIT_FACTORS
+        while high / low > 1.0001:
+            middle = math.sqrt(low * high)
+            low, high = (middle, high) if self.predict(middle) > size else (low, middle)
+        return FIT_FACTORS[0] if low == FIT_FACTORS[0] else high
+
+    def fit(self, room: int) -> tuple[float, bytes]:
+        """(factor, artifact) of at most `room` bytes and, where the grids allow it, at least room - FIT_WINDOW.
+
+        What the prediction missed in one packed artifact corrects it for the next. A compressor whose size jumps could
+        defy that: after three artifacts that were too large and none that fits, each aims lower by much. Deterministic.
+        """
+        finest, coarsest = FIT_FACTORS
+        over, under, best = 0.0, math.inf, None  # factors known to be too large for the room, and to fit
+        kinds = storage_kinds(self.run.hp)
+        forms = [(w, kinds[tensor_class(name)]) for name, w in self.weights.items()]
+        beside = sum(len(w) if levels(kind) else w.numel() * KINDS[kind][1] for w, kind in forms)
+        for attempt in range(1, FIT_ATTEMPTS + 1):
+            with self.run.phases("fit"):
+                margin = min(FIT_WINDOW / 2, room / 2000) * 4 ** (0 if best else max(0, attempt - 4))
+                factor = self.solve(room - margin - beside)
+                if over and best and not over < factor < under:
+                    factor = math.sqrt(over * under)
+                predicted = self.predict(factor)
+            blob, tried = self.pack(factor), f"fit:{attempt} factor:{factor:.6f} predicted:{predicted + beside:.0f}"
+            self.run.log(f"{tried} bytes:{len(blob)} room:{room}")
+            beside = len(blob) - predicted
+            if len(blob) <= room:
+                under, best = factor, max(best or (factor, b""), (factor, blob), key=lambda fit: len(fit[1]))
+            else:
+                over = factor
+            if room - FIT_WINDOW <= len(blob) <= room or factor == (finest if len(blob) <= room else coarsest):
+                break
+        return best or (factor, blob)
+
+    def report(self, factor: float, blob: bytes) -> dict[str, float]:
+        """Log every grid and, of GPTQ's matrices, the output error beside rounding's; the console gets their sums.
+
+        The result is the bytes of each tensor, codes at their entropy.
+        """
+        log, (_, tensors) = self.run.log, unpack_artifact(blob)
+        grids, sizes, classes, shares = make_grids(self.weights, self.run.hp, self.steps, factor), {}, {}, []
+        for name, t in tensors.items():
+            sizes[name] = t.data.numel() * KINDS[t.kind][1]
+            if name not in grids:
+                continue
+            bits = t.entropy() / t.data.numel()
+            sizes[name] = bits * t.data.numel() / 8
+            classes.setdefault(f"{tensor_class(name)} {t.kind}", []).append(name)
+            line = f"grid:{name} {t.kind} step:{t.scale.float().median():.4g} entropy:{bits:.3f}"
+            if name in self.gptq:
+                hessian, w = self.gptq[name].hessian, self.weights[name].float()
+                scale, codes = round_to_nearest(w, grids[name])
+                plain = output_error(w, codes * scale, hessian).sum().item()
+                error = output_error(w, t.dequantize().to(w.device), hessian).sum().item()
+                shares.append(error / plain if plain else 1.0)
+                line += f" output_error:{error:.6g} of_rounding:{shares[-1]:.4f}"
+            log(line, console=False)
+        parts = []
+        for part, names in classes.items():
+            step = torch.cat([tensors[name].scale.float() for name in names]).median()
+            bits = 8 * sum(sizes[name] for name in names) / sum(tensors[name].data.numel() for name in names)
+            parts.append(f"{part} step {step:.3g} entropy {bits:.3f}")
+        log(f"grids: {', '.join(parts)}")
+        if shares:
+            middle, worst = statistics.median(shares), max(shares)
+            log(f"gptq:matrices:{len(shares)} output_error_of_rounding median:{middle:.4f} worst:{worst:.4f}")
+        return sizes
+
+    def report_fit(self, factor: float, left: int, sizes: Mapping[str, float]) -> None:
+        """How near to the cap a fitted artifact came and, where that is not within FIT_WINDOW, why."""
+        log = self.run.log
+        log(f"fit:factor:{factor:.6f} left:{left}")
+        if left < 0 and factor < FIT_FACTORS[1]:
+            log(f"fit: none of {FIT_ATTEMPTS} attempts fits ARTIFACT_CAP_BYTES, by {-left} bytes; use COMPRESSOR=ans")
+        elif left < 0:
+            heaviest = sorted(sizes, key=lambda name: -sizes[name])[:3]
+            heaviest = ", ".join(f"{name} {sizes[name]:.0f} bytes" for name in heaviest)
+            log(f"fit: even the coarsest steps are {-left} bytes over ARTIFACT_CAP_BYTES; heaviest: {heaviest}")
+        elif left > FIT_WINDOW and factor == FIT_FACTORS[0]:
+            log(f"fit: the finest steps leave {left} bytes of the cap; a larger model would fit")
+        elif left > FIT_WINDOW:
+            log(f"fit: {FIT_ATTEMPTS} attempts came no nearer to the cap than {left} bytes")
+
+
+def export(run: Run, weights: Mapping[str, Tensor]) -> tuple[Path, bytes]:
+    """Quantize, compress, write; the artifact's place and its bytes as read back from there, on every rank.
+
+    Calibration reads training text, so its seconds belong to the training clock.
+    """
+    hp, blob, path, calibration = run.hp, None, run.folder / "artifact.pgolf", Calibration({}, {})
+    if hp.calibrates:
+        with run.phases("calibrate"):
+            calibration = calibrate(run, weights, run.ranks.agree(lambda: calibration_texts(run)))
+    if run.ranks.is_main:
+        with run.phases("quantize"):
+            exporter = Exporter(run, weights, calibration)
+        room = hp.artifact_cap_bytes - len(run.source)
+        factor, blob = exporter.fit(room) if hp.fit_to_cap else (1.0, exporter.pack(1.0))
+        path = write_result(run, path, blob)
+        run.signals.advice = scored_again(path)
+        sizes = exporter.report(factor, blob)
+        if hp.fit_to_cap:
+            exporter.report_fit(factor, room - len(blob), sizes)
+        blob = path.read_bytes()
+    path, blob = run.ranks.broadcast_object((path, blob))
+    run.signals.advice = scored_again(path)
+    return path, blob
+
+
+def scored_again(path: Path) -> str:
+    """What to tell whoever ends a run that has its artifact."""
+    return f"the artifact is whole: EVAL_ONLY=1 ARTIFACT_PATH={path} scores it"
+
+
+def save_weights(run: Run, weights: Mapping[str, Tensor]) -> None:
+    """The float weights in the artifact's own format, uncompressed, for EXPORT_ONLY."""
+    header = artifact_header("weights", run.hp, run.dtype, run.val.tokenizer_sha256)
+    tensors = {name: Stored("fp32", w.float().cpu(), None) for name, w in weights.items()}
+    path = write_result(run, run.folder / "weights.pgolf", pack_artifact(header, tensors, "stored"))
+    run.log(f"saved weights: {path}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -3202,120 +3824,11 @@ def draw_shares(parts: Sequence[Share], path: Path) -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Checkpoints
-# ----------------------------------------------------------------------------------------------------------------------
-
-# CHECKPOINT, little-endian: magic, u64 length of a JSON header, the header, the tensors in the order of its table
-# ("tensors": [[name, shape, dtype], …]) without padding, SHA-256 of everything before. Nothing in it is executed.
-CHECKPOINT_MAGIC = b"PGCKPT\x01\n"
-
-CHECKPOINT_META = dict(run_id=str, settings=dict, code_sha256=str, data=list, dtype=str, step=int, loss=float)
-CHECKPOINT_META |= dict(elapsed_ms=float, durations=list, swa_samples=int, qat=bool, looping=bool, resumed_at=list)
-
-# Settings that neither move a weight by more than rounding nor a score: they may change when a run goes on.
-MAY_CHANGE = ("run_id", "out_dir", "data_path", "tokenizer_path", "resume", "checkpoint_every", "audit", "audit_tokens")
-MAY_CHANGE += ("train_log_every", "val_loss_every", "save_weights", "micro_batch_tokens")
-
-
-class Checkpoint(NamedTuple):
-    path: Path
-    meta: dict  # the header without its table
-    tensors: dict[str, Tensor]  # on the main rank; empty on the others
-
-
-def checkpoint_parts(meta: Mapping, tensors: Mapping[str, Tensor]) -> Iterator[bytes]:
-    """The file piece by piece: no second copy of the state is ever whole in memory."""
-    table = [[name, list(t.shape), str(t.dtype).removeprefix("torch.")] for name, t in tensors.items()]
-    header, digest = json.dumps({**meta, "tensors": table}).encode(), hashlib.sha256()
-    data = (np.ascontiguousarray(t.cpu().numpy()).reshape(-1).view(np.uint8) for t in tensors.values())
-    for part in itertools.chain((CHECKPOINT_MAGIC, struct.pack("<Q", len(header)), header), data):
-        digest.update(part)
-        yield part
-    yield digest.digest()
-
-
-def read_checkpoint(path: Path) -> Checkpoint:
-    """A whole checkpoint, or a UserError that says what is wrong with it."""
-    try:
-        blob = read_file(path, CHECKPOINT_MAGIC)
-    except OSError as error:
-        raise UserError(f"cannot read the checkpoint {path}: {error.strerror}") from None
-    older = [p for p in find_checkpoints(path.parent) if p != path]
-    advice = f"; RESUME={older[-1]} is another one" if older else "; there is no other one"
-    start = len(CHECKPOINT_MAGIC) + 8
-    foreign = UserError(f"{path} is no checkpoint of this script{advice}")
-    if blob[: len(CHECKPOINT_MAGIC)] != CHECKPOINT_MAGIC or len(blob) < start + 32:
-        raise foreign
-    view = memoryview(blob)
-    if hashlib.sha256(view[:-32]).digest() != blob[-32:]:
-        raise UserError(f"the checkpoint {path} is damaged or not whole: its checksum does not match{advice}")
-    end = start + int.from_bytes(blob[start - 8 : start], "little")
-    try:
-        meta, tensors = json.loads(blob[start:end]), {}
-        for name, shape, dtype in meta.pop("tensors"):
-            if not all(type(n) is int and n >= 0 for n in shape):
-                raise foreign
-            size = math.prod(shape) * np.dtype(dtype).itemsize
-            data = np.frombuffer(view[end : min(end + size, len(blob) - 32)], dtype)
-            tensors[name] = torch.from_numpy(data.reshape(shape).copy())
-            end += size
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        raise foreign from None
-    if end != len(blob) - 32 or {k: type(v) for k, v in meta.items()} != CHECKPOINT_META:
-        raise foreign
-    return Checkpoint(path, meta, tensors)
-
-
-def find_checkpoints(folder: Path) -> list[Path]:
-    """Oldest first."""
-    found = (p for p in folder.glob("checkpoint-*.pgckpt") if re.fullmatch(r"checkpoint-\d+\.pgckpt", p.name))
-    return sorted(found, key=lambda path: int(path.stem.removeprefix("checkpoint-")))
-
-
-def find_resumed(hp: Hyperparameters, source: bytes) -> Checkpoint | None:
-    """The checkpoint that RESUME names, if any, made by this code with these settings. Raises UserError.
-
-    RESUME=auto without a checkpoint starts from the beginning: a job that is restarted until it ends needs one command.
-    """
-    if not hp.resume:
-        return None
-    path = Path(hp.resume)
-    if hp.resume == "auto":
-        folder = Path(hp.out_dir) / "runs" / hp.run_id
-        try:
-            if (folder / "result.json").exists():
-                raise UserError(f"RUN_ID={hp.run_id} has ended: {folder / 'result.json'}; there is nothing to resume")
-            if (log := log_path(hp, hp.run_id)).exists():
-                open_locked(log).close()  # beside a run that is alive, its checkpoints come and go
-            found = find_checkpoints(folder)
-        except OSError as error:
-            raise UserError(f"cannot read OUT_DIR={hp.out_dir}: {error.strerror} ({error.filename})") from None
-        if not found:
-            return None
-        path = found[-1]
-    checkpoint = read_checkpoint(path)
-    if checkpoint.meta.get("code_sha256") != hashlib.sha256(source).hexdigest():
-        raise UserError(f"{path} was made by another train_gpt.py; the log of its run holds that source")
-    settings, theirs = dataclasses.asdict(hp), checkpoint.meta["settings"]
-    if settings.keys() != theirs.keys() or not re.fullmatch(r"\w[\w.-]{0,127}", checkpoint.meta["run_id"]):
-        raise UserError(f"{path} is no checkpoint of this script")
-    different = [
-        f"{name.upper()}={settings[name]} here, {value} there"
-        for name, value in theirs.items()
-        if name not in MAY_CHANGE and settings[name] != value
-    ]
-    if different:
-        raise UserError(f"{path} was made with other settings: {'; '.join(different)}")
-    return checkpoint
-
-
-# ----------------------------------------------------------------------------------------------------------------------
 # Scoring
 # ----------------------------------------------------------------------------------------------------------------------
 
 # Tokens of one scoring forward of a rank: enough to fill the device; on CPU, small enough for its caches.
 SCORE_TOKENS = {"cuda": 131_072, "cpu": 16_384}
-TRAINING_PHASES = ("train", "average", "calibrate")  # what the training clock has to hold
 EVAL_MARGIN = 0.02  # of EVAL_MAX_SECONDS: test-time training stops this much earlier
 
 
@@ -3407,6 +3920,21 @@ def total(nats: np.ndarray, target_bytes: np.ndarray) -> Score:
     if len(nats) != len(target_bytes):
         raise RuntimeError(f"{len(nats)} scores for {len(target_bytes)} targets")
     return Score(float(nats.sum(dtype=np.float64)), len(nats), int(target_bytes.sum()))
+
+
+def validate(run: Run, forward: Callable, context: int, label: str) -> Score:
+    """The whole validation split in windows without overlap."""
+    windows = plan_windows(run.val.targets, context, context)
+    batch = score_batch_windows(run.hp, run.ranks, context)
+    bar = progress_bar(len(windows) // run.ranks.size, label, run.log)
+    nats = score(forward, run.val.tokens, windows, context, batch, run.ranks, bar)
+    bar.close()
+    return total(nats, run.val.bytes)
+
+
+def log_score(log: Log, label: str, result: Score, start: float, extra: str = "") -> None:
+    ms = 1000 * (time.perf_counter() - start)
+    log(f"{label} val_loss:{result.loss:.4f} val_bpb:{result.bpb:.4f} {extra}eval_time:{ms:.0f}ms")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -3764,373 +4292,6 @@ def adapt_and_score(tokens: np.ndarray, chunks: list[np.ndarray], score: Callabl
         if k + 1 < len(chunks):
             adapt(visible[first:], k)
     return np.concatenate(nats)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Training
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-class Run(NamedTuple):
-    """What every stage of a run needs."""
-
-    hp: Hyperparameters
-    ranks: Ranks
-    log: Log
-    phases: Phases
-    dtype: torch.dtype  # of activations
-    attend: Callable
-    compile: bool
-    val: Validation
-    stream: TokenStream | None  # training text, where the run trains
-    folder: Path  # of results
-    source: bytes  # of this file, as it runs
-    signals: Signals
-    checkpoint: Checkpoint | None  # to go on from
-
-    def build(self, context: int) -> GPT:
-        """An uninitialized model for this context, on CPU."""
-        return GPT(self.hp, context, self.attend, self.dtype)
-
-    def compiled(self, model: GPT) -> Callable:
-        """The model's forward, compiled for fixed shapes where COMPILE says so."""
-        if not self.compile:
-            return model
-        # A run has about ten graphs of one forward: with and without QAT and gradients, two widths of scored windows …
-        torch._dynamo.config.recompile_limit = 64
-        return torch.compile(model, dynamic=False, fullgraph=True)
-
-
-def accumulate_gradients(forward: Callable, inputs: Tensor, targets: Tensor, rows: int, batch_tokens: int) -> Tensor:
-    """Backward over micro-batches of `rows` sequences; returns this rank's part of the mean loss, ().
-
-    Each loss is divided by the tokens of the global batch, so that gradients and losses only have to be summed.
-    """
-    loss = torch.zeros((), device=inputs.device)
-    for x, y in zip(inputs.split(rows), targets.split(rows), strict=True):
-        part = forward(x, y).sum() / batch_tokens
-        part.backward()
-        loss += part.detach()
-    return loss
-
-
-def validate(run: Run, forward: Callable, context: int, label: str) -> Score:
-    """The whole validation split in windows without overlap."""
-    windows = plan_windows(run.val.targets, context, context)
-    batch = score_batch_windows(run.hp, run.ranks, context)
-    bar = progress_bar(len(windows) // run.ranks.size, label, run.log)
-    nats = score(forward, run.val.tokens, windows, context, batch, run.ranks, bar)
-    bar.close()
-    return total(nats, run.val.bytes)
-
-
-def out_of_time(hp: Hyperparameters, clock: Clock) -> bool:
-    """True where another step would end beyond the cap: two steps may be unreported, and one more has to fit."""
-    cap_ms = 1000 * hp.max_wallclock_seconds
-    step_ms = clock.step_ms or max(clock.durations, default=0.0)
-    return cap_ms > 0 and clock.elapsed_ms + clock.reserve_ms + 3 * step_ms > cap_ms
-
-
-def warn_of_warmdown(hp: Hyperparameters, clock: Clock, log: Log) -> None:
-    """Once the step time is known: a warmdown as long as the whole budget never trains at the full learning rate."""
-    steps = hp.iterations
-    if hp.max_wallclock_seconds and clock.step_ms:
-        steps = min(steps, int(1000 * hp.max_wallclock_seconds / clock.step_ms))
-    if hp.warmdown_iters >= steps:
-        fits = max(1, int(0.4 * steps))
-        log(f"warning: WARMDOWN_ITERS={hp.warmdown_iters} covers all {steps} steps; WARMDOWN_ITERS={fits} would fit")
-
-
-class Trainer:
-    """The trained model with everything that moves while it trains."""
-
-    def __init__(self, run: Run):
-        self.run, hp, ranks = run, run.hp, run.ranks
-        self.model = run.build(hp.train_seq_len)
-        init_weights(self.model, hp)
-        self.model.to(ranks.device)
-        self.model.looping = hp.num_loops > 0 and hp.enable_looping_at == 0
-        # After .to(): parameters become views of banks here, and a later move would silently part them.
-        self.optimizers = Optimizers(self.model, hp, ranks, run.dtype, run.compile)
-        self.averages, self.qat = Averages(self.model, hp), QAT(self.model, hp)
-        self.forward = run.compiled(self.model)
-        self.micro_rows = hp.micro_batch(ranks.size) // hp.train_seq_len
-        self.clock, self.step = Clock(ranks, run.signals), 0
-        self.saved_ms, self.resumed_at = 0.0, []
-        run.log(f"model_params:{sum(p.numel() for p in self.model.parameters())}")
-        accumulation = hp.train_batch_tokens // ranks.size // hp.micro_batch(ranks.size)
-        run.log(f"world_size:{ranks.size} grad_accum_steps:{accumulation}")
-
-    def warm_up(self) -> None:
-        """Run every graph of the timed loop on synthetic tokens, then undo all of it: weights and optimizer state.
-
-        Variants: with and without fake quantization and loops (where they will switch), and scoring without gradients.
-        """
-        run, hp, start = self.run, self.run.hp, time.perf_counter()
-        initial = [p.detach().clone() for p in self.model.parameters()]
-        generator = torch.Generator().manual_seed(0)
-
-        def synthetic(rows: int) -> Tensor:
-            shape = (2, rows, hp.train_seq_len)
-            return torch.randint(hp.vocab_size, shape, generator=generator).to(run.ranks.device)
-
-        fake_quants = [False] * (not hp.qat_enabled) + [True] * (hp.qat_enabled or hp.late_qat)
-        loops = sorted({self.model.looping, hp.num_loops > 0}, reverse=True)  # ends as training starts
-        for i in range(hp.warmup_steps):
-            for fake_quant, self.model.looping in itertools.product(fake_quants, loops):
-                with self.qat.switched(fake_quant):
-                    inputs, targets = synthetic(self.micro_rows)
-                    accumulate_gradients(self.forward, inputs, targets, self.micro_rows, hp.train_batch_tokens)
-                    self.optimizers.step(1.0, hp.muon_momentum)
-            run.log(f"warmup_step:{i + 1}/{hp.warmup_steps}")
-        with torch.no_grad():
-            if hp.warmup_steps and run.compile:
-                self.forward(*synthetic(score_batch_windows(hp, run.ranks, hp.train_seq_len)))
-            for parameter, value in zip(self.model.parameters(), initial, strict=True):
-                parameter.copy_(value)
-        self.optimizers.reset()
-        if hp.max_wallclock_seconds:
-            averaging = time.perf_counter()
-            self.exported_weights()
-            # Twice the time: it is measured once, and the last step must not end beyond the cap.
-            self.clock.reserve_ms = 2000 * run.ranks.largest(time.perf_counter() - averaging)
-            run.log(f"train_reserve:{self.clock.reserve_ms:.0f}ms for averaging")
-            if hp.calibrates:
-                seconds = hp.gptq_reserve_seconds or 2 * self.measure_calibration()
-                self.clock.reserve_ms += 1000 * seconds
-                run.log(f"train_reserve:{1000 * seconds:.0f}ms for calibration")
-                run.ranks.agree(lambda: self.check_reserve(seconds))
-        run.phases.seconds["warmup"] = time.perf_counter() - start
-
-    def check_reserve(self, seconds: float) -> None:
-        """Whether calibration leaves some of the training clock. Raises UserError."""
-        hp = self.run.hp
-        if seconds >= hp.max_wallclock_seconds:
-            raise UserError(
-                f"GPTQ_CALIBRATION_TOKENS={hp.gptq_calibration_tokens} may take {seconds:.0f} s and leaves nothing of "
-                f"MAX_WALLCLOCK_SECONDS={hp.max_wallclock_seconds:g} to train in; lower it"
-            )
-
-    def measure_calibration(self) -> float:
-        """Seconds that calibration will take, from one batch of each rank on synthetic tokens, agreed."""
-        run, length = self.run, self.run.hp.train_seq_len
-        count, at_once = run.hp.gptq_calibration_tokens // length, calibration_rows(run) * run.ranks.size
-        texts = np.random.default_rng(0).integers(run.hp.vocab_size, size=(min(count, at_once), length + 1))
-        weights = self.exported_weights()[1]
-        start = time.perf_counter()
-        calibrate(run, weights, texts)
-        synchronize(run.ranks.device)
-        return run.ranks.largest(time.perf_counter() - start) * -(-count // at_once)
-
-    def train_step(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        """One update from this rank's (sequences, T) part of the batch; returns its part of the mean loss, ()."""
-        hp, clock, step = self.run.hp, self.clock, self.step
-        scale = lr_scale(step, hp, clock.elapsed_ms + clock.reserve_ms, clock.step_ms)
-        if not self.qat.on and (hp.qat_enabled or (hp.late_qat and scale < hp.late_qat_threshold)):
-            self.qat.switch(True)
-            self.run.log(f"{'qat' if hp.qat_enabled else 'late_qat'}:enabled step:{step} scale:{scale:.4f}")
-        elif (self.qat.on or hp.crown_q) and step % QAT_REFRESH_STEPS == 0:
-            self.qat.refresh()
-        if hp.num_loops and not self.model.looping and self.progress() >= hp.enable_looping_at:
-            self.model.looping = True
-            self.run.log(f"looping:enabled step:{step} passes:{len(self.model.looped)}")
-        loss = accumulate_gradients(self.forward, inputs, targets, self.micro_rows, hp.train_batch_tokens)
-        if hp.crown_q and scale < 1:
-            self.qat.penalize(hp.crown_q / self.run.ranks.size)
-        norm = self.optimizers.step(scale, muon_momentum(step, hp))
-        if self.averages.update(step, scale):
-            self.run.log(f"swa:start step:{step}")
-        clock.post(loss, norm)
-        self.step += 1
-        return loss
-
-    def progress(self) -> float:
-        """Share of the training loop that is over: of its steps or of its time, whichever ends first."""
-        hp, clock = self.run.hp, self.clock
-        time_ms = 1000 * hp.max_wallclock_seconds - clock.reserve_ms
-        return max(self.step / hp.iterations, clock.elapsed_ms / max(time_ms, 1.0) if hp.max_wallclock_seconds else 0.0)
-
-    def train(self) -> None:
-        """The timed loop: until ITERATIONS, the wall-clock cap or a signal. Validation and checkpoints stop the clock.
-
-        A failure that ends it names the checkpoint that is still good.
-        """
-        hp, log, clock, signals = self.run.hp, self.run.log, self.clock, self.run.signals
-        loader = BatchLoader(self.run.stream, hp, self.run.ranks, log, self.step)
-        bar = progress_bar(hp.iterations, "train", log, self.step)
-        signals.deferred = hp.checkpoint_every > 0
-        try:
-            clock.resume()
-            while self.step < hp.iterations and not out_of_time(hp, clock) and not clock.interrupted:
-                batch = loader.next()
-                clock.problem = clock.problem or loader.problem  # told a step later
-                self.train_step(*batch)
-                bar.update()
-                self.report()
-            clock.pause()
-            # Agreed: all ranks take part in saving.
-            if signals.deferred and (clock.interrupted or self.run.ranks.largest(signals.caught)):
-                self.save()
-                raise Interrupted(signals.caught or signal.SIGTERM)
-        except (LimitError, UserError) as error:
-            error.args = (f"{error}; {signals.advice}",)
-            raise
-        finally:
-            signals.deferred = False
-            bar.close()
-        if self.step < hp.iterations:
-            log(f"stopping_early: wallclock_cap train_time:{clock.elapsed_ms:.0f}ms step:{self.step}/{hp.iterations}")
-        if hp.num_loops and not self.model.looping:
-            log("warning: training ended before its loops were switched on, and the exported model runs them")
-        allocated, reserved = peak_memory_mib(self.run.ranks.device)
-        log(f"peak memory allocated: {allocated} MiB reserved: {reserved} MiB")
-        self.run.phases.seconds["train"] = clock.elapsed_ms / 1000
-
-    def report(self) -> None:
-        """What the log, a validation or a checkpoint is due after this step."""
-        hp, log, clock = self.run.hp, self.run.log, self.clock
-        if hp.train_log_every and (self.step <= 10 or self.step % hp.train_log_every == 0):
-            clock.collect()
-            log(f"step:{self.step}/{hp.iterations} train_loss:{clock.loss:.4f} {self.timing()}")
-        if self.step == min(20, hp.iterations):
-            warn_of_warmdown(hp, clock, log)
-        if hp.val_loss_every and self.step % hp.val_loss_every == 0 and self.step < hp.iterations:
-            clock.pause()
-            self.validate_raw()
-            clock.resume()
-        if hp.checkpoint_every and clock.elapsed_ms - self.saved_ms >= 1000 * hp.checkpoint_every:
-            clock.pause()
-            self.save()
-            clock.resume()
-
-    def state(self) -> dict[str, Tensor]:
-        """Every tensor that the next step reads, live; but Muon's momentum, which is sharded. Nothing is random."""
-        averages, names = self.averages, {p: name for name, p in self.model.named_parameters()}
-        kinds = dict(weight=averages.live, ema=averages.ema, swa=averages.swa)
-        state = {
-            f"{kind}.{name}": w
-            for kind, weights in kinds.items()
-            if weights is not None
-            for name, w in zip(names.values(), weights, strict=True)
-        }
-        for parameter in self.optimizers.small:
-            moments = self.optimizers.moments(parameter)
-            state |= {f"adam.{key}.{names[parameter]}": moment for key, moment in moments.items()}
-        return state | {f"row_scale.{name}": layer.row_scale for name, layer in self.qat.layers.items()}
-
-    def save(self) -> None:
-        """Write a checkpoint at a paused clock and keep the one before. A full disk does not end the run."""
-        run, clock = self.run, self.clock
-        with run.phases("checkpoint"):
-            tensors = self.state()
-            tensors |= {f"momentum.{bank.name}": bank.whole_momentum() for bank in self.optimizers.banks}
-            if not all(t.isfinite().all() for t in tensors.values()):  # the same on every rank
-                raise LimitError(f"step {self.step} left weights that are not finite; a new run needs {LOWER_RATES}")
-            self.saved_ms = clock.elapsed_ms
-            path = run.folder / f"checkpoint-{self.step}.pgckpt"
-            written = run.ranks.broadcast_object(self.write(path, tensors) if run.ranks.is_main else None)
-        if written:  # every rank has to know what to tell its user
-            run.log(f"checkpoint:written step:{self.step} bytes:{written} path:{path}")
-            run.signals.resume_from(path)
-
-    def write(self, path: Path, tensors: dict[str, Tensor]) -> int:
-        """Bytes written to the main rank's disk; 0 where that failed."""
-        run, clock = self.run, self.clock
-        tensors["random"] = torch.get_rng_state()
-        meta = dict(
-            run_id=run.folder.name,
-            settings=dataclasses.asdict(run.hp),
-            code_sha256=hashlib.sha256(run.source).hexdigest(),
-            data=[run.stream.fingerprint, run.val.fingerprint, run.val.tokenizer_sha256],
-            dtype=str(run.dtype),
-            step=self.step,
-            loss=clock.loss,
-            elapsed_ms=clock.elapsed_ms,
-            durations=list(clock.durations),
-            swa_samples=self.averages.swa_samples,
-            qat=self.qat.on,
-            looping=self.model.looping,
-            resumed_at=self.resumed_at,
-        )
-        try:
-            write_atomic(path, checkpoint_parts(meta, tensors))
-            size = path.stat().st_size
-        except OSError as error:
-            run.log(f"warning: checkpoint of step {self.step} not written: {error.strerror}; {run.signals.advice}")
-            return 0
-        found = find_checkpoints(run.folder)  # those after this step were given up when it was taken up
-        if path in found:  # else somebody has just removed the folder
-            place = found.index(path)
-            remove([*found[: max(0, place - 1)], *found[place + 1 :], *run.folder.glob("*.partial")], run.log)
-        return size
-
-    def restore(self, checkpoint: Checkpoint) -> None:
-        """Take up the state of a checkpoint, whatever the world size that wrote it."""
-        meta, ranks = checkpoint.meta, self.run.ranks
-        self.step, self.saved_ms = meta["step"], meta["elapsed_ms"]
-        self.resumed_at = [*meta["resumed_at"], self.step]
-        self.clock.restore(self.step, meta["loss"], meta["elapsed_ms"], meta["durations"])
-        self.qat.set(meta["qat"])
-        self.model.looping = meta["looping"]
-        self.averages.swa_samples = meta["swa_samples"]
-        if self.averages.swa_samples:
-            self.averages.swa = [torch.empty_like(w) for w in self.averages.live]
-
-        state = self.state()
-        momentum = {f"momentum.{bank.name}": bank.whole_momentum().clone() for bank in self.optimizers.banks}
-        ranks.agree(lambda: self.check_tensors(checkpoint, state | momentum | dict(random=torch.get_rng_state())))
-
-        def load(name: str, into: Tensor) -> Tensor:
-            return ranks.broadcast_(into.copy_(checkpoint.tensors[name]) if ranks.is_main else into)
-
-        with torch.no_grad():
-            for name, live in state.items():
-                load(name, live)
-            for bank in self.optimizers.banks:
-                bank.load_momentum(load(f"momentum.{bank.name}", momentum[f"momentum.{bank.name}"]))
-        torch.set_rng_state(ranks.broadcast_object(checkpoint.tensors.get("random")))
-        self.run.log(f"resume:step:{self.step} train_time:{meta['elapsed_ms']:.0f}ms from:{checkpoint.path}")
-
-    def check_tensors(self, checkpoint: Checkpoint, wanted: Mapping[str, Tensor]) -> None:
-        """Whether a checkpoint holds just these tensors. Raises UserError."""
-        found = {name: (tuple(t.shape), t.dtype) for name, t in checkpoint.tensors.items()}
-        if self.run.ranks.is_main and found != {name: (tuple(t.shape), t.dtype) for name, t in wanted.items()}:
-            raise UserError(f"{checkpoint.path} does not hold the tensors of this run; use another checkpoint")
-
-    def timing(self) -> str:
-        ms = self.clock.elapsed_ms
-        return f"train_time:{ms:.0f}ms step_avg:{ms / max(self.step, 1):.2f}ms"
-
-    def exported_weights(self) -> tuple[str, dict[str, Tensor]]:
-        """(swa | ema | raw, fp32 weights by name on CPU): what is quantized."""
-        source, weights = self.averages.exported()
-        names = [name for name, _ in self.model.named_parameters()]
-        return source, {name: w.float().cpu() for name, w in zip(names, weights, strict=True)}
-
-    def validate_raw(self) -> Score:
-        with self.run.phases("validate"), self.qat.switched(False):
-            raw = validate(self.run, self.forward, self.run.hp.train_seq_len, "validate")
-        steps = f"step:{self.step}/{self.run.hp.iterations}"
-        self.run.log(f"{steps} val_loss:{raw.loss:.4f} val_bpb:{raw.bpb:.4f} {self.timing()}")
-        return raw
-
-    def diagnose(self) -> dict[str, Score]:
-        """Scores of the unquantized weights, for the log alone: nothing is chosen by them."""
-        scores = {"raw": self.validate_raw()}
-        source, _ = self.averages.exported()
-        averages = {"ema": self.averages.ema, "swa": self.averages.swa if source == "swa" else None}
-        for name, weights in averages.items():
-            if weights is not None:
-                start = time.perf_counter()
-                with self.run.phases("validate"), self.qat.switched(False), self.averages.swapped_in(weights):
-                    scores[name] = validate(self.run, self.forward, self.run.hp.train_seq_len, f"post_{name}")
-                log_score(self.run.log, f"DIAGNOSTIC post_{name}", scores[name], start)
-        return scores
-
-
-def log_score(log: Log, label: str, result: Score, start: float, extra: str = "") -> None:
-    ms = 1000 * (time.perf_counter() - start)
-    log(f"{label} val_loss:{result.loss:.4f} val_bpb:{result.bpb:.4f} {extra}eval_time:{ms:.0f}ms")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -4739,7 +4900,7 @@ def larger(*values: float) -> float:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Main: train, export, evaluate
+# Main: what to do, its outputs, the result
 # ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -4898,168 +5059,6 @@ def write_result(run: Run, path: Path, data: bytes) -> Path:
             raise UserError(f"cannot write {path}: {error.strerror}, nor anywhere else; {run.signals.advice}") from None
         run.log(f"warning: cannot write {path}: {error.strerror}; it is {kept}")
         return kept
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Export
-# ----------------------------------------------------------------------------------------------------------------------
-
-FIT_WINDOW = 4096  # bytes below the cap that a fitted artifact may leave
-FIT_FACTORS = (2.0**-4, 2.0**2)  # on the steps: beyond, int8 has no more levels or a matrix hardly any
-FIT_ATTEMPTS = 8  # of packing; two to four do
-FIT_SAMPLE = 1 << 22  # weights that a prediction rounds
-
-
-class Exporter:
-    """Averaged weights on their way into an artifact, on the main rank."""
-
-    def __init__(self, run: Run, weights: Mapping[str, Tensor], calibration: Calibration):
-        self.run, self.weights = run, {name: w.to(run.ranks.device) for name, w in weights.items()}
-        self.steps = choose_steps(self.weights, run.hp, calibration.sensitivity)
-        self.gptq = {name: GPTQ(hessian, run.hp) for name, hessian in calibration.hessians.items()}
-
-    def pack(self, factor: float) -> bytes:
-        """The artifact with steps `factor` times as large as QUANT has them."""
-        run = self.run
-        with run.phases("quantize"):
-            tensors = quantize(self.weights, run.hp, make_grids(self.weights, run.hp, self.steps, factor), self.gptq)
-        with run.phases("compress"):
-            header = artifact_header("artifact", run.hp, run.dtype, run.val.tokenizer_sha256)
-            return pack_artifact(header, tensors, run.hp.compressor)
-
-    def predict(self, factor: float) -> float:
-        """Bytes of all codes at the entropy of each matrix, from rounding a sample of its rows to nearest."""
-        bits, every = 0.0, max(1, sum(w.numel() for w in self.weights.values()) // FIT_SAMPLE)
-        rows = {name: w[::every] for name, w in self.weights.items() if w.ndim == 2}
-        steps = {name: step[::every] for name, step in self.steps.items()}
-        for name, grid in make_grids(rows, self.run.hp, steps, factor).items():
-            codes = round_to_nearest(rows[name].float(), grid)[1].long().flatten() + grid.q_max
-            bits += entropy_bits(torch.bincount(codes).cpu().numpy()) * self.weights[name].numel() / len(codes)
-        return bits / 8
-
-    def solve(self, size: float) -> float:
-        """The factor whose codes are predicted to need so many bytes; an end of FIT_FACTORS where none does."""
-        low, high = FIT_FACTORS
-        while high / low > 1.0001:
-            middle = math.sqrt(low * high)
-            low, high = (middle, high) if self.predict(middle) > size else (low, middle)
-        return FIT_FACTORS[0] if low == FIT_FACTORS[0] else high
-
-    def fit(self, room: int) -> tuple[float, bytes]:
-        """(factor, artifact) of at most `room` bytes and, where the grids allow it, at least room - FIT_WINDOW.
-
-        What the prediction missed in one packed artifact corrects it for the next. A compressor whose size jumps could
-        defy that: after three artifacts that were too large and none that fits, each aims lower by much. Deterministic.
-        """
-        finest, coarsest = FIT_FACTORS
-        over, under, best = 0.0, math.inf, None  # factors known to be too large for the room, and to fit
-        kinds = storage_kinds(self.run.hp)
-        forms = [(w, kinds[tensor_class(name)]) for name, w in self.weights.items()]
-        beside = sum(len(w) if levels(kind) else w.numel() * KINDS[kind][1] for w, kind in forms)
-        for attempt in range(1, FIT_ATTEMPTS + 1):
-            with self.run.phases("fit"):
-                margin = min(FIT_WINDOW / 2, room / 2000) * 4 ** (0 if best else max(0, attempt - 4))
-                factor = self.solve(room - margin - beside)
-                if over and best and not over < factor < under:
-                    factor = math.sqrt(over * under)
-                predicted = self.predict(factor)
-            blob, tried = self.pack(factor), f"fit:{attempt} factor:{factor:.6f} predicted:{predicted + beside:.0f}"
-            self.run.log(f"{tried} bytes:{len(blob)} room:{room}")
-            beside = len(blob) - predicted
-            if len(blob) <= room:
-                under, best = factor, max(best or (factor, b""), (factor, blob), key=lambda fit: len(fit[1]))
-            else:
-                over = factor
-            if room - FIT_WINDOW <= len(blob) <= room or factor == (finest if len(blob) <= room else coarsest):
-                break
-        return best or (factor, blob)
-
-    def report(self, factor: float, blob: bytes) -> dict[str, float]:
-        """Log every grid and, of GPTQ's matrices, the output error beside rounding's; the console gets their sums.
-
-        The result is the bytes of each tensor, codes at their entropy.
-        """
-        log, (_, tensors) = self.run.log, unpack_artifact(blob)
-        grids, sizes, classes, shares = make_grids(self.weights, self.run.hp, self.steps, factor), {}, {}, []
-        for name, t in tensors.items():
-            sizes[name] = t.data.numel() * KINDS[t.kind][1]
-            if name not in grids:
-                continue
-            bits = t.entropy() / t.data.numel()
-            sizes[name] = bits * t.data.numel() / 8
-            classes.setdefault(f"{tensor_class(name)} {t.kind}", []).append(name)
-            line = f"grid:{name} {t.kind} step:{t.scale.float().median():.4g} entropy:{bits:.3f}"
-            if name in self.gptq:
-                hessian, w = self.gptq[name].hessian, self.weights[name].float()
-                scale, codes = round_to_nearest(w, grids[name])
-                plain = output_error(w, codes * scale, hessian).sum().item()
-                error = output_error(w, t.dequantize().to(w.device), hessian).sum().item()
-                shares.append(error / plain if plain else 1.0)
-                line += f" output_error:{error:.6g} of_rounding:{shares[-1]:.4f}"
-            log(line, console=False)
-        parts = []
-        for part, names in classes.items():
-            step = torch.cat([tensors[name].scale.float() for name in names]).median()
-            bits = 8 * sum(sizes[name] for name in names) / sum(tensors[name].data.numel() for name in names)
-            parts.append(f"{part} step {step:.3g} entropy {bits:.3f}")
-        log(f"grids: {', '.join(parts)}")
-        if shares:
-            middle, worst = statistics.median(shares), max(shares)
-            log(f"gptq:matrices:{len(shares)} output_error_of_rounding median:{middle:.4f} worst:{worst:.4f}")
-        return sizes
-
-    def report_fit(self, factor: float, left: int, sizes: Mapping[str, float]) -> None:
-        """How near to the cap a fitted artifact came and, where that is not within FIT_WINDOW, why."""
-        log = self.run.log
-        log(f"fit:factor:{factor:.6f} left:{left}")
-        if left < 0 and factor < FIT_FACTORS[1]:
-            log(f"fit: none of {FIT_ATTEMPTS} attempts fits ARTIFACT_CAP_BYTES, by {-left} bytes; use COMPRESSOR=ans")
-        elif left < 0:
-            heaviest = sorted(sizes, key=lambda name: -sizes[name])[:3]
-            heaviest = ", ".join(f"{name} {sizes[name]:.0f} bytes" for name in heaviest)
-            log(f"fit: even the coarsest steps are {-left} bytes over ARTIFACT_CAP_BYTES; heaviest: {heaviest}")
-        elif left > FIT_WINDOW and factor == FIT_FACTORS[0]:
-            log(f"fit: the finest steps leave {left} bytes of the cap; a larger model would fit")
-        elif left > FIT_WINDOW:
-            log(f"fit: {FIT_ATTEMPTS} attempts came no nearer to the cap than {left} bytes")
-
-
-def export(run: Run, weights: Mapping[str, Tensor]) -> tuple[Path, bytes]:
-    """Quantize, compress, write; the artifact's place and its bytes as read back from there, on every rank.
-
-    Calibration reads training text, so its seconds belong to the training clock.
-    """
-    hp, blob, path, calibration = run.hp, None, run.folder / "artifact.pgolf", Calibration({}, {})
-    if hp.calibrates:
-        with run.phases("calibrate"):
-            calibration = calibrate(run, weights, run.ranks.agree(lambda: calibration_texts(run)))
-    if run.ranks.is_main:
-        with run.phases("quantize"):
-            exporter = Exporter(run, weights, calibration)
-        room = hp.artifact_cap_bytes - len(run.source)
-        factor, blob = exporter.fit(room) if hp.fit_to_cap else (1.0, exporter.pack(1.0))
-        path = write_result(run, path, blob)
-        run.signals.advice = scored_again(path)
-        sizes = exporter.report(factor, blob)
-        if hp.fit_to_cap:
-            exporter.report_fit(factor, room - len(blob), sizes)
-        blob = path.read_bytes()
-    path, blob = run.ranks.broadcast_object((path, blob))
-    run.signals.advice = scored_again(path)
-    return path, blob
-
-
-def scored_again(path: Path) -> str:
-    """What to tell whoever ends a run that has its artifact."""
-    return f"the artifact is whole: EVAL_ONLY=1 ARTIFACT_PATH={path} scores it"
-
-
-def save_weights(run: Run, weights: Mapping[str, Tensor]) -> None:
-    """The float weights in the artifact's own format, uncompressed, for EXPORT_ONLY."""
-    header = artifact_header("weights", run.hp, run.dtype, run.val.tokenizer_sha256)
-    tensors = {name: Stored("fp32", w.float().cpu(), None) for name, w in weights.items()}
-    path = write_result(run, run.folder / "weights.pgolf", pack_artifact(header, tensors, "stored"))
-    run.log(f"saved weights: {path}")
 
 
 def prepare(job: Job, ranks: Ranks, signals: Signals) -> Run:
