@@ -1769,6 +1769,7 @@ class CastedLinear(nn.Module):
 
     Fake quantization lives here, and whatever else has to see or change what a matrix does. The switch is an attribute
     of the instance: torch.compile guards instance attributes, while it folds a class attribute into the first graph.
+    As a table of tokens, the same weight is read row by row: a tied head is its token table, one module, one parameter.
     """
 
     def __init__(self, in_dim: int, out_dim: int):
@@ -1778,12 +1779,19 @@ class CastedLinear(nn.Module):
         self.fake_quant, self.q_max = False, 0
         self.lora: LoRA | None = None
 
+    def quantized(self) -> Tensor:
+        """(out, in) fp32: the weight, or while fake quantization is on its values on the grid."""
+        if not self.fake_quant:
+            return self.weight
+        grid = quantize_rows(self.weight.detach(), self.row_scale, self.q_max) * self.row_scale
+        return grid + (self.weight - self.weight.detach())  # value: the grid's, exactly; gradient: straight through
+
+    def look_up(self, rows: Tensor) -> Tensor:
+        """(…,) int -> (…, in) fp32"""
+        return F.embedding(rows, self.quantized())
+
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight
-        if self.fake_quant:
-            grid = quantize_rows(weight.detach(), self.row_scale, self.q_max) * self.row_scale
-            weight = grid + (weight - weight.detach())  # value: the grid's, exactly; gradient: straight through
-        y = F.linear(x, weight.to(x.dtype))
+        y = F.linear(x, self.quantized().to(x.dtype))
         return y if self.lora is None else y + self.lora(x)
 
 
@@ -1879,6 +1887,15 @@ class Rotary(nn.Module):
         return torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin, rest), dim=-1)
 
 
+@dataclasses.dataclass(frozen=True)
+class Stream:
+    """What the blocks read beside x: what a technique needs there is a field here, not an argument of each of them."""
+
+    x0: Tensor  # (B, T, D): the embedding that the first block gets
+    value_embedding: Tensor | None  # (B, T, Hkv*K)
+    first_value: Tensor | None = None  # (B, T, Hkv*K): the first layer's own value, from the second pass on
+
+
 class Attention(nn.Module):
     """Causal grouped-query attention with normalized queries and keys, partial rotary and a gain per query head."""
 
@@ -1897,17 +1914,17 @@ class Attention(nn.Module):
         self.exclude_self = layer >= hp.num_layers - hp.xsa_last_n
         self.head_dim, self.rotary, self.attend = hp.head_dim, rotary, attend
 
-    def forward(self, x: Tensor, value_embedding: Tensor | None, first_value: Tensor | None) -> tuple[Tensor, Tensor]:
-        """x (B, T, D) -> (output (B, T, D), this layer's own value (B, T, Hkv*K)); the arguments are of that shape.
+    def forward(self, x: Tensor, stream: Stream) -> tuple[Tensor, Tensor]:
+        """x (B, T, D) -> (output (B, T, D), this layer's own value (B, T, Hkv*K)).
 
-        first_value is the first layer's own value: value residual (Zhou et al., 2024) adds a share of it to v.
+        Value residual (Zhou et al., 2024) adds a share of the first layer's own value to v.
         """
         heads = (*x.shape[:2], -1, self.head_dim)
         v = own_value = self.v(x)
         if self.first_share is not None:
-            v = v + first_value * self.first_share.to(x.dtype)
+            v = v + stream.first_value * self.first_share.to(x.dtype)
         if self.ve_scale is not None:
-            v = v + value_embedding * self.ve_scale.to(x.dtype)
+            v = v + stream.value_embedding * self.ve_scale.to(x.dtype)
         q, k, v = self.q(x).view(heads), self.k(x).view(heads), v.view(heads)
         q = self.rotary(rms_norm(q)) * self.q_gain.to(x.dtype)[:, None]
         k = self.rotary(rms_norm(k))
@@ -1959,7 +1976,10 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm attention and MLP on a mix of the stream x and the first embedding x0."""
+    """Pre-norm attention and MLP on a mix of the residual stream and the first embedding.
+
+    Two halves, attend and feed, which the trunk adds up: where they read and write is the trunk's business.
+    """
 
     def __init__(self, hp: Hyperparameters, layer: int, rotary: Rotary, attend: Callable):
         super().__init__()
@@ -1969,15 +1989,18 @@ class Block(nn.Module):
         self.mlp_scale = nn.Parameter(torch.empty(hp.model_dim))
         self.norm_scale = 1 / math.sqrt(layer + 1) if hp.ln_scale else 1.0
 
-    def forward(
-        self, x: Tensor, x0: Tensor, value_embedding: Tensor | None, first_value: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """(output (B, T, D), this layer's own value (B, T, Hkv*K))"""
+    def mix(self, x: Tensor, stream: Stream) -> Tensor:
         mix = self.resid_mix.to(x.dtype)
-        x = mix[0] * x + mix[1] * x0
-        y, own_value = self.attn(rms_norm(x) * self.norm_scale, value_embedding, first_value)
-        x = x + self.attn_scale.to(x.dtype) * y
-        return x + self.mlp_scale.to(x.dtype) * self.mlp(rms_norm(x) * self.norm_scale), own_value
+        return mix[0] * x + mix[1] * stream.x0
+
+    def attend(self, x: Tensor, stream: Stream) -> tuple[Tensor, Tensor]:
+        """(what attention adds to x (B, T, D), this layer's own value (B, T, Hkv*K))"""
+        y, own_value = self.attn(rms_norm(x) * self.norm_scale, stream)
+        return self.attn_scale.to(x.dtype) * y, own_value
+
+    def feed(self, x: Tensor) -> Tensor:
+        """What the MLP adds to x (B, T, D)."""
+        return self.mlp_scale.to(x.dtype) * self.mlp(rms_norm(x) * self.norm_scale)
 
 
 def layer_passes(hp: Hyperparameters, loops: int) -> tuple[tuple[int, int | None], ...]:
@@ -2001,7 +2024,7 @@ class GPT(nn.Module):
     def __init__(self, hp: Hyperparameters, context: int, attend: Callable, dtype: torch.dtype):
         super().__init__()
         dim = hp.model_dim
-        self.tok_emb = nn.Embedding(hp.vocab_size, dim, _weight=torch.empty(hp.vocab_size, dim))
+        self.tok_emb = CastedLinear(dim, hp.vocab_size)
         self.bigram = BigramHash(hp.bigram_vocab_size, hp.bigram_dim, dim) if hp.bigram_vocab_size else None
         self.smear = SmearGate(dim) if hp.smear_gate_enabled else None
         self.value_embedding = None
@@ -2016,44 +2039,52 @@ class GPT(nn.Module):
         skips = len(self.looped) // 2 if hp.unet_skips else 0
         self.skip_weights = nn.Parameter(torch.empty(skips, dim)) if skips else None
         self.lm_head = None if hp.tie_embeddings else CastedLinear(dim, hp.vocab_size)
-        self.head_lora: LoRA | None = None
         self.softcap, self.dtype = hp.logit_softcap, dtype
+        for name, _ in self.named_parameters():
+            row_of(name)  # a parameter without initial values, optimizer and storage is a defect: here, not after a run
+
+    @property
+    def head(self) -> CastedLinear:
+        """The matrix that makes logits: the token table itself, where they are tied."""
+        return self.tok_emb if self.lm_head is None else self.lm_head
 
     def trunk(self, tokens: Tensor) -> Tensor:
         """(B, T) int -> (B, T, D): normalized output of the last block. Nothing but attention crosses a BOS."""
         starts = tokens == BOS_ID
         starts[:, 0] = True
-        x = self.tok_emb(tokens).to(self.dtype)
+        x = self.tok_emb.look_up(tokens).to(self.dtype)
         if self.bigram is not None:
             x = x + self.bigram(tokens, starts, self.dtype)
         x = rms_norm(x)
         if self.smear is not None:
             x = self.smear(x, starts)
-        x0, skips, first_value = x, [], None
         ve = self.value_embedding(tokens, self.dtype) if self.value_embedding is not None else None
+        stream, skips = Stream(x, ve), []
         passes = self.looped if self.looping else self.plain
         encoder = len(passes) // 2 if self.unet_skips else 0
         for place, (layer, loop) in enumerate(passes):
+            block = self.blocks[layer]
             if place >= encoder and skips:  # each weight belongs to the output that it scales
                 x = x + self.skip_weights[len(skips) - 1].to(x.dtype) * skips.pop()
             if loop is not None:
                 x = x + self.loop_vectors[loop].to(x.dtype)
-            x, own_value = self.blocks[layer](x, x0, ve, first_value)
-            first_value = own_value if first_value is None else first_value
+            x = block.mix(x, stream)
+            y, own_value = block.attend(x, stream)
+            x = x + y
+            x = x + block.feed(x)
+            if place == 0:
+                stream = dataclasses.replace(stream, first_value=own_value)
             if place < encoder:
                 skips.append(x)
         return rms_norm(x)
 
-    def head(self, x: Tensor) -> Tensor:
+    def unembed(self, x: Tensor) -> Tensor:
         """(B, T, D) -> softcapped logits (B, T, V) fp32."""
-        z = self.lm_head(x) if self.lm_head is not None else F.linear(x, self.tok_emb.weight.to(x.dtype))
-        if self.head_lora is not None:
-            z = z + self.head_lora(x)
-        return self.softcap * torch.tanh(z.float() / self.softcap)
+        return self.softcap * torch.tanh(self.head(x).float() / self.softcap)
 
     def logits(self, tokens: Tensor) -> Tensor:
         """(B, T) int -> (B, T, V) fp32"""
-        return self.head(self.trunk(tokens))
+        return self.unembed(self.trunk(tokens))
 
     def forward(self, tokens: Tensor, targets: Tensor, temperatures: tuple[float, ...] = ()) -> Tensor:
         """Nats (B, S) fp32, unreduced, of the last S targets. tokens is (B, T) int, targets (B, S) int64, S <= T.
@@ -2062,76 +2093,121 @@ class GPT(nn.Module):
         those of softmax(logits / t) for each t: (B, S, temperatures).
         """
         x = self.trunk(tokens)[:, tokens.size(1) - targets.size(1) :]
-        logits, wanted = self.head(x).flatten(0, 1), targets.flatten()
+        logits, wanted = self.unembed(x).flatten(0, 1), targets.flatten()
         if not temperatures:
             return F.cross_entropy(logits, wanted, reduction="none").view_as(targets)
         nats = [F.cross_entropy(logits / t, wanted, reduction="none") for t in temperatures]
         return torch.stack(nats, dim=-1).view(*targets.shape, len(temperatures))
 
 
-# Every parameter belongs to exactly one class. The class decides optimizer row and storage, never the size.
-TENSOR_CLASSES = {
-    "attention": r"blocks\.\d+\.attn\.(q|k|v)\.weight",
-    "attention_out": r"blocks\.\d+\.attn\.out\.weight",
-    "mlp": r"blocks\.\d+\.mlp\.(up|gate|down)\.weight",
-    "embedding": r"(tok_emb|bigram\.table|value_embedding\.table)\.weight",
-    "head": r"lm_head\.weight",
-    "gate": r"blocks\.\d+\.attn\.gate\.proj\.weight",
-    "projection": r"(bigram|value_embedding)\.proj\.weight",
-    "control": r"blocks\.\d+\.(attn\.(q_gain|ve_scale|first_share|gate\.bias)|resid_mix|attn_scale|mlp_scale)"
-    r"|skip_weights|loop_vectors|smear\.gate|(bigram|value_embedding)\.scale",
-}
+def orthogonal(w: Tensor, hp: Hyperparameters, generator: torch.Generator) -> None:
+    nn.init.orthogonal_(w, generator=generator)
 
 
-MATRICES = ("attention", "attention_out", "mlp")  # of the blocks: what Muon moves, QAT prepares and GPTQ quantizes
+def normal(std: float | str) -> Callable:
+    """Initial values of this deviation, or of the one that a setting of this name has."""
+    return lambda w, hp, generator: nn.init.normal_(w, std=setting_or(std, hp), generator=generator)
 
 
-def one_match(name: str, patterns: Mapping[str, str], what: str) -> str:
-    """The key of the only pattern that matches a parameter's name; none or two is a defect of the program."""
-    keys = [key for key, pattern in patterns.items() if re.fullmatch(pattern, name)]
-    if len(keys) != 1:
-        raise RuntimeError(f"parameter {name} has {len(keys)} {what}: {keys}")
-    return keys[0]
+def constant(value: float | str) -> Callable:
+    """The same of a constant."""
+    return lambda w, hp, generator: nn.init.constant_(w, setting_or(value, hp))
 
 
-def tensor_class(name: str) -> str:
-    return one_match(name, TENSOR_CLASSES, "tensor classes")
+def setting_or(value: float | str, hp: Hyperparameters) -> float:
+    return getattr(hp, value) if isinstance(value, str) else value
+
+
+def first_of_two(w: Tensor, hp: Hyperparameters, generator: torch.Generator) -> None:
+    """Rows of ones and of zeros: of two streams the first alone."""
+    w.copy_(torch.tensor([[1.0], [0.0]]).expand_as(w))
+
+
+class Storage(NamedTuple):
+    """How the artifact holds some parameters: beside each other, in streams and tables of their own."""
+
+    label: str
+    forms: tuple[str, ...]  # what each may be held as
+    bits: str = ""  # the setting that chooses among these
+    sigmas: str = ""  # the setting of QUANT=sdclip and rd: standard deviations to the last level
+    reconstructed: bool = False  # by late QAT while training, and by full GPTQ from calibration text
+
+
+CODES = ("int6", "int5", "int7", "int8")
+STORAGE = (  # in the artifact's order: like beside like
+    Storage("attention", CODES, "attn_bits", "attn_clip_sigmas", reconstructed=True),
+    Storage("attention_out", CODES, "attn_out_bits", "attn_clip_sigmas", reconstructed=True),
+    Storage("mlp", CODES, "mlp_bits", "mlp_clip_sigmas", reconstructed=True),
+    Storage("embedding", (*CODES, "fp16"), "embed_bits", "embed_clip_sigmas"),
+    Storage("head", (*CODES, "fp16"), "embed_bits", "embed_clip_sigmas"),
+    Storage("gate", ("int8",)),
+    Storage("projection", ("fp16",)),
+    Storage("control", ("fp32",)),
+)
+
+
+class Row(NamedTuple):
+    """All that the file knows of the parameters whose whole name matches `names`."""
+
+    names: str  # a regular expression
+    initial: Callable[[Tensor, Hyperparameters, torch.Generator], Any]
+    optimizer: str  # a key of optimizer_rows
+    storage: Storage
+
+
+def parameter_row(names: str, initial: Callable, optimizer: str, label: str) -> Row:
+    """A row of PARAMETERS; `#.` stands for a block and its number."""
+    storage = next(storage for storage in STORAGE if storage.label == label)
+    return Row(names.replace("#.", r"blocks\.\d+\."), initial, optimizer, storage)
+
+
+# Every parameter has exactly one row. Orthogonal inputs and zero outputs: every block starts as the identity and every
+# matrix has a gradient by step two.
+PARAMETERS = (
+    parameter_row(r"#.attn\.(q|k|v)\.weight", orthogonal, "matrix", "attention"),
+    parameter_row(r"#.attn\.out\.weight", constant(0), "matrix", "attention_out"),
+    parameter_row(r"#.mlp\.(up|gate)\.weight", orthogonal, "matrix", "mlp"),
+    parameter_row(r"#.mlp\.down\.weight", constant(0), "matrix", "mlp"),
+    parameter_row(r"tok_emb\.weight", normal("tied_embed_init_std"), "table", "embedding"),
+    parameter_row(r"bigram\.table\.weight", constant(0), "table", "embedding"),
+    parameter_row(r"value_embedding\.table\.weight", normal(0.01), "table", "embedding"),
+    parameter_row(r"lm_head\.weight", constant(0), "head", "head"),
+    parameter_row(r"(bigram|value_embedding)\.proj\.weight", orthogonal, "scalar", "projection"),
+    parameter_row(r"bigram\.scale", constant(0.05), "scalar", "control"),
+    parameter_row(r"value_embedding\.scale", constant(0.1), "scalar", "control"),
+    parameter_row(r"smear\.gate", constant(0), "scalar", "control"),
+    parameter_row(r"skip_weights", constant(1), "scalar", "control"),
+    parameter_row(r"loop_vectors", orthogonal, "scalar", "control"),
+    parameter_row(r"#.resid_mix", first_of_two, "scalar", "control"),
+    parameter_row(r"#.(attn_scale|mlp_scale)", constant(1), "scalar", "control"),
+    parameter_row(r"#.attn\.q_gain", constant("qk_gain_init"), "scalar", "control"),
+    parameter_row(r"#.attn\.ve_scale", constant(1), "scalar", "control"),
+    parameter_row(r"#.attn\.first_share", constant(0), "scalar", "control"),
+    parameter_row(r"#.attn\.gate\.proj\.weight", constant(0), "scalar", "gate"),
+    parameter_row(r"#.attn\.gate\.bias", constant(0), "scalar", "control"),
+)
+
+
+@functools.cache
+def row_of(name: str) -> Row:
+    """The only row that names a parameter; none or two is a defect of the program."""
+    rows = [row for row in PARAMETERS if re.fullmatch(row.names, name)]
+    if len(rows) != 1:
+        raise RuntimeError(f"parameter {name} has {len(rows)} rows in PARAMETERS: {[row.names for row in rows]}")
+    return rows[0]
+
+
+def label_of(name: str) -> str:
+    return row_of(name).storage.label
 
 
 def init_weights(model: GPT, hp: Hyperparameters) -> None:
-    """Initial values by name, from SEED, the same on every device and rank (drawn on CPU).
-
-    Orthogonal inputs and zero outputs: every block starts as the identity and every matrix has a gradient by step two.
-    """
+    """Initial values from SEED, the same on every device and rank (drawn on CPU)."""
     generator = torch.Generator().manual_seed(hp.seed)
-    initial = {
-        "orthogonal": lambda w: nn.init.orthogonal_(w, generator=generator),
-        "token table": lambda w: nn.init.normal_(w, std=hp.tied_embed_init_std, generator=generator),
-        "value table": lambda w: nn.init.normal_(w, std=0.01, generator=generator),
-        "zero": nn.init.zeros_,
-        "one": nn.init.ones_,
-        "gain": lambda w: nn.init.constant_(w, hp.qk_gain_init),
-        "mix": lambda w: w.copy_(torch.tensor([[1.0], [0.0]]).expand_as(w)),
-        "bigram scale": lambda w: nn.init.constant_(w, 0.05),
-        "value scale": lambda w: nn.init.constant_(w, 0.1),
-    }
-    rules = {
-        "orthogonal": r"blocks\.\d+\.(attn\.(q|k|v)|mlp\.(up|gate))\.weight|loop_vectors"
-        r"|(bigram|value_embedding)\.proj\.weight",
-        "token table": r"tok_emb\.weight",
-        "value table": r"value_embedding\.table\.weight",
-        "zero": r"blocks\.\d+\.(attn\.out|mlp\.down|attn\.gate\.proj)\.weight|lm_head\.weight|bigram\.table\.weight"
-        r"|smear\.gate|blocks\.\d+\.attn\.(gate\.bias|first_share)",
-        "one": r"blocks\.\d+\.(attn_scale|mlp_scale|attn\.ve_scale)|skip_weights",
-        "gain": r"blocks\.\d+\.attn\.q_gain",
-        "mix": r"blocks\.\d+\.resid_mix",
-        "bigram scale": r"bigram\.scale",
-        "value scale": r"value_embedding\.scale",
-    }
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             drawn = torch.empty(parameter.shape)
-            initial[one_match(name, rules, "initial values")](drawn)
+            row_of(name).initial(drawn, hp, generator)
             parameter.copy_(drawn)
 
 
@@ -2295,8 +2371,29 @@ class Bank:
             self.weight.mul_(1 - rates * weight_decay).sub_(self.update * (rates * self.step_size))
 
 
+class OptimizerRow(NamedTuple):
+    algorithm: str  # muon | adamw
+    lr: float  # before the schedule
+    weight_decay: float
+
+
+def optimizer_rows(hp: Hyperparameters) -> dict[str, OptimizerRow]:
+    """By the keys that PARAMETERS names."""
+    return dict(
+        matrix=OptimizerRow("muon", hp.matrix_lr, hp.muon_wd),
+        table=OptimizerRow("adamw", hp.tied_embed_lr if hp.tie_embeddings else hp.embed_lr, hp.adam_wd),
+        scalar=OptimizerRow("adamw", hp.scalar_lr, hp.adam_wd),
+        head=OptimizerRow("adamw", hp.head_lr, hp.adam_wd),
+    )
+
+
+def rate_multiple(name: str, hp: Hyperparameters) -> float:
+    """What a matrix's learning rate is multiplied with: DECODER_LR_MULT in the second half of the layers."""
+    return hp.decoder_lr_mult if int(name.split(".")[1]) >= hp.num_layers // 2 else 1.0
+
+
 class Optimizers:
-    """Muon for the block matrices, AdamW for everything else; every parameter in exactly one row of `rows`.
+    """Muon for the block matrices, AdamW for everything else, each parameter as its row says.
 
     One step, with gradients already divided by the global token count:
       1. per bank, largest first: copy gradients in, start a reduce-scatter; meanwhile all-reduce the small gradients;
@@ -2306,28 +2403,19 @@ class Optimizers:
 
     def __init__(self, model: GPT, hp: Hyperparameters, ranks: Ranks, dtype: torch.dtype, compile: bool):
         self.hp, self.ranks = hp, ranks
-        self.rows = {  # tensor classes: (optimizer, learning rate, weight decay)
-            MATRICES: ("muon", hp.matrix_lr, hp.muon_wd),
-            ("embedding",): ("adamw", hp.tied_embed_lr if hp.tie_embeddings else hp.embed_lr, hp.adam_wd),
-            ("control", "projection", "gate"): ("adamw", hp.scalar_lr, hp.adam_wd),
-            ("head",): ("adamw", hp.head_lr, hp.adam_wd),
-        }
+        rows = optimizer_rows(hp)
+        members: dict[str, dict[str, nn.Parameter]] = {key: {} for key in rows}
+        for name, parameter in model.named_parameters():
+            members[row_of(name).optimizer][name] = parameter
         by_shape: dict[tuple[int, ...], list[tuple[nn.Parameter, float]]] = {}
         groups = []
-        claimed = 0
-        for classes, (kind, lr, weight_decay) in self.rows.items():
-            members = {name: p for name, p in model.named_parameters() if tensor_class(name) in classes}
-            claimed += len(members)
-            if kind == "muon":
-                for name, parameter in members.items():
-                    decoder = int(name.split(".")[1]) >= hp.num_layers // 2
-                    rate = hp.decoder_lr_mult if decoder else 1.0
-                    by_shape.setdefault(tuple(parameter.shape), []).append((parameter, rate))
-            elif members:
-                groups.append(dict(params=[*members.values()], lr=lr, base_lr=lr, weight_decay=weight_decay))
-        count = len(list(model.parameters()))
-        if claimed != count:
-            raise RuntimeError(f"{claimed} parameters in optimizer rows, {count} in the model")
+        for key, row in rows.items():
+            if row.algorithm == "muon":
+                for name, p in members[key].items():
+                    by_shape.setdefault(tuple(p.shape), []).append((p, rate_multiple(name, hp)))
+            elif members[key]:
+                parameters = [*members[key].values()]
+                groups.append(dict(params=parameters, lr=row.lr, base_lr=row.lr, weight_decay=row.weight_decay))
         self.banks = [Bank(*map(list, zip(*members, strict=True)), ranks, dtype) for members in by_shape.values()]
         self.banks.sort(key=lambda bank: sum(p.numel() for p in bank.parameters), reverse=True)
         self.adam = torch.optim.AdamW(groups, betas=(hp.beta1, hp.beta2), eps=hp.adam_eps, fused=True)
@@ -2788,27 +2876,14 @@ CLIP_QUANTILES = (0.999, 0.9995, 0.9999, 0.99999)
 Q_LIMIT = 127  # the largest code of any grid
 QAT_REFRESH_STEPS = 16  # the scale search in every forward would cost about a third of a step
 
-# What each tensor class may be stored as, the default first. The order is also that of the artifact's streams: like
-# beside like.
-GRIDS = ("int6", "int5", "int7", "int8")
-STORAGE = {
-    "attention": GRIDS,
-    "attention_out": GRIDS,
-    "mlp": GRIDS,
-    "embedding": ("int8", "int5", "int6", "int7", "fp16"),
-    "head": ("int8", "int5", "int6", "int7", "fp16"),
-    "gate": ("int8",),
-    "projection": ("fp16",),
-    "control": ("fp32",),
-}
 
-
-def storage_kinds(hp: Hyperparameters) -> dict[str, str]:
-    """How each tensor class is stored under these settings."""
-    bits = dict(attention=hp.attn_bits, attention_out=hp.attn_out_bits, mlp=hp.mlp_bits)
-    bits |= dict(embedding=hp.embed_bits, head=hp.embed_bits)
-    chosen = {name: "fp16" if n == 16 else f"int{n}" for name, n in bits.items()}
-    return {name: chosen.get(name, kinds[0]) for name, kinds in STORAGE.items()}
+def storage_of(name: str, hp: Hyperparameters) -> str:
+    """How a parameter is stored under these settings."""
+    storage = row_of(name).storage
+    if not storage.bits:
+        return storage.forms[0]
+    bits = getattr(hp, storage.bits)
+    return "fp16" if bits == 16 else f"int{bits}"
 
 
 def levels(kind: str) -> int:
@@ -2841,7 +2916,7 @@ class Grid(NamedTuple):
     @property
     def kind(self) -> str:
         """The smallest of int5 … int8 that holds its codes."""
-        return next(kind for kind in sorted(GRIDS) if levels(kind) >= self.q_max)
+        return next(kind for kind in sorted(CODES) if levels(kind) >= self.q_max)
 
 
 def quantize_rows(w: Tensor, scale: Tensor, q_max: int) -> Tensor:
@@ -2899,13 +2974,11 @@ def choose_steps(
     about the bits of sdclip's steps. A row counts as sensitive as itself and half as its whole matrix, as rows that
     the calibration text hardly reaches are not as insensitive as they look.
     """
-    kinds, steps = storage_kinds(hp), {}
-    sigmas = dict(attention=hp.attn_clip_sigmas, attention_out=hp.attn_clip_sigmas, mlp=hp.mlp_clip_sigmas)
-    sigmas |= dict(embedding=hp.embed_clip_sigmas, head=hp.embed_clip_sigmas)
+    steps = {}
     for name, w in weights.items():
-        kind = tensor_class(name)
-        if hp.quant != "clip_search" and kind in sigmas and levels(kinds[kind]):
-            steps[name] = sigmas[kind] / levels(kinds[kind]) * w.float().std(1, correction=0, keepdim=True)
+        storage, q_max = row_of(name).storage, levels(storage_of(name, hp))
+        if hp.quant != "clip_search" and storage.sigmas and q_max:
+            steps[name] = getattr(hp, storage.sigmas) / q_max * w.float().std(1, correction=0, keepdim=True)
     if hp.quant != "rd" or not steps:
         return steps
     blended = {name: sensitivity[name] + 0.5 * sensitivity[name].mean() for name in steps}
@@ -2924,19 +2997,19 @@ def make_grids(
 ) -> dict[str, Grid]:
     """The grid of every tensor that is stored as codes, by name, with steps `factor` times as large as QUANT has them.
 
-    All of a class have one grid, so that they share their tables; a gate's stays int8 whatever the factor.
+    All of a label have one grid, so that they share their tables; what has no bits to choose stays as it is.
     """
-    kinds, grids, codes = storage_kinds(hp), {}, {}
+    grids, codes = {}, {}
     for name, w in weights.items():
-        kind = tensor_class(name)
+        storage = row_of(name).storage
         if name in steps:
             grids[name] = grid = step_grid(w.float(), factor * steps[name])
             rows = w.float().abs().amax(1, keepdim=True)
-            codes.setdefault(kind, []).append(quantize_rows(rows, grid.scales[0], Q_LIMIT).max())
-        elif q_max := levels(kinds[kind]):
-            grids[name] = clip_grid(w.float(), q_max if kind == "gate" else q_max / factor)
-    largest = {kind: max(1, int(torch.stack(found).max())) for kind, found in codes.items()}
-    return {name: grid._replace(q_max=largest.get(tensor_class(name), grid.q_max)) for name, grid in grids.items()}
+            codes.setdefault(storage.label, []).append(quantize_rows(rows, grid.scales[0], Q_LIMIT).max())
+        elif q_max := levels(storage_of(name, hp)):
+            grids[name] = clip_grid(w.float(), q_max / factor if storage.bits else q_max)
+    largest = {label: max(1, int(torch.stack(found).max())) for label, found in codes.items()}
+    return {name: grid._replace(q_max=largest.get(label_of(name), grid.q_max)) for name, grid in grids.items()}
 
 
 def least(candidates: Sequence[Tensor], errors: Sequence[Tensor]) -> Tensor:
@@ -3020,9 +3093,9 @@ def calibrate(run: Run, weights: Mapping[str, Tensor], texts: np.ndarray) -> Cal
     model, sensitive = run.build(hp.train_seq_len).to(device), hp.quant == "rd"
     model.load_state_dict(weights)
     layers = {f"{name}.weight": m for name, m in model.named_modules() if isinstance(m, CastedLinear)}
-    layers = {name: m for name, m in layers.items() if hp.gptq_enabled and tensor_class(name) in MATRICES}
+    layers = {name: m for name, m in layers.items() if hp.gptq_enabled and row_of(name).storage.reconstructed}
     hessians = {n: torch.zeros(m.weight.size(1), m.weight.size(1), device=device) for n, m in layers.items()}
-    coded = {name for name in weights if levels(storage_kinds(hp)[tensor_class(name)])}
+    coded = {name for name in weights if levels(storage_of(name, hp))}
     matrices = {name: p for name, p in model.named_parameters() if sensitive and name in coded}
     squares = {name: torch.zeros(len(p), 1, device=device) for name, p in matrices.items()}
 
@@ -3089,9 +3162,9 @@ def quantize(
     weights: Mapping[str, Tensor], hp: Hyperparameters, grids: Mapping[str, Grid], gptq: Mapping[str, GPTQ] = {}
 ) -> dict[str, Stored]:
     """All weights as the artifact holds them, in the artifact's order (class by class)."""
-    kinds, order = storage_kinds(hp), list(STORAGE)
-    names = sorted(weights, key=lambda name: order.index(tensor_class(name)))  # stable: model order in a class
-    return {n: store(n, weights[n], grids.get(n, kinds[tensor_class(n)]), gptq.get(n)) for n in names}
+    order = [storage.label for storage in STORAGE]
+    names = sorted(weights, key=lambda name: order.index(label_of(name)))  # stable: model order in a label
+    return {n: store(n, weights[n], grids.get(n, storage_of(n, hp)), gptq.get(n)) for n in names}
 
 
 def main_grid(tensors: Mapping[str, Stored]) -> str:
@@ -3109,11 +3182,12 @@ class QAT:
         self.on, self.layers = False, {}
         self.hp = dataclasses.replace(hp, quant="sdclip") if hp.quant == "rd" else hp
         for name, module in model.named_modules():
-            if isinstance(module, CastedLinear) and tensor_class(f"{name}.weight") in MATRICES:
+            if isinstance(module, CastedLinear) and row_of(f"{name}.weight").storage.reconstructed:
                 self.layers[f"{name}.weight"] = module
         for name, layer in self.layers.items():
-            kind = storage_kinds(hp)[tensor_class(name)]
-            layer.q_max = levels(kind) if hp.quant == "clip_search" else Q_LIMIT  # the others clip nothing
+            layer.q_max = (
+                levels(storage_of(name, hp)) if hp.quant == "clip_search" else Q_LIMIT
+            )  # the others clip nothing
             layer.row_scale = torch.ones(layer.weight.size(0), 1, device=layer.weight.device)
 
     @torch.no_grad()
@@ -3208,8 +3282,7 @@ class Exporter:
         """
         finest, coarsest = FIT_FACTORS
         over, under, best = 0.0, math.inf, None  # factors known to be too large for the room, and to fit
-        kinds = storage_kinds(self.run.hp)
-        forms = [(w, kinds[tensor_class(name)]) for name, w in self.weights.items()]
+        forms = [(w, storage_of(name, self.run.hp)) for name, w in self.weights.items()]
         beside = sum(len(w) if levels(kind) else w.numel() * KINDS[kind][1] for w, kind in forms)
         for attempt in range(1, FIT_ATTEMPTS + 1):
             with self.run.phases("fit"):
@@ -3242,7 +3315,7 @@ class Exporter:
                 continue
             bits = t.entropy() / t.data.numel()
             sizes[name] = bits * t.data.numel() / 8
-            classes.setdefault(f"{tensor_class(name)} {t.kind}", []).append(name)
+            classes.setdefault(f"{label_of(name)} {t.kind}", []).append(name)
             line = f"grid:{name} {t.kind} step:{t.scale.float().median():.4g} entropy:{bits:.3f}"
             if name in self.gptq:
                 hessian, w = self.gptq[name].hessian, self.weights[name].float()
@@ -3322,7 +3395,7 @@ def save_weights(run: Run, weights: Mapping[str, Tensor]) -> None:
 # ----------------------------------------------------------------------------------------------------------------------
 
 # Trained weights are not one distribution: some rows and some input columns are larger than others. A code's context is
-# the sum of its row's and its column's class, both told in the file; each context of a tensor class has its own table.
+# the sum of its row's and its column's class, both told in the file; each context of a label has its own table.
 # Tables hold costs in eighths of a bit, one byte for each magnitude: codes are as often negative as positive. An ANS
 # coder (Duda, 2013; constriction, Bamler 2022) spends those costs to within a ten-thousandth.
 COST_WEIGHTS = np.array([round(2.0 ** (40 - c / 8)) for c in range(256)], dtype=np.int64)  # none near a half
@@ -3366,7 +3439,7 @@ def entropy_bits(counts: np.ndarray) -> float:
 
 
 class CodeClasses(NamedTuple):
-    """Classes of the rows and columns of a tensor class's matrices, and the tables of their contexts."""
+    """Classes of the rows and columns of a label's matrices, and the tables of their contexts."""
 
     rows: list[np.ndarray]  # uint8 for each matrix
     columns: list[np.ndarray]
@@ -3433,11 +3506,11 @@ def encode_codes(tensors: Mapping[str, Stored]) -> tuple[bytes, bytes]:
 
 
 def code_groups(kinds: Sequence[tuple[str, str]]) -> dict[tuple[str, str], list[tuple[str, str]]]:
-    """The (name, kind) of coded tensors by (tensor class, kind), in the file's order."""
+    """The (name, kind) of coded tensors by (label, kind), in the file's order."""
     groups: dict[tuple[str, str], list[tuple[str, str]]] = {}
     for name, kind in kinds:
         if levels(kind):
-            groups.setdefault((tensor_class(name), kind), []).append((name, kind))
+            groups.setdefault((label_of(name), kind), []).append((name, kind))
     return groups
 
 
@@ -3518,7 +3591,7 @@ MAX_PAYLOAD_BYTES, MAX_HEADER_BYTES = 1 << 30, 1 << 20
 MAX_CODES_PER_BYTE = 1024  # of an entropy-coded file: a few bytes must not ask for gigabytes
 COMPRESSORS = ("stored", "lzma", "zstd", "ans")
 STREAMS = {"int8": "<i1", "fp16": "<f2", "fp32": "<f4"}  # of the payload, in its order
-KINDS = dict.fromkeys(GRIDS, (torch.int8, 1)) | {"fp16": (torch.float16, 2), "fp32": (torch.float32, 4)}
+KINDS = dict.fromkeys(CODES, (torch.int8, 1)) | {"fp16": (torch.float16, 2), "fp32": (torch.float32, 4)}
 
 
 class ArtifactError(UserError):
@@ -3669,7 +3742,7 @@ def parse_header(text: bytes) -> dict:
     if len(table) != len(expected) or shapes != expected or not whole:
         raise ArtifactError("artifact is damaged: its tensors are not those of its architecture")
     for name, _, kind in table:
-        if kind not in (STORAGE[tensor_class(name)] if header["kind"] == "artifact" else ("fp32",)):
+        if kind not in (row_of(name).storage.forms if header["kind"] == "artifact" else ("fp32",)):
             raise ArtifactError(f"artifact is damaged: {name} is stored as {kind!r}")
     return header
 
@@ -3758,7 +3831,7 @@ def shares_of(blob: bytes, header: dict, tensors: Mapping[str, Stored]) -> list[
     itself; the sum is the file's length."""
     compressor, groups = COMPRESSORS[blob[6]], {}
     for name, t in tensors.items():
-        groups.setdefault((tensor_class(name), t.kind), {})[name] = t
+        groups.setdefault((label_of(name), t.kind), {})[name] = t
 
     def alone(data: bytes) -> int:
         return len(compress(data, "lzma" if compressor == "ans" else compressor))
@@ -3998,7 +4071,7 @@ class Adapter:
         self.model, self.forward, self.hp, self.ranks = model, forward, hp, ranks
         frozen = re.compile("|".join(rf"blocks\.{i}\..*" for i in range(hp.ttt_freeze_blocks)) or r"(?!)")
         for name, parameter in model.named_parameters():
-            adapts = hp.ttt_params == "all" or tensor_class(name) == "control"
+            adapts = hp.ttt_params == "all" or label_of(name) == "control"
             parameter.requires_grad_(adapts and not frozen.fullmatch(name))
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = ttt_optimizer(self.parameters, hp)
@@ -4115,11 +4188,9 @@ class LoRAAdapter:
         self.model, self.hp, self.device = model, hp, ranks.device
         model.requires_grad_(False)
         self.rows = score_batch_windows(hp, ranks, hp.eval_seq_len) if hp.ttt_lora_reset else 1  # documents at once
-        places = [(model, "head_lora", hp.vocab_size)]
-        for layer in (layer for block in model.blocks for layer in (block.attn.q, block.attn.v)):
-            places.append((layer, "lora", layer.weight.size(0)))
+        layers = [model.head, *(layer for block in model.blocks for layer in (block.attn.q, block.attn.v))]
         self.adapters = {
-            (module, name): LoRA(self.rows, hp.model_dim, out_dim, hp, ranks.device) for module, name, out_dim in places
+            layer: LoRA(self.rows, hp.model_dim, layer.weight.size(0), hp, ranks.device) for layer in layers
         }
         self.parameters = [p for lora in self.adapters.values() for p in (lora.a, lora.b)]
         self.optimizer = ttt_optimizer(self.parameters, hp)
@@ -4133,12 +4204,12 @@ class LoRAAdapter:
     def attached(self):
         """The model with its adapters inside the block, the plain one after it: other batches are no documents."""
         try:
-            for (module, name), lora in self.adapters.items():
-                setattr(module, name, lora)
+            for layer, lora in self.adapters.items():
+                layer.lora = lora
             yield
         finally:
-            for module, name in self.adapters:
-                setattr(module, name, None)
+            for layer in self.adapters:
+                layer.lora = None
 
     def inputs(self, tokens: np.ndarray, piece: Piece) -> tuple[Tensor, Tensor, Tensor]:
         """(inputs (rows, length), targets (rows, chunk), which of them count); what is missing is filled with BOS."""
@@ -4563,7 +4634,7 @@ class Watched(Evaluation):
         if self.referee:
             with torch.no_grad():
                 inputs, targets, counted = self.adapter.inputs(tokens, piece)
-                entries = self.model.head(self.model.trunk(inputs)[:, -targets.size(1) :]).double().log_softmax(-1)
+                entries = self.model.unembed(self.model.trunk(inputs)[:, -targets.size(1) :]).double().log_softmax(-1)
                 entries = entries.gather(-1, targets[..., None])[..., 0][counted].cpu().numpy()
             self.off_reference = larger(self.off_reference, distance(nats, -entries))
         return nats, losses
@@ -4596,7 +4667,7 @@ class Watched(Evaluation):
         text = torch.from_numpy(tokens[windows[rows, 0][:, None] + np.arange(length + 1)].astype(np.int64))
         text = text.to(self.run.ranks.device)
         hidden = self.model.trunk(text[:, :-1].contiguous())[: len(chosen), -stride:]
-        entries = self.model.head(hidden).double().log_softmax(-1)
+        entries = self.model.unembed(hidden).double().log_softmax(-1)
         entries = entries.gather(-1, text[: len(chosen), 1:][:, -stride:, None])[..., 0].cpu().numpy()
         pairs = ((nats[ends[j] - widths[j] : ends[j]], -entries[i, -widths[j] :]) for i, j in enumerate(chosen))
         return larger(*(distance(scored, reference) for scored, reference in pairs), 0.0)
@@ -4608,7 +4679,7 @@ class Watched(Evaluation):
         start, first, end = (int(n) for n in windows[0])
         rows = np.repeat(tokens[None, start:end], self.batch, axis=0).astype(np.int64)  # the scorer's shape
         hidden = self.model.trunk(torch.from_numpy(rows).to(self.run.ranks.device))[0, first - start]
-        logits = self.model.head(hidden[None, None].expand(self.batch, -1, -1))[0, 0].double()
+        logits = self.model.unembed(hidden[None, None].expand(self.batch, -1, -1))[0, 0].double()
         columns = torch.stack([-(logits / t).log_softmax(-1) for t in readout.temperatures], -1).cpu().numpy()
         entries = -columns[:, readout.chosen]
         if readout.hp.hedge_enabled:

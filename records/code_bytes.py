@@ -54,7 +54,7 @@ def table(tensors: Mapping[str, pg.Stored]) -> Iterable[str]:
     groups: dict[str, dict[str, pg.Stored]] = {}
     for name, t in tensors.items():
         if pg.levels(t.kind):
-            groups.setdefault(f"{pg.tensor_class(name)} {t.kind}", {})[name] = t
+            groups.setdefault(f"{pg.label_of(name)} {t.kind}", {})[name] = t
     compressors = general()
     yield f"| codes | weights | entropy | ans | {' | '.join(compressors)} |"
     yield "|---" * (4 + len(compressors)) + "|"

@@ -102,7 +102,7 @@ def assert_well_formed(header: dict, tensors: dict[str, pg.Stored]) -> None:
     assert [[name, list(t.data.shape), t.kind] for name, t in tensors.items()] == header["tensors"]
     assert {name: t.data.shape for name, t in tensors.items()} == {n: p.shape for n, p in model.named_parameters()}
     for name, t in tensors.items():
-        assert t.kind in (pg.STORAGE[pg.tensor_class(name)] if header["kind"] == "artifact" else ("fp32",))
+        assert t.kind in (pg.row_of(name).storage.forms if header["kind"] == "artifact" else ("fp32",))
         assert t.data.dtype == pg.KINDS[t.kind][0] and t.dequantize().isfinite().all()
         if t.scale is not None:
             assert t.scale.shape == (t.data.size(0), 1) and t.scale.dtype == torch.float16

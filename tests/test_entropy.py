@@ -257,7 +257,7 @@ def test_code_bytes_counts_what_the_file_holds(tmp_path, monkeypatch, capsys):
     assert int(whole[1].replace(",", "")) == sum(c.size for c in codes.values())
     bits = sum(map(entropy, codes.values())) / sum(c.size for c in codes.values())
     assert float(whole[2]) == pytest.approx(bits, abs=1e-3)
-    assert {row[0].split()[0] for row in classes} == {pg.tensor_class(name) for name in codes}
+    assert {row[0].split()[0] for row in classes} == {pg.label_of(name) for name in codes}
     assert beside[0] == "beside their entropy" and all(cell.endswith(" %") for cell in beside[3:])
     monkeypatch.setattr("sys.argv", ["code_bytes.py", "--synthetic", "1"])
     assert code_bytes.main() == 0

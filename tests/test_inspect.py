@@ -45,7 +45,7 @@ def test_entropies_are_those_of_the_codes(capsys):
     tensors = quantize(weights_of(build_model(HP)), HP)
     blob = pg.pack_artifact(header_of(HP), tensors, "ans")
     shares = {share.part: share for share in pg.shares_of(blob, header_of(HP), tensors)}
-    codes = torch.cat([t.data.flatten() for name, t in tensors.items() if pg.tensor_class(name) == "mlp"])
+    codes = torch.cat([t.data.flatten() for name, t in tensors.items() if pg.label_of(name) == "mlp"])
     _, counts = codes.unique(return_counts=True)
     p = counts / counts.sum()
     assert shares["mlp int6"].entropy == pytest.approx(float(-(p * p.log2()).sum()), rel=1e-5)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 
 import numpy as np
 import pytest
@@ -240,7 +241,7 @@ def test_smear_and_bigram_do_not_cross_documents():
 def test_trunk_restarts_smear_and_bigram_at_each_bos():
     """The first block sees the same input for a document whether it is packed behind another or alone."""
     model, seen = build_model(), []
-    model.blocks[0].register_forward_hook(lambda _, args, out: seen.append(args[1]))
+    model.blocks[0].attn.register_forward_hook(lambda _, args, out: seen.append(args[1].x0))
     first, second = np.array([1, 5, 6, 7], dtype=np.int64), np.array([1, 9, 8, 7], dtype=np.int64)
     with torch.no_grad():
         for tokens in (np.concatenate([first, second]), second, first):
@@ -406,6 +407,25 @@ def test_a_gated_mlp_has_as_many_weights(kind):
     assert weights(mlp_kind=kind) == weights()
 
 
+def test_a_tied_head_is_the_token_table_and_both_read_the_same_quantized_weight():
+    model, tokens = build_model(), batch(np.array([1, 5, 6, 7], dtype=np.int64))
+    assert model.head is model.tok_emb and "lm_head.weight" not in dict(model.state_dict())
+    assert build_model(tiny_hp(tie_embeddings=False)).head.weight.shape == model.tok_emb.weight.shape
+    plain = model.logits(tokens)
+    model.tok_emb.q_max, model.tok_emb.fake_quant = 1, True
+    model.tok_emb.row_scale = torch.full((48, 1), 0.01)
+    grid = model.tok_emb.quantized().detach().clone()
+    assert torch.equal(grid, (grid / 0.01).round() * 0.01) and grid.abs().max() <= 0.01
+    assert torch.equal(model.tok_emb.look_up(tokens), grid[tokens])
+    assert not torch.equal(model.logits(tokens), plain)
+    model.tok_emb.fake_quant = False
+    with torch.no_grad():
+        model.tok_emb.weight.copy_(grid)
+    after = model.logits(tokens)
+    model.tok_emb.fake_quant = True
+    torch.testing.assert_close(model.logits(tokens), after)
+
+
 # Initial values
 
 EVERYTHING = [dict(), dict(tie_embeddings=False), NOTHING, dict(num_layers=12), dict(PUBLISHED, mlp_kind="swiglu")]
@@ -424,8 +444,18 @@ def test_every_parameter_has_one_initial_value_one_class_and_one_optimizer_row(c
     assert sorted(owners) == sorted(id(p) for p in model.parameters())
     for name, p in model.named_parameters():
         assert p.isfinite().all(), f"{name} was not initialized"
-        assert pg.tensor_class(name) in pg.STORAGE
-        assert sum(pg.tensor_class(name) in classes for classes in optimizers.rows) == 1
+        assert [row for row in pg.PARAMETERS if re.fullmatch(row.names, name)] == [pg.row_of(name)]
+        assert pg.row_of(name).storage in pg.STORAGE
+
+
+def test_every_row_of_the_tables_names_something():
+    every = [pg.GPT(tiny_hp(**changes), 16, pg.sdpa, torch.float32) for changes in EVERYTHING]
+    names = {name for model in every for name, _ in model.named_parameters()}
+    for row in pg.PARAMETERS:
+        assert any(re.fullmatch(row.names, name) for name in names), row.names
+        assert row.optimizer in pg.optimizer_rows(tiny_hp())
+    assert {pg.row_of(name).storage for name in names} == set(pg.STORAGE)
+    assert {pg.row_of(name).optimizer for name in names} == set(pg.optimizer_rows(tiny_hp()))
 
 
 def test_an_unknown_parameter_is_refused_everywhere():
@@ -433,21 +463,23 @@ def test_an_unknown_parameter_is_refused_everywhere():
     model = build_model(hp)
     model.surprise = torch.nn.Parameter(torch.zeros(3))
     with pytest.raises(RuntimeError, match="surprise"):
-        pg.tensor_class("surprise")
+        pg.label_of("surprise")
     with pytest.raises(RuntimeError, match="surprise"):
         pg.init_weights(model, hp)
     with pytest.raises(RuntimeError, match="surprise"):
         pg.Optimizers(model, hp, single_rank(hp), torch.float32, False)
-    with pytest.raises(RuntimeError, match="2 rules"):
-        pg.one_match("ab", {"one": "a.", "two": ".b"}, "rules")
 
 
-def test_a_class_without_an_optimizer_row_is_refused(monkeypatch):
-    monkeypatch.setitem(pg.TENSOR_CLASSES, "new", "surprise")
-    model = build_model()
-    model.surprise = torch.nn.Parameter(torch.zeros(3))
-    with pytest.raises(RuntimeError, match="parameters in optimizer rows"):
-        pg.Optimizers(model, tiny_hp(), single_rank(), torch.float32, False)
+def test_a_model_with_a_parameter_of_no_row_or_of_two_is_not_built(monkeypatch):
+    rows = pg.PARAMETERS
+    for table, count in ((rows[1:], 0), ((*rows, rows[0]), 2)):
+        monkeypatch.setattr(pg, "PARAMETERS", table)
+        pg.row_of.cache_clear()
+        with pytest.raises(RuntimeError, match=rf"blocks\.0\.attn\.q\.weight has {count} rows"):
+            build_model()
+    monkeypatch.undo()
+    pg.row_of.cache_clear()
+    build_model()
 
 
 def test_initial_weights_follow_the_seed():
@@ -461,9 +493,10 @@ def test_initial_weights_follow_the_seed():
 def test_blocks_start_as_the_identity():
     model = build_model(seed=None)
     x, x0 = torch.randn(2, 1, 8, 24, generator=torch.Generator().manual_seed(0)).unbind()
-    ve = model.value_embedding(torch.arange(8)[None], torch.float32)
+    stream = pg.Stream(x0, model.value_embedding(torch.arange(8)[None], torch.float32))
     for block in model.blocks:
-        assert torch.equal(block(x, x0, ve, None)[0], x)
+        assert torch.equal(block.mix(x, stream), x)
+        assert not block.attend(x, stream)[0].any() and not block.feed(x).any()
 
 
 def test_initial_values_are_those_of_the_formulas():

@@ -288,7 +288,7 @@ def test_bits_reach_their_class_alone_and_finer_grids_err_less(bits, kind):
         default = quantize(weights, tiny_hp())
         stored = quantize(weights, tiny_hp(**{setting: bits}))
         for name, t in stored.items():
-            mine = pg.tensor_class(name) in classes
+            mine = pg.label_of(name) in classes
             assert t.kind == (kind if mine else default[name].kind)
             if mine:
                 assert pg.levels(kind) == 2 ** (bits - 1) - 1 >= int(t.data.abs().max()) > 2 ** (bits - 2) - 1
@@ -299,7 +299,7 @@ def test_bits_reach_their_class_alone_and_finer_grids_err_less(bits, kind):
 def test_embeddings_of_sixteen_bits_are_fp16():
     weights = weights_of(build_model())
     stored = quantize(weights, tiny_hp(embed_bits=16))
-    tables = {name for name, t in stored.items() if pg.tensor_class(name) == "embedding"}
+    tables = {name for name, t in stored.items() if pg.label_of(name) == "embedding"}
     assert tables and all(stored[name].kind == "fp16" for name in tables)
     assert all(torch.equal(stored[name].dequantize(), weights[name].half().float()) for name in tables)
 
@@ -311,7 +311,7 @@ def test_fake_quantization_is_on_the_exported_grid_whatever_its_bits(bits):
     pg.QAT(model, hp).switch(True)
     reference = build_model(hp)
     stored = quantize(weights_of(model), hp)
-    matrices = {name: t.dequantize() for name, t in stored.items() if pg.tensor_class(name) in pg.MATRICES}
+    matrices = {name: t.dequantize() for name, t in stored.items() if pg.row_of(name).storage.reconstructed}
     reference.load_state_dict(weights_of(model) | matrices)
     assert torch.equal(model(*text()), reference(*text()))
 
@@ -420,7 +420,7 @@ def test_hessians_are_the_second_moments_of_each_layers_inputs():
     with torch.no_grad():
         model.logits(torch.from_numpy(texts[:, :-1].astype(np.int64)))
     hessians = pg.calibrate(run, weights_of(model), texts).hessians
-    matrices = {name for name, _ in model.named_parameters() if pg.tensor_class(name) in pg.MATRICES}
+    matrices = {name for name, _ in model.named_parameters() if pg.row_of(name).storage.reconstructed}
     assert set(hessians) == matrices
     for name, hessian in hessians.items():
         x = torch.cat(seen[name])
@@ -444,7 +444,7 @@ def test_every_block_matrix_and_nothing_else_is_quantized_by_gptq():
     with_it = pg.quantize(weights, hp, grids(weights, hp), {name: pg.GPTQ(h, hp) for name, h in hessians.items()})
     without = quantize(weights, hp)
     changed = {name for name, t in with_it.items() if not torch.equal(t.dequantize(), without[name].dequantize())}
-    assert changed == {name for name in weights if pg.tensor_class(name) in pg.MATRICES}
+    assert changed == {name for name in weights if pg.row_of(name).storage.reconstructed}
 
 
 # Steps of sdclip and rate-distortion
@@ -488,7 +488,7 @@ def test_each_class_has_its_own_sigmas():
         coarser = quantize(weights, tiny_hp(quant="sdclip", **{setting: 40.0}))
         for name, t in coarser.items():
             changed = not torch.equal(t.dequantize(), plain[name].dequantize())
-            assert changed == (pg.tensor_class(name) in classes), name
+            assert changed == (pg.label_of(name) in classes), name
 
 
 def test_all_tensors_of_a_class_share_one_grid():

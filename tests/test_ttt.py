@@ -278,7 +278,7 @@ def test_scales_only_moves_the_control_tensors_and_nothing_else():
     before = weights_of(adapter.model)
     adapter.adapt(random_tokens(40), 0.1)
     moved = {name for name, w in weights_of(adapter.model).items() if not torch.equal(w, before[name])}
-    assert moved == {name for name in before if pg.tensor_class(name) == "control"}
+    assert moved == {name for name in before if pg.label_of(name) == "control"}
 
 
 def test_adamw_is_torchs_without_decay():
