@@ -1280,7 +1280,7 @@ def check_regular(path: Path) -> None:
 CHECKPOINT_MAGIC = b"PGCKPT\x01\n"
 
 CHECKPOINT_META = dict(run_id=str, settings=dict, code_sha256=str, data=list, dtype=str, step=int, loss=float)
-CHECKPOINT_META |= dict(elapsed_ms=float, durations=list, swa_samples=int, qat=bool, looping=bool, resumed_at=list)
+CHECKPOINT_META |= dict(elapsed_ms=float, durations=list, swa_samples=int, switches=dict, resumed_at=list)
 
 # Settings that neither move a weight by more than rounding nor a score: they may change when a run goes on.
 MAY_CHANGE = ("run_id", "out_dir", "data_path", "tokenizer_path", "resume", "checkpoint_every", "audit", "audit_tokens")
@@ -2581,6 +2581,31 @@ def warn_of_warmdown(hp: Hyperparameters, clock: Clock, log: Log) -> None:
         log(f"warning: WARMDOWN_ITERS={hp.warmdown_iters} covers all {steps} steps; WARMDOWN_ITERS={fits} would fit")
 
 
+@dataclasses.dataclass
+class Switch:
+    """A technique that comes on once while a run trains, and stays.
+
+    Its graphs, in all combinations with those of the others, are warmed up before the clock; its state is a part of
+    every checkpoint.
+    """
+
+    name: str
+    due: Callable[[float, float], bool]  # of the learning-rate scale and the share of training that is over
+    apply: Callable[[bool], None]
+    prepare: Callable[[], None]  # once, before it comes on
+    figure: str  # what its line in the log ends with, a format of `scale`
+    on: bool = False
+
+    def set(self, on: bool) -> None:
+        self.on = on
+        self.apply(on)
+
+    @property
+    def states(self) -> tuple[bool, ...]:
+        """Those that a run will see, the first step's first."""
+        return (True,) if self.due(1.0, 0.0) else (False, True)
+
+
 class Trainer:
     """The trained model with everything that moves while it trains."""
 
@@ -2589,10 +2614,12 @@ class Trainer:
         self.model = run.build(hp.train_seq_len)
         init_weights(self.model, hp)
         self.model.to(ranks.device)
-        self.model.looping = hp.num_loops > 0 and hp.enable_looping_at == 0
         # After .to(): parameters become views of banks here, and a later move would silently part them.
         self.optimizers = Optimizers(self.model, hp, ranks, run.dtype, run.compile)
         self.averages, self.qat = Averages(self.model, hp), QAT(self.model, hp)
+        self.switches = self.switch_rows()
+        for switch in self.switches:
+            switch.set(False)
         self.forward = run.compiled(self.model)
         self.micro_rows = hp.micro_batch(ranks.size) // hp.train_seq_len
         self.clock, self.step = Clock(ranks, run.signals), 0
@@ -2601,10 +2628,35 @@ class Trainer:
         accumulation = hp.train_batch_tokens // ranks.size // hp.micro_batch(ranks.size)
         run.log(f"world_size:{ranks.size} grad_accum_steps:{accumulation}")
 
+    def switch_rows(self) -> list[Switch]:
+        """Switches in time: fake quantization at a learning-rate scale, loops at a share of training."""
+        hp, model, rows = self.run.hp, self.model, []
+        if hp.qat_enabled or hp.late_qat:
+            rows.append(
+                Switch(
+                    name="qat" if hp.qat_enabled else "late_qat",
+                    due=lambda scale, progress: hp.qat_enabled or scale < hp.late_qat_threshold,
+                    apply=self.qat.set,
+                    prepare=self.qat.refresh,
+                    figure="scale:{scale:.4f}",
+                )
+            )
+        if hp.num_loops:
+            rows.append(
+                Switch(
+                    name="looping",
+                    due=lambda scale, progress: progress >= hp.enable_looping_at,
+                    apply=lambda on: setattr(model, "looping", on),
+                    prepare=lambda: None,
+                    figure=f"passes:{len(model.looped)}",
+                )
+            )
+        return rows
+
     def warm_up(self) -> None:
         """Run every graph of the timed loop on synthetic tokens, then undo all of it: weights and optimizer state.
 
-        Variants: with and without fake quantization and loops (where they will switch), and scoring without gradients.
+        Variants: the switches' states, in all combinations, and scoring without gradients.
         """
         run, hp, start = self.run, self.run.hp, time.perf_counter()
         initial = [p.detach().clone() for p in self.model.parameters()]
@@ -2614,21 +2666,23 @@ class Trainer:
             shape = (2, rows, hp.train_seq_len)
             return torch.randint(hp.vocab_size, shape, generator=generator).to(run.ranks.device)
 
-        fake_quants = [False] * (not hp.qat_enabled) + [True] * (hp.qat_enabled or hp.late_qat)
-        loops = sorted({self.model.looping, hp.num_loops > 0}, reverse=True)  # ends as training starts
+        variants = [*itertools.product(*(switch.states for switch in self.switches))]
         for i in range(hp.warmup_steps):
-            for fake_quant, self.model.looping in itertools.product(fake_quants, loops):
-                with self.qat.switched(fake_quant):
-                    inputs, targets = synthetic(self.micro_rows)
-                    accumulate_gradients(self.forward, inputs, targets, self.micro_rows, hp.train_batch_tokens)
-                    self.optimizers.step(1.0, hp.muon_momentum)
+            for variant in variants:
+                self.set_switches(variant)
+                inputs, targets = synthetic(self.micro_rows)
+                accumulate_gradients(self.forward, inputs, targets, self.micro_rows, hp.train_batch_tokens)
+                self.optimizers.step(1.0, hp.muon_momentum)
             run.log(f"warmup_step:{i + 1}/{hp.warmup_steps}")
+        self.set_switches(variants[0])
         with torch.no_grad():
             if hp.warmup_steps and run.compile:
-                self.forward(*synthetic(score_batch_windows(hp, run.ranks, hp.train_seq_len)))
+                with self.qat.switched(False):
+                    self.forward(*synthetic(score_batch_windows(hp, run.ranks, hp.train_seq_len)))
             for parameter, value in zip(self.model.parameters(), initial, strict=True):
                 parameter.copy_(value)
         self.optimizers.reset()
+        self.set_switches([False] * len(self.switches))
         if hp.max_wallclock_seconds:
             averaging = time.perf_counter()
             self.exported_weights()
@@ -2641,6 +2695,10 @@ class Trainer:
                 run.log(f"train_reserve:{1000 * seconds:.0f}ms for calibration")
                 run.ranks.agree(lambda: self.check_reserve(seconds))
         run.phases.seconds["warmup"] = time.perf_counter() - start
+
+    def set_switches(self, states: Sequence[bool]) -> None:
+        for switch, on in zip(self.switches, states, strict=True):
+            switch.set(on)
 
     def check_reserve(self, seconds: float) -> None:
         """Whether calibration leaves some of the training clock. Raises UserError."""
@@ -2666,14 +2724,13 @@ class Trainer:
         """One update from this rank's (sequences, T) part of the batch; returns its part of the mean loss, ()."""
         hp, clock, step = self.run.hp, self.clock, self.step
         scale = lr_scale(step, hp, clock.elapsed_ms + clock.reserve_ms, clock.step_ms)
-        if not self.qat.on and (hp.qat_enabled or (hp.late_qat and scale < hp.late_qat_threshold)):
-            self.qat.switch(True)
-            self.run.log(f"{'qat' if hp.qat_enabled else 'late_qat'}:enabled step:{step} scale:{scale:.4f}")
-        elif (self.qat.on or hp.crown_q) and step % QAT_REFRESH_STEPS == 0:
+        if (self.qat.on or hp.crown_q) and step % QAT_REFRESH_STEPS == 0:
             self.qat.refresh()
-        if hp.num_loops and not self.model.looping and self.progress() >= hp.enable_looping_at:
-            self.model.looping = True
-            self.run.log(f"looping:enabled step:{step} passes:{len(self.model.looped)}")
+        for switch in self.switches:
+            if not switch.on and switch.due(scale, self.progress()):
+                switch.prepare()
+                switch.set(True)
+                self.run.log(f"{switch.name}:enabled step:{step} {switch.figure.format(scale=scale)}")
         loss = accumulate_gradients(self.forward, inputs, targets, self.micro_rows, hp.train_batch_tokens)
         if hp.crown_q and scale < 1:
             self.qat.penalize(hp.crown_q / self.run.ranks.size)
@@ -2788,8 +2845,7 @@ class Trainer:
             elapsed_ms=clock.elapsed_ms,
             durations=list(clock.durations),
             swa_samples=self.averages.swa_samples,
-            qat=self.qat.on,
-            looping=self.model.looping,
+            switches={switch.name: switch.on for switch in self.switches},
             resumed_at=self.resumed_at,
         )
         try:
@@ -2810,15 +2866,14 @@ class Trainer:
         self.step, self.saved_ms = meta["step"], meta["elapsed_ms"]
         self.resumed_at = [*meta["resumed_at"], self.step]
         self.clock.restore(self.step, meta["loss"], meta["elapsed_ms"], meta["durations"])
-        self.qat.set(meta["qat"])
-        self.model.looping = meta["looping"]
         self.averages.swa_samples = meta["swa_samples"]
         if self.averages.swa_samples:
             self.averages.swa = [torch.empty_like(w) for w in self.averages.live]
 
         state = self.state()
         momentum = {f"momentum.{bank.name}": bank.whole_momentum().clone() for bank in self.optimizers.banks}
-        ranks.agree(lambda: self.check_tensors(checkpoint, state | momentum | dict(random=torch.get_rng_state())))
+        ranks.agree(lambda: self.check_state(checkpoint, state | momentum | dict(random=torch.get_rng_state())))
+        self.set_switches([meta["switches"][switch.name] for switch in self.switches])
 
         def load(name: str, into: Tensor) -> Tensor:
             return ranks.broadcast_(into.copy_(checkpoint.tensors[name]) if ranks.is_main else into)
@@ -2831,11 +2886,14 @@ class Trainer:
         torch.set_rng_state(ranks.broadcast_object(checkpoint.tensors.get("random")))
         self.run.log(f"resume:step:{self.step} train_time:{meta['elapsed_ms']:.0f}ms from:{checkpoint.path}")
 
-    def check_tensors(self, checkpoint: Checkpoint, wanted: Mapping[str, Tensor]) -> None:
-        """Whether a checkpoint holds just these tensors. Raises UserError."""
-        found = {name: (tuple(t.shape), t.dtype) for name, t in checkpoint.tensors.items()}
-        if self.run.ranks.is_main and found != {name: (tuple(t.shape), t.dtype) for name, t in wanted.items()}:
-            raise UserError(f"{checkpoint.path} does not hold the tensors of this run; use another checkpoint")
+    def check_state(self, checkpoint: Checkpoint, wanted: Mapping[str, Tensor]) -> None:
+        """Whether a checkpoint holds just these tensors and switches. Raises UserError."""
+        found, expected = (
+            {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()} for tensors in (checkpoint.tensors, wanted)
+        )
+        switches = {switch.name for switch in self.switches}
+        if self.run.ranks.is_main and (found != expected or checkpoint.meta["switches"].keys() != switches):
+            raise UserError(f"{checkpoint.path} does not hold the state of this run; use another checkpoint")
 
     def timing(self) -> str:
         ms = self.clock.elapsed_ms

@@ -555,7 +555,7 @@ def test_a_checkpoint_with_other_tensors_leads_to_another_artifact(step, piece, 
     "step, changed",
     [
         *((step, dict(step=step - 1)) for step in POINTS),
-        *((step, dict(qat=step == BEFORE_QAT)) for step in POINTS),
+        *((step, dict(switches=dict(late_qat=step == BEFORE_QAT))) for step in POINTS),
         (IN_SWA, dict(swa_samples=2)),
     ],
     ids=str,
@@ -767,7 +767,7 @@ def test_every_rank_restores_the_whole_state(worlds, kept):
     checkpoint = pg.read_checkpoint(kept.checkpoints[IN_SWA])
     tensors = {name: x for name, x in checkpoint.tensors.items() if name != "random"}
     expected = {name: hashlib.sha256(x.numpy().tobytes()).hexdigest() for name, x in tensors.items()}
-    assert checkpoint.meta["qat"] and checkpoint.meta["swa_samples"] == 1
+    assert checkpoint.meta["switches"]["late_qat"] and checkpoint.meta["swa_samples"] == 1
     for states in worlds.states.values():
         assert states == [[expected, IN_SWA, True, 1]] * len(states)
 

@@ -379,11 +379,10 @@ def one_by_one(hp, tokens: np.ndarray, learn: bool = True) -> np.ndarray:
     for d, (start, stop) in enumerate(zip(starts[:-1], starts[1:], strict=True)):
         if state is None or hp.ttt_lora_reset:
             model = build_model(hp, hp.eval_seq_len)
-            places = [(model, "head_lora", 48), *((b.attn.q, "lora", 24) for b in model.blocks)]
-            places += [(b.attn.v, "lora", 12) for b in model.blocks]
-            loras = [pg.LoRA(1, 24, out, hp, torch.device("cpu")) for *_, out in places]
-            for (module, name, _), lora in zip(places, loras, strict=True):
-                setattr(module, name, lora)
+            layers = [model.head, *(b.attn.q for b in model.blocks), *(b.attn.v for b in model.blocks)]
+            loras = [pg.LoRA(1, 24, layer.weight.size(0), hp, torch.device("cpu")) for layer in layers]
+            for layer, lora in zip(layers, loras, strict=True):
+                layer.lora = lora
             parameters = [p for lora in loras for p in (lora.a, lora.b)]
             state = torch.optim.SGD(parameters, lr=hp.ttt_lr, momentum=hp.ttt_momentum)
         for first in range(start, stop, hp.ttt_lora_chunk):
