@@ -198,6 +198,7 @@ class Hyperparameters:
     muon_momentum_warmup_start: float = opt("training", 0.92, "Muon's first momentum", lo=0, hi=0.9999)
     muon_momentum_warmup_steps: int = opt("training", 1500, "steps from the first to the final momentum", lo=0)
     muon_backend_steps: int = opt("training", 5, "Newton-Schulz iterations", lo=1, hi=20)
+    muon_row_normalize: bool = opt("training", False, "Muon sees rows of equal norm (MuonEq-R)")
     muon_wd: float = opt("training", 0.04, "Muon's decoupled weight decay", lo=0)
     adam_wd: float = opt("training", 0.04, "AdamW's weight decay", lo=0)
     beta1: float = opt("training", 0.9, "AdamW", lo=0, hi=0.9999)
@@ -495,7 +496,6 @@ NOT_HERE = {
         "use WARMDOWN_ITERS, in steps": "WARMDOWN_FRAC",
         "the warmdown ends at 0": "MIN_LR=0",
         "ADAM_WD is the weight decay of tables too": "EMBED_WD",
-        "Muon does not normalize rows": "MUON_ROW_NORMALIZE=0",
         "Muon keeps no second moment (public scripts declare it and never read it)": "MUON_BETA2=0.95",
         "use SWA_ENABLED=1 with SWA_SOURCE=raw": "LAWA_ENABLED=0",
         "use SWA_ENABLED=1": "LAWA_K=0,10",
@@ -2344,12 +2344,17 @@ class Bank:
         torch._foreach_copy_(list(self.gradient.unbind())[: len(self.parameters)], [p.grad for p in self.parameters])
         return self.ranks.start_reduce_scatter(self.gradient_shard, self.gradient)
 
-    def orthogonalize(self, momentum: float, clip: Tensor, steps: int, polar: Callable):
-        """Nesterov momentum and Newton-Schulz on this rank's shard; returns the handle of the gather of all updates."""
+    def orthogonalize(self, momentum: float, clip: Tensor, hp: Hyperparameters, polar: Callable):
+        """Nesterov momentum and Newton-Schulz on this rank's shard; returns the handle of the gather of all updates.
+
+        Rows of equal norm (MuonEq-R, public pull request 1285): no output starts with a larger say than another.
+        """
         gradient = self.gradient_shard.float().mul_(clip)
         self.momentum.mul_(momentum).add_(gradient)
         nesterov = gradient.add_(self.momentum, alpha=momentum)
-        self.update_shard.copy_(polar(nesterov.to(self.update.dtype), steps))
+        if hp.muon_row_normalize:
+            nesterov = F.normalize(nesterov, dim=-1, eps=1e-7)
+        self.update_shard.copy_(polar(nesterov.to(self.update.dtype), hp.muon_backend_steps))
         return self.ranks.start_all_gather(self.update, self.update_shard)
 
     def whole_momentum(self) -> Tensor:
@@ -2440,11 +2445,10 @@ class Optimizers:
         for group in self.adam.param_groups:
             group["lr"] = group["base_lr"] * lr_scale
         self.adam.step()
-        steps, lr, decay = self.hp.muon_backend_steps, self.hp.matrix_lr * lr_scale, self.hp.muon_wd
-        gathers = [bank.orthogonalize(momentum, clip, steps, self.polar) for bank in self.banks]
+        gathers = [bank.orthogonalize(momentum, clip, self.hp, self.polar) for bank in self.banks]
         for bank, gather in zip(self.banks, gathers, strict=True):
             gather.wait()
-            bank.apply(lr, decay)
+            bank.apply(self.hp.matrix_lr * lr_scale, self.hp.muon_wd)
         self.zero_grad()
         return norm
 

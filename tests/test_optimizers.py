@@ -129,9 +129,10 @@ def reference_polar(u: torch.Tensor) -> torch.Tensor:
     return x.T if u.size(0) > u.size(1) else x
 
 
+@pytest.mark.parametrize("normalized", [False, True], ids=["plain", "rows"])
 @pytest.mark.parametrize("size", [1.0, 1e-4], ids=["clipped", "unclipped"])
-def test_muon_steps_follow_the_formulas_matrix_by_matrix(size):
-    hp = tiny_hp(matrix_lr=0.1, muon_wd=0.3, grad_clip_norm=0.3)
+def test_muon_steps_follow_the_formulas_matrix_by_matrix(size, normalized):
+    hp = tiny_hp(matrix_lr=0.1, muon_wd=0.3, grad_clip_norm=0.3, muon_row_normalize=normalized)
     model = build_model(hp)
     optimizers, weights = optimizers_for(model, hp), weights_of(model)
     momenta = {name: torch.zeros_like(w) for name, w in weights.items()}
@@ -146,7 +147,8 @@ def test_muon_steps_follow_the_formulas_matrix_by_matrix(size):
                 continue
             g = clip * gradients[name]
             momenta[name] = mu * momenta[name] + g
-            x = reference_polar(g + mu * momenta[name])
+            u = g + mu * momenta[name]
+            x = reference_polar(u / u.norm(dim=1, keepdim=True) if normalized else u)
             lr = 0.1 * scale
             rows, cols = g.shape
             weights[name] = (1 - lr * 0.3) * weights[name] - lr * math.sqrt(max(1, rows / cols)) * x

@@ -775,6 +775,7 @@ TRAINED = dict(
     muon_momentum_warmup_start=(0.5, {}),
     muon_momentum_warmup_steps=(2, {}),
     muon_backend_steps=(2, {}),
+    muon_row_normalize=(True, {}),
     muon_wd=(0.9, {}),
     adam_wd=(0.9, {}),
     beta1=(0.5, {}),
