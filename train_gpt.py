@@ -380,7 +380,7 @@ class Hyperparameters:
     @property
     def calibrates(self) -> bool:
         """Whether quantization reads training text."""
-        return self.gptq_enabled or self.quant == "rd"
+        return bool(calibration_needs(self))
 
     @property
     def ve_layer_ids(self) -> list[int]:
@@ -2948,15 +2948,21 @@ def storage_of(name: str, hp: Hyperparameters) -> str:
     return "fp16" if bits == 16 else f"int{bits}"
 
 
-def levels(kind: str) -> int:
+def sigmas_of(name: str, hp: Hyperparameters) -> float | None:
+    """Standard deviations of a row to the last level of its grid; None where no setting reaches: a gate stays int8."""
+    setting = row_of(name).storage.sigmas
+    return getattr(hp, setting) if setting else None
+
+
+def levels(storage: str) -> int:
     """The largest code of a grid; 0 for fp16 and fp32."""
-    return (1 << int(kind[3:]) - 1) - 1 if kind.startswith("int") else 0
+    return (1 << int(storage[3:]) - 1) - 1 if storage.startswith("int") else 0
 
 
 class Stored(NamedTuple):
     """A tensor as the artifact holds it: codes of a grid (int5 … int8) with one fp16 scale per row, or fp16/fp32."""
 
-    kind: str
+    storage: str
     data: Tensor  # int8 codes (rows, cols), or fp16/fp32 of any shape
     scale: Tensor | None  # fp16 (rows, 1)
 
@@ -2964,54 +2970,23 @@ class Stored(NamedTuple):
         """fp32, of the original shape."""
         return self.data.float() if self.scale is None else self.data.float() * self.scale.float()
 
-    def entropy(self) -> float:
-        """Bits of all codes at their own frequencies."""
-        return entropy_bits(np.bincount(self.data.numpy().ravel().astype(np.int64) + Q_LIMIT))
+    def size(self) -> float:
+        """Bytes of its values; of codes at their own frequencies, that is their entropy."""
+        if self.scale is None:
+            return self.data.nbytes
+        return entropy_bits(np.bincount(self.data.numpy().ravel().astype(np.int64) + Q_LIMIT)) / 8
 
 
 class Grid(NamedTuple):
     """Where a matrix's weights may lie: whole multiples, up to q_max, of its rows' scales."""
 
-    scales: list[Tensor]  # (rows, 1) fp32 of fp16 values each: what a row may choose from
-    q_max: int
-
-    @property
-    def kind(self) -> str:
-        """The smallest of int5 … int8 that holds its codes."""
-        return next(kind for kind in sorted(CODES) if levels(kind) >= self.q_max)
+    scales: Tensor  # (rows, candidates) fp32 of fp16 values: what a row may choose from
+    q_max: int | Tensor  # (), where it would cost a wait for the device
 
 
 def quantize_rows(w: Tensor, scale: Tensor, q_max: int) -> Tensor:
     """Codes of w (rows, cols) on the grid scale (rows, 1) * {-q_max … q_max}, as floats; rows of scale 0 become 0."""
     return torch.where(scale > 0, (w / scale).round().clamp(-q_max, q_max), 0.0)
-
-
-def fp16_scale(clip: Tensor, q_max: float) -> Tensor:
-    """clip / q_max, rounded to fp16 before anything uses it, as fp32. No floor: tiny rows keep all their levels."""
-    return (clip / q_max).half().float()
-
-
-def clip_grid(w: Tensor, q_max: float) -> Grid:
-    """GPTQ-lite: scales from the maximum of |w| and four of its quantiles, row by row. w is (rows, cols) fp32.
-
-    255 levels need no clipping. A q_max that is not whole makes the steps of a fitted artifact.
-    """
-    q_max, cols = min(q_max, float(Q_LIMIT)), w.size(1)
-    # The largest entries hold all quantiles from 0.999 up: descending order, index j is rank cols-1-j.
-    top = w.abs().topk(min(cols, math.ceil((1 - CLIP_QUANTILES[0]) * (cols - 1)) + 1), dim=1).values
-    clips = [top[:, :1]]
-    for quantile in CLIP_QUANTILES if q_max < Q_LIMIT else ():
-        position = (1 - quantile) * (cols - 1)  # from the top, linear between entries
-        low = int(position)
-        clips.append(torch.lerp(top[:, low : low + 1], top[:, min(low + 1, top.size(1) - 1)][:, None], position - low))
-    return Grid([fp16_scale(clip, q_max) for clip in clips], round(q_max))
-
-
-def step_grid(w: Tensor, step: Tensor) -> Grid:
-    """About these steps (rows, 1), but none so small that a row of w (rows, cols) needs more than Q_LIMIT levels:
-    nothing is clipped."""
-    largest = w.abs().amax(1, keepdim=True)
-    return Grid([short_scale(torch.minimum(torch.maximum(step, largest / Q_LIMIT), 2 * largest))], Q_LIMIT)
 
 
 def short_scale(scale: Tensor) -> Tensor:
@@ -3024,68 +2999,122 @@ def short_scale(scale: Tensor) -> Tensor:
     return torch.ldexp((16 * mantissa).ceil() / 16, exponent).half().float()
 
 
-def choose_steps(
-    weights: Mapping[str, Tensor], hp: Hyperparameters, sensitivity: Mapping[str, Tensor] | None = None
-) -> dict[str, Tensor]:
-    """Row by row the steps (rows, 1) of all weights that are stored as codes, by name; none under QUANT=clip_search.
+class Calibration(NamedTuple):
+    """What quantization learns from training text, by the weights' names: what a quantizer or rounder may need."""
 
-    sdclip: so many standard deviations of a row to the last level of its class's grid, which none of its weights
-    reaches; the entropy coder makes use of that (public pull request 1394).
-    rd: with an entropy coder, rounding costs sensitivity * step²/12 a weight, and halving a step one bit, whatever the
-    weights' own size. At the least cost for its bits, sensitivity * step² is the same everywhere: so it is here, with
-    about the bits of sdclip's steps. A row counts as sensitive as itself and half as its whole matrix, as rows that
-    the calibration text hardly reaches are not as insensitive as they look.
-    """
+    hessians: Mapping[str, Tensor] = {}  # of every block matrix: Σ x xᵀ (in, in) fp32 over its inputs x
+    sensitivity: Mapping[str, Tensor] = {}  # of every matrix: (rows, 1) mean squares of the loss's gradient
+
+
+class Quantizer(NamedTuple):
+    """A choice of QUANT: where the codes of a matrix lie, before they are rounded."""
+
+    # (weights by name, each (rows, cols) fp32; settings; calibration) -> steps by name, each (rows, candidates) fp32
+    steps: Callable[[Mapping[str, Tensor], Hyperparameters, Calibration], dict[str, Tensor]]
+    clips: bool = False  # beyond the last level of a storage; else a class has all levels that its weights need
+    needs: tuple[str, ...] = ()  # fields of Calibration
+    qat: str = ""  # the quantizer whose grid QAT trains on, where that is another: one that needs no calibration
+
+    def q_max(self, storage: str) -> int:
+        """The largest code that a weight may have."""
+        return levels(storage) if self.clips else Q_LIMIT
+
+    def grid(self, w: Tensor, steps: Tensor, storage: str, factor: float = 1.0) -> Grid:
+        """Of w (rows, cols) with steps (rows, candidates), `factor` times as large: a fitted artifact's.
+
+        Scales are rounded to fp16 before anything uses them. Those that clip have no floor: tiny rows keep all their
+        levels. The others are so large that no row needs more than Q_LIMIT levels.
+        """
+        if self.clips:
+            factor = max(factor, levels(storage) / Q_LIMIT)
+            q_max = round(levels(storage) / factor)
+            candidates = steps if q_max < Q_LIMIT else steps[:, :1]  # 255 levels need no clipping
+            return Grid((factor * candidates).half().float(), q_max)
+        largest = w.abs().amax(1, keepdim=True)
+        scale = short_scale(torch.minimum(torch.maximum(factor * steps, largest / Q_LIMIT), 2 * largest))
+        return Grid(scale, quantize_rows(largest, scale, Q_LIMIT).max())
+
+
+def clip_search(weights: Mapping[str, Tensor], hp: Hyperparameters, _: Calibration) -> dict[str, Tensor]:
+    """GPTQ-lite: a row chooses from the steps of its largest |w| and of four of its quantiles, in this order."""
     steps = {}
     for name, w in weights.items():
-        storage, q_max = row_of(name).storage, levels(storage_of(name, hp))
-        if hp.quant != "clip_search" and storage.sigmas and q_max:
-            steps[name] = getattr(hp, storage.sigmas) / q_max * w.float().std(1, correction=0, keepdim=True)
-    if hp.quant != "rd" or not steps:
-        return steps
-    blended = {name: sensitivity[name] + 0.5 * sensitivity[name].mean() for name in steps}
+        cols = w.size(1)
+        # The largest entries hold all quantiles from 0.999 up: descending order, index j is rank cols-1-j.
+        top = w.abs().topk(min(cols, math.ceil((1 - CLIP_QUANTILES[0]) * (cols - 1)) + 1), dim=1).values
+        clips = [top[:, 0]]
+        for quantile in CLIP_QUANTILES:
+            position = (1 - quantile) * (cols - 1)  # from the top, linear between entries
+            low = int(position)
+            clips.append(torch.lerp(top[:, low], top[:, min(low + 1, top.size(1) - 1)], position - low))
+        steps[name] = torch.stack(clips, 1) / levels(storage_of(name, hp))
+    return steps
+
+
+def sdclip(weights: Mapping[str, Tensor], hp: Hyperparameters, _: Calibration) -> dict[str, Tensor]:
+    """So many standard deviations of a row to the last level of its class's grid, which none of its weights reaches;
+    the entropy coder makes use of that (public pull request 1394)."""
+    shares = {name: sigmas_of(name, hp) / levels(storage_of(name, hp)) for name in weights}
+    return {name: shares[name] * w.std(1, correction=0, keepdim=True) for name, w in weights.items()}
+
+
+def rate_distortion(weights: Mapping[str, Tensor], hp: Hyperparameters, known: Calibration) -> dict[str, Tensor]:
+    """With an entropy coder, rounding costs sensitivity * step²/12 a weight, and halving a step one bit, whatever the
+    weights' own size. At the least cost for its bits, sensitivity * step² is the same everywhere: so it is here, with
+    about the bits of sdclip's steps.
+
+    A row counts as sensitive as itself and half as its whole matrix, as rows that the calibration text hardly reaches
+    are not as insensitive as they look.
+    """
+    blended = {name: known.sensitivity[name] + 0.5 * known.sensitivity[name].mean() for name in weights}
     floor = 1e-6 * torch.cat(list(blended.values())).mean()
     halves = {name: 0.5 * h.clamp(min=floor).log() for name, h in blended.items()}
     level, size = 0.0, 0
-    for name, step in steps.items():
-        told = (step > 0)[:, 0]  # rows of zeros have no say
-        level += weights[name].size(1) * (step.log() + halves[name])[told].sum().item()
-        size += weights[name].size(1) * told.sum().item()
+    for name, step in sdclip(weights, hp, known).items():
+        nonzero = (step > 0)[:, 0]  # rows of zeros have no say
+        level += weights[name].size(1) * (step.log() + halves[name])[nonzero].sum().item()
+        size += weights[name].size(1) * nonzero.sum().item()
     return {name: (level / max(size, 1) - half).exp() for name, half in halves.items()}
+
+
+QUANTIZERS = {
+    "clip_search": Quantizer(clip_search, clips=True),
+    "sdclip": Quantizer(sdclip),
+    "rd": Quantizer(rate_distortion, needs=("sensitivity",), qat="sdclip"),
+}
+
+
+def choose_steps(weights: Mapping[str, Tensor], hp: Hyperparameters, known: Calibration) -> dict[str, Tensor]:
+    """Steps (rows, candidates) of all weights that are stored as codes, by name; a gate's are always clip search's."""
+    coded = {name: w.float() for name, w in weights.items() if levels(storage_of(name, hp))}
+    chosen = {name: w for name, w in coded.items() if sigmas_of(name, hp)}
+    fixed = {name: w for name, w in coded.items() if name not in chosen}
+    return QUANTIZERS[hp.quant].steps(chosen, hp, known) | clip_search(fixed, hp, known)
 
 
 def make_grids(
     weights: Mapping[str, Tensor], hp: Hyperparameters, steps: Mapping[str, Tensor], factor: float = 1.0
 ) -> dict[str, Grid]:
-    """The grid of every tensor that is stored as codes, by name, with steps `factor` times as large as QUANT has them.
+    """The grid of every tensor that has steps, by name, with those `factor` times as large; a gate's stays as it is.
 
-    All of a label have one grid, so that they share their tables; what has no bits to choose stays as it is.
+    All of a class have one grid, so that they share their tables.
     """
-    grids, codes = {}, {}
-    for name, w in weights.items():
-        storage = row_of(name).storage
-        if name in steps:
-            grids[name] = grid = step_grid(w.float(), factor * steps[name])
-            rows = w.float().abs().amax(1, keepdim=True)
-            codes.setdefault(storage.label, []).append(quantize_rows(rows, grid.scales[0], Q_LIMIT).max())
-        elif q_max := levels(storage_of(name, hp)):
-            grids[name] = clip_grid(w.float(), q_max / factor if storage.bits else q_max)
-    largest = {label: max(1, int(torch.stack(found).max())) for label, found in codes.items()}
-    return {name: grid._replace(q_max=largest.get(label_of(name), grid.q_max)) for name, grid in grids.items()}
-
-
-def least(candidates: Sequence[Tensor], errors: Sequence[Tensor]) -> Tensor:
-    """Row by row the candidate (rows, ·) with the least error (rows, 1); the first of equals."""
-    best, stacked = torch.stack(list(errors)).argmin(0, keepdim=True), torch.stack(list(candidates))
-    return stacked.take_along_dim(best.expand(1, *stacked.shape[1:]), 0)[0]
+    grids, q_max = {}, {}
+    for name, step in steps.items():
+        label, fixed = label_of(name), not sigmas_of(name, hp)
+        quantizer = QUANTIZERS["clip_search" if fixed else hp.quant]
+        grids[name] = quantizer.grid(weights[name].float(), step, storage_of(name, hp), 1.0 if fixed else factor)
+        q_max[label] = max(q_max.get(label, 1), int(grids[name].q_max))
+    return {name: grid._replace(q_max=q_max[label_of(name)]) for name, grid in grids.items()}
 
 
 def search_row_scales(w: Tensor, grid: Grid) -> Tensor:
     """(rows, 1): for each row of w (rows, cols) the scale with the least squared error of rounding to nearest."""
-    if len(grid.scales) == 1:
-        return grid.scales[0]
-    errors = [(quantize_rows(w, s, grid.q_max) * s - w).square().sum(1, keepdim=True) for s in grid.scales]
-    return least(grid.scales, errors)
+    if grid.scales.size(1) == 1:
+        return grid.scales
+    candidates = grid.scales.split(1, dim=1)
+    errors = [(quantize_rows(w, scale, grid.q_max) * scale - w).square().sum(1, keepdim=True) for scale in candidates]
+    return grid.scales.gather(1, torch.cat(errors, 1).argmin(1, keepdim=True))
 
 
 def round_to_nearest(w: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
@@ -3114,12 +3143,14 @@ class GPTQ:
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped[self.order][:, self.order]))
         self.factor = torch.linalg.cholesky(inverse, upper=True).float()
 
-    def quantize(self, w: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    def round(self, w: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
         """(scale, codes) like round_to_nearest, of the scales with the least error of the layer's outputs."""
-        scales = grid.scales
-        codes = self.codes(w.repeat(len(scales), 1), torch.cat(scales), grid.q_max).split(len(w))
-        errors = [output_error(w, c * scale, self.hessian) for c, scale in zip(codes, scales, strict=True)]
-        return least(scales, errors), least(codes, errors)
+        rows, count = grid.scales.shape
+        codes = self.codes(w.repeat(count, 1), grid.scales.T.reshape(-1, 1), grid.q_max).unflatten(0, (count, rows))
+        candidates = zip(codes, grid.scales.split(1, dim=1), strict=True)
+        errors = torch.cat([output_error(w, c * scale, self.hessian) for c, scale in candidates], 1)
+        best = errors.argmin(1, keepdim=True)
+        return grid.scales.gather(1, best), codes[best[:, 0], torch.arange(rows, device=w.device)]
 
     def codes(self, w: Tensor, scale: Tensor, q_max: int) -> Tensor:
         """Codes (rows, cols) of w on the grid of scale (rows, 1)."""
@@ -3138,11 +3169,23 @@ class GPTQ:
         return codes[:, self.order.argsort()]
 
 
-class Calibration(NamedTuple):
-    """What quantization learns from training text, by the weights' names."""
+class Rounder(NamedTuple):
+    """How weights become codes of their grids."""
 
-    hessians: dict[str, Tensor]  # GPTQ's, of every block matrix: Σ x xᵀ (in, in) fp32 over its inputs x
-    sensitivity: dict[str, Tensor]  # QUANT=rd's, of every matrix: (rows, 1) mean squares of the loss's gradient
+    # (settings, calibration) -> by name, for the weights that are not rounded to nearest, what rounds them instead
+    prepare: Callable[[Hyperparameters, Calibration], dict[str, Callable[[Tensor, Grid], tuple[Tensor, Tensor]]]]
+    needs: tuple[str, ...] = ()  # fields of Calibration
+
+
+ROUNDERS = {  # by GPTQ_ENABLED
+    False: Rounder(lambda hp, known: {}),
+    True: Rounder(lambda hp, known: {n: GPTQ(h, hp).round for n, h in known.hessians.items()}, needs=("hessians",)),
+}
+
+
+def calibration_needs(hp: Hyperparameters) -> set[str]:
+    """The fields of Calibration that these settings use."""
+    return {*QUANTIZERS[hp.quant].needs, *ROUNDERS[hp.gptq_enabled].needs}
 
 
 def calibrate(run: Run, weights: Mapping[str, Tensor], texts: np.ndarray) -> Calibration:
@@ -3151,36 +3194,34 @@ def calibrate(run: Run, weights: Mapping[str, Tensor], texts: np.ndarray) -> Cal
     On a copy of the model in fp32 weights: casting the live ones for calibration cost a published run 0.3 bpb. Squares
     of a few sequences' gradient estimate the Fisher information, that is the loss's curvature, of any tensor alike.
     """
-    hp, ranks, device = run.hp, run.ranks, run.ranks.device
-    model, sensitive = run.build(hp.train_seq_len).to(device), hp.quant == "rd"
+    hp, ranks, device, needs = run.hp, run.ranks, run.ranks.device, calibration_needs(run.hp)
+    model = run.build(hp.train_seq_len).to(device)
     model.load_state_dict(weights)
-    layers = {f"{name}.weight": m for name, m in model.named_modules() if isinstance(m, CastedLinear)}
-    layers = {name: m for name, m in layers.items() if hp.gptq_enabled and row_of(name).storage.reconstructed}
-    hessians = {n: torch.zeros(m.weight.size(1), m.weight.size(1), device=device) for n, m in layers.items()}
-    coded = {name for name in weights if levels(storage_of(name, hp))}
-    matrices = {name: p for name, p in model.named_parameters() if sensitive and name in coded}
-    squares = {name: torch.zeros(len(p), 1, device=device) for name, p in matrices.items()}
+    hessians, squares, parameters = {}, {}, dict(model.named_parameters())
+    if "sensitivity" in needs:
+        coded = [name for name in parameters if levels(storage_of(name, hp))]
+        squares = {name: torch.zeros(len(parameters[name]), 1, device=device) for name in coded}
 
-    def accumulate(name: str) -> Callable:
-        def hook(_, inputs: tuple[Tensor]) -> None:
-            x = inputs[0].detach().flatten(0, 1).float()
-            hessians[name].addmm_(x.T, x)
+    def accumulate(hessian: Tensor, _, inputs: tuple[Tensor]) -> None:
+        x = inputs[0].detach().flatten(0, 1).float()
+        hessian.addmm_(x.T, x)
 
-        return hook
-
+    layers = reconstructed_layers(model) if "hessians" in needs else {}
     for name, layer in layers.items():
-        layer.register_forward_pre_hook(accumulate(name))
+        hessians[name] = torch.zeros(layer.weight.size(1), layer.weight.size(1), device=device)
+        layer.register_forward_pre_hook(functools.partial(accumulate, hessians[name]))
+    through = model.logits if model.head in layers.values() else model.trunk  # the head is a large part of a step
     mine, rows = ranks.part(texts), calibration_rows(run)
     for i in range(0, len(mine), rows):
         tokens = torch.from_numpy(mine[i : i + rows].astype(np.int64)).to(device)
-        if not sensitive:
+        if not squares:
             with torch.no_grad():
-                model.trunk(tokens[:, :-1])
+                through(tokens[:, :-1])
             continue
         model.zero_grad()
         model(tokens[:, :-1], tokens[:, 1:]).mean().backward()
-        for name, p in matrices.items():
-            squares[name] += p.grad.square().mean(1, keepdim=True)
+        for name, square in squares.items():
+            square += parameters[name].grad.square().mean(1, keepdim=True)
     for name, hessian in hessians.items():
         if not ranks.sum_(hessian).diagonal().sum() > 0:
             raise LimitError(f"{name} saw no input in calibration; nothing was exported")
@@ -3192,7 +3233,7 @@ def calibrate(run: Run, weights: Mapping[str, Tensor], texts: np.ndarray) -> Cal
 
 def calibration_rows(run: Run) -> int:
     """Sequences of one calibration forward of a rank; few where gradients are squared, which sums would average out."""
-    tokens = 2048 if run.hp.quant == "rd" else SCORE_TOKENS[run.ranks.device.type]
+    tokens = 2048 if "sensitivity" in calibration_needs(run.hp) else SCORE_TOKENS[run.ranks.device.type]
     return max(1, tokens // run.hp.train_seq_len)
 
 
@@ -3205,59 +3246,59 @@ def calibration_texts(run: Run) -> np.ndarray:
     return np.stack([run.stream.read(start, length + 1) for start in starts])
 
 
-def store(name: str, w: Tensor, grid: Grid | str, gptq: GPTQ | None = None) -> Stored:
-    """One weight on a grid, or as "fp16" or "fp32", on CPU. Raises LimitError where that form cannot hold it."""
-    w = w.detach().float()
-    if isinstance(grid, Grid):
-        scale, codes = gptq.quantize(w, grid) if gptq is not None else round_to_nearest(w, grid)
-        stored = Stored(grid.kind, codes.to(torch.int8).cpu(), scale.half().cpu())
-    else:
-        stored = Stored(grid, w.half().cpu() if grid == "fp16" else w.cpu(), None)
-    if not (w.isfinite().all() and stored.dequantize().isfinite().all()):
-        raise LimitError(
-            f"{name} holds weights that are not finite or too large for {stored.kind}; nothing was exported"
-        )
-    return stored
-
-
 def quantize(
-    weights: Mapping[str, Tensor], hp: Hyperparameters, grids: Mapping[str, Grid], gptq: Mapping[str, GPTQ] = {}
+    weights: Mapping[str, Tensor], hp: Hyperparameters, grids: Mapping[str, Grid], rounding: Mapping[str, Callable] = {}
 ) -> dict[str, Stored]:
-    """All weights as the artifact holds them, in the artifact's order (class by class)."""
-    order = [storage.label for storage in STORAGE]
-    names = sorted(weights, key=lambda name: order.index(label_of(name)))  # stable: model order in a label
-    return {n: store(n, weights[n], grids.get(n, storage_of(n, hp)), gptq.get(n)) for n in names}
+    """All weights as the artifact holds them, on CPU, in its order (class by class).
+
+    Raises LimitError where a storage cannot hold them.
+    """
+    stored, order = {}, [storage.label for storage in STORAGE]
+    for name in sorted(weights, key=lambda name: order.index(label_of(name))):  # stable: model order in a class
+        w, storage = weights[name].detach().float(), storage_of(name, hp)
+        if name in grids:
+            storage = next(grid for grid in sorted(CODES) if levels(grid) >= grids[name].q_max)  # the smallest
+            scale, codes = rounding.get(name, round_to_nearest)(w, grids[name])
+            stored[name] = t = Stored(storage, codes.to(torch.int8).cpu(), scale.half().cpu())
+        else:
+            stored[name] = t = Stored(storage, w.half().cpu() if storage == "fp16" else w.cpu(), None)
+        if not (w.isfinite().all() and t.dequantize().isfinite().all()):
+            raise LimitError(
+                f"{name} holds weights that are not finite or too large for {storage}; nothing was exported"
+            )
+    return stored
 
 
 def main_grid(tensors: Mapping[str, Stored]) -> str:
     """The grid that most weights are on, for labels: that of the MLP's matrices."""
-    return tensors["blocks.0.mlp.down.weight"].kind
+    return tensors["blocks.0.mlp.down.weight"].storage
+
+
+def reconstructed_layers(model: GPT) -> dict[str, CastedLinear]:
+    """The layers that QAT prepares and full GPTQ quantizes, by the names of their weights."""
+    layers = {f"{name}.weight": m for name, m in model.named_modules() if isinstance(m, CastedLinear)}
+    return {name: layer for name, layer in layers.items() if row_of(name).storage.reconstructed}
 
 
 class QAT:
-    """Fake quantization of every block matrix on the exporter's own grid, switched per module instance.
-
-    Under QUANT=rd, whose steps are known only in the end, on that of sdclip; never on a fitted one.
-    """
+    """Fake quantization of every block matrix on the grid of QUANT's row, never a fitted one; switched per module."""
 
     def __init__(self, model: GPT, hp: Hyperparameters):
-        self.on, self.layers = False, {}
-        self.hp = dataclasses.replace(hp, quant="sdclip") if hp.quant == "rd" else hp
-        for name, module in model.named_modules():
-            if isinstance(module, CastedLinear) and row_of(f"{name}.weight").storage.reconstructed:
-                self.layers[f"{name}.weight"] = module
+        self.on, self.hp, self.layers = False, hp, reconstructed_layers(model)
+        self.quantizer = QUANTIZERS[QUANTIZERS[hp.quant].qat or hp.quant]
         for name, layer in self.layers.items():
-            layer.q_max = (
-                levels(storage_of(name, hp)) if hp.quant == "clip_search" else Q_LIMIT
-            )  # the others clip nothing
+            layer.q_max = self.quantizer.q_max(storage_of(name, hp))
             layer.row_scale = torch.ones(layer.weight.size(0), 1, device=layer.weight.device)
 
     @torch.no_grad()
     def refresh(self) -> None:
         """Search the row scales of the present weights, outside the graph, into the buffers that it reads."""
-        weights = {name: layer.weight for name, layer in self.layers.items()}
-        for name, grid in make_grids(weights, self.hp, choose_steps(weights, self.hp)).items():
-            self.layers[name].row_scale.copy_(search_row_scales(weights[name], grid))
+        steps = self.quantizer.steps(
+            {name: layer.weight for name, layer in self.layers.items()}, self.hp, Calibration()
+        )
+        for name, layer in self.layers.items():
+            grid = self.quantizer.grid(layer.weight, steps[name], storage_of(name, self.hp))
+            layer.row_scale.copy_(search_row_scales(layer.weight, grid))
 
     @torch.no_grad()
     def penalize(self, weight: float) -> None:
@@ -3301,138 +3342,140 @@ FIT_ATTEMPTS = 8  # of packing; two to four do
 FIT_SAMPLE = 1 << 22  # weights that a prediction rounds
 
 
+class Packed(NamedTuple):
+    """Weights quantized and packed, with steps `factor` times as large as QUANT has them."""
+
+    factor: float
+    tensors: dict[str, Stored]
+    blob: bytes  # the artifact
+
+
 class Exporter:
     """Averaged weights on their way into an artifact, on the main rank."""
 
-    def __init__(self, run: Run, weights: Mapping[str, Tensor], calibration: Calibration):
+    def __init__(self, run: Run, weights: Mapping[str, Tensor], known: Calibration):
         self.run, self.weights = run, {name: w.to(run.ranks.device) for name, w in weights.items()}
-        self.steps = choose_steps(self.weights, run.hp, calibration.sensitivity)
-        self.gptq = {name: GPTQ(hessian, run.hp) for name, hessian in calibration.hessians.items()}
+        self.steps, self.known = choose_steps(self.weights, run.hp, known), known
+        self.rounding = ROUNDERS[run.hp.gptq_enabled].prepare(run.hp, known)
 
-    def pack(self, factor: float) -> bytes:
-        """The artifact with steps `factor` times as large as QUANT has them."""
+    def pack(self, factor: float = 1.0) -> Packed:
         run = self.run
         with run.phases("quantize"):
-            tensors = quantize(self.weights, run.hp, make_grids(self.weights, run.hp, self.steps, factor), self.gptq)
+            grids = make_grids(self.weights, run.hp, self.steps, factor)
+            tensors = quantize(self.weights, run.hp, grids, self.rounding)
         with run.phases("compress"):
             header = artifact_header("artifact", run.hp, run.dtype, run.val.tokenizer_sha256)
-            return pack_artifact(header, tensors, run.hp.compressor)
+            return Packed(factor, tensors, pack_artifact(header, tensors, run.hp.compressor))
 
     def predict(self, factor: float) -> float:
-        """Bytes of all codes at the entropy of each matrix, from rounding a sample of its rows to nearest."""
-        bits, every = 0.0, max(1, sum(w.numel() for w in self.weights.values()) // FIT_SAMPLE)
-        rows = {name: w[::every] for name, w in self.weights.items() if w.ndim == 2}
-        steps = {name: step[::every] for name, step in self.steps.items()}
-        for name, grid in make_grids(rows, self.run.hp, steps, factor).items():
-            codes = round_to_nearest(rows[name].float(), grid)[1].long().flatten() + grid.q_max
-            bits += entropy_bits(torch.bincount(codes).cpu().numpy()) * self.weights[name].numel() / len(codes)
+        """Bytes of the artifact: all codes at the entropy of each matrix, from rounding a sample of its rows to
+        nearest, a byte for each row's scale, and all other weights."""
+        every = max(1, sum(w.numel() for w in self.weights.values()) // FIT_SAMPLE)
+        rows, steps = ({name: w[name][::every] for name in self.steps} for w in (self.weights, self.steps))
+        grids, bits = make_grids(rows, self.run.hp, steps, factor), 0.0
+        for name, w in self.weights.items():
+            if name not in grids:
+                bits += w.numel() * int(storage_of(name, self.run.hp).removeprefix("fp"))
+                continue
+            codes = round_to_nearest(rows[name].float(), grids[name])[1].long().flatten() + grids[name].q_max
+            bits += entropy_bits(torch.bincount(codes).cpu().numpy()) * w.numel() / len(codes) + 8 * len(w)
         return bits / 8
 
     def solve(self, size: float) -> float:
-        """The factor whose codes are predicted to need so many bytes; an end of FIT_FACTORS where none does."""
+        """The factor whose artifact is predicted to have so many bytes; an end of FIT_FACTORS where none does."""
         low, high = FIT_FACTORS
         while high / low > 1.0001:
             middle = math.sqrt(low * high)
             low, high = (middle, high) if self.predict(middle) > size else (low, middle)
         return FIT_FACTORS[0] if low == FIT_FACTORS[0] else high
 
-    def fit(self, room: int) -> tuple[float, bytes]:
-        """(factor, artifact) of at most `room` bytes and, where the grids allow it, at least room - FIT_WINDOW.
+    def fit(self, room: int) -> Packed:
+        """Of at most `room` bytes and, where the grids allow it, at least room - FIT_WINDOW.
 
-        What the prediction missed in one packed artifact corrects it for the next. A compressor whose size jumps could
-        defy that: after three artifacts that were too large and none that fits, each aims lower by much. Deterministic.
+        What the prediction missed in one artifact corrects it for the next. A compressor whose size jumps could defy
+        that: after three artifacts that were too large and none that fits, each aims lower by much. Deterministic.
         """
-        finest, coarsest = FIT_FACTORS
-        over, under, best = 0.0, math.inf, None  # factors known to be too large for the room, and to fit
-        forms = [(w, storage_of(name, self.run.hp)) for name, w in self.weights.items()]
-        beside = sum(len(w) if levels(kind) else w.numel() * KINDS[kind][1] for w, kind in forms)
+        over, under, best, missed = 0.0, math.inf, None, 0.0  # factors known to be too large for the room, and to fit
         for attempt in range(1, FIT_ATTEMPTS + 1):
             with self.run.phases("fit"):
                 margin = min(FIT_WINDOW / 2, room / 2000) * 4 ** (0 if best else max(0, attempt - 4))
-                factor = self.solve(room - margin - beside)
+                factor = self.solve(room - margin - missed)
                 if over and best and not over < factor < under:
                     factor = math.sqrt(over * under)
                 predicted = self.predict(factor)
-            blob, tried = self.pack(factor), f"fit:{attempt} factor:{factor:.6f} predicted:{predicted + beside:.0f}"
-            self.run.log(f"{tried} bytes:{len(blob)} room:{room}")
-            beside = len(blob) - predicted
-            if len(blob) <= room:
-                under, best = factor, max(best or (factor, b""), (factor, blob), key=lambda fit: len(fit[1]))
+            packed = self.pack(factor)
+            size, fits = len(packed.blob), len(packed.blob) <= room
+            line = f"fit:{attempt} factor:{factor:.6f} predicted:{predicted + missed:.0f} bytes:{size} room:{room}"
+            self.run.log(line)
+            missed = size - predicted
+            if fits:
+                under, best = factor, max(best or packed, packed, key=lambda packed: len(packed.blob))
             else:
                 over = factor
-            if room - FIT_WINDOW <= len(blob) <= room or factor == (finest if len(blob) <= room else coarsest):
+            if room - FIT_WINDOW <= size <= room or factor == FIT_FACTORS[0 if fits else 1]:
                 break
-        return best or (factor, blob)
+        return best or packed
 
-    def report(self, factor: float, blob: bytes) -> dict[str, float]:
-        """Log every grid and, of GPTQ's matrices, the output error beside rounding's; the console gets their sums.
-
-        The result is the bytes of each tensor, codes at their entropy.
-        """
-        log, (_, tensors) = self.run.log, unpack_artifact(blob)
-        grids, sizes, classes, shares = make_grids(self.weights, self.run.hp, self.steps, factor), {}, {}, []
-        for name, t in tensors.items():
-            sizes[name] = t.data.numel() * KINDS[t.kind][1]
-            if name not in grids:
-                continue
-            bits = t.entropy() / t.data.numel()
-            sizes[name] = bits * t.data.numel() / 8
-            classes.setdefault(f"{label_of(name)} {t.kind}", []).append(name)
-            line = f"grid:{name} {t.kind} step:{t.scale.float().median():.4g} entropy:{bits:.3f}"
-            if name in self.gptq:
-                hessian, w = self.gptq[name].hessian, self.weights[name].float()
-                scale, codes = round_to_nearest(w, grids[name])
-                plain = output_error(w, codes * scale, hessian).sum().item()
-                error = output_error(w, t.dequantize().to(w.device), hessian).sum().item()
-                shares.append(error / plain if plain else 1.0)
-                line += f" output_error:{error:.6g} of_rounding:{shares[-1]:.4f}"
-            log(line, console=False)
-        parts = []
-        for part, names in classes.items():
+    def report(self, packed: Packed) -> None:
+        """Log every grid and, of GPTQ's matrices, the output error beside rounding's; the console gets their sums."""
+        log, tensors, parts, shares = self.run.log, packed.tensors, [], []
+        sizes = {name: t.size() for name, t in tensors.items()}
+        grids = make_grids(self.weights, self.run.hp, self.steps, packed.factor)
+        for (label, storage), names in code_groups({name: t.storage for name, t in tensors.items()}).items():
+            for name in names:
+                t, bits = tensors[name], 8 * sizes[name] / tensors[name].data.numel()
+                line = f"grid:{name} {storage} step:{t.scale.float().median():.4g} entropy:{bits:.3f}"
+                if (hessian := self.known.hessians.get(name)) is not None:
+                    w = self.weights[name].float()
+                    scale, codes = round_to_nearest(w, grids[name])
+                    plain = output_error(w, codes * scale, hessian).sum().item()
+                    error = output_error(w, t.dequantize().to(w.device), hessian).sum().item()
+                    shares.append(error / plain if plain else 1.0)
+                    line += f" output_error:{error:.6g} of_rounding:{shares[-1]:.4f}"
+                log(line, console=False)
             step = torch.cat([tensors[name].scale.float() for name in names]).median()
             bits = 8 * sum(sizes[name] for name in names) / sum(tensors[name].data.numel() for name in names)
-            parts.append(f"{part} step {step:.3g} entropy {bits:.3f}")
+            parts.append(f"{label} {storage} step {step:.3g} entropy {bits:.3f}")
         log(f"grids: {', '.join(parts)}")
         if shares:
             middle, worst = statistics.median(shares), max(shares)
             log(f"gptq:matrices:{len(shares)} output_error_of_rounding median:{middle:.4f} worst:{worst:.4f}")
-        return sizes
 
-    def report_fit(self, factor: float, left: int, sizes: Mapping[str, float]) -> None:
+    def report_fit(self, packed: Packed, room: int) -> None:
         """How near to the cap a fitted artifact came and, where that is not within FIT_WINDOW, why."""
-        log = self.run.log
-        log(f"fit:factor:{factor:.6f} left:{left}")
-        if left < 0 and factor < FIT_FACTORS[1]:
+        log, left, (finest, coarsest) = self.run.log, room - len(packed.blob), FIT_FACTORS
+        log(f"fit:factor:{packed.factor:.6f} left:{left}")
+        if left < 0 and packed.factor < coarsest:
             log(f"fit: none of {FIT_ATTEMPTS} attempts fits ARTIFACT_CAP_BYTES, by {-left} bytes; use COMPRESSOR=ans")
         elif left < 0:
-            heaviest = sorted(sizes, key=lambda name: -sizes[name])[:3]
-            heaviest = ", ".join(f"{name} {sizes[name]:.0f} bytes" for name in heaviest)
+            heaviest = sorted(packed.tensors.items(), key=lambda item: -item[1].size())[:3]
+            heaviest = ", ".join(f"{name} {t.size():.0f} bytes" for name, t in heaviest)
             log(f"fit: even the coarsest steps are {-left} bytes over ARTIFACT_CAP_BYTES; heaviest: {heaviest}")
-        elif left > FIT_WINDOW and factor == FIT_FACTORS[0]:
+        elif left > FIT_WINDOW and packed.factor == finest:
             log(f"fit: the finest steps leave {left} bytes of the cap; a larger model would fit")
         elif left > FIT_WINDOW:
             log(f"fit: {FIT_ATTEMPTS} attempts came no nearer to the cap than {left} bytes")
 
 
 def export(run: Run, weights: Mapping[str, Tensor]) -> tuple[Path, bytes]:
-    """Quantize, compress, write; the artifact's place and its bytes as read back from there, on every rank.
+    """Quantize, pack, write; the artifact's place and its bytes as read back from there, on every rank.
 
     Calibration reads training text, so its seconds belong to the training clock.
     """
-    hp, blob, path, calibration = run.hp, None, run.folder / "artifact.pgolf", Calibration({}, {})
+    hp, path, blob, known = run.hp, run.folder / "artifact.pgolf", None, Calibration()
     if hp.calibrates:
         with run.phases("calibrate"):
-            calibration = calibrate(run, weights, run.ranks.agree(lambda: calibration_texts(run)))
+            known = calibrate(run, weights, run.ranks.agree(lambda: calibration_texts(run)))
     if run.ranks.is_main:
         with run.phases("quantize"):
-            exporter = Exporter(run, weights, calibration)
+            exporter = Exporter(run, weights, known)
         room = hp.artifact_cap_bytes - len(run.source)
-        factor, blob = exporter.fit(room) if hp.fit_to_cap else (1.0, exporter.pack(1.0))
-        path = write_result(run, path, blob)
+        packed = exporter.fit(room) if hp.fit_to_cap else exporter.pack()
+        path = write_result(run, path, packed.blob)
         run.signals.advice = scored_again(path)
-        sizes = exporter.report(factor, blob)
+        exporter.report(packed)
         if hp.fit_to_cap:
-            exporter.report_fit(factor, room - len(blob), sizes)
+            exporter.report_fit(packed, room)
         blob = path.read_bytes()
     path, blob = run.ranks.broadcast_object((path, blob))
     run.signals.advice = scored_again(path)
@@ -3457,7 +3500,7 @@ def save_weights(run: Run, weights: Mapping[str, Tensor]) -> None:
 # ----------------------------------------------------------------------------------------------------------------------
 
 # Trained weights are not one distribution: some rows and some input columns are larger than others. A code's context is
-# the sum of its row's and its column's class, both told in the file; each context of a label has its own table.
+# the sum of its row's and its column's class, both given in the file; each context of a tensor class has its own table.
 # Tables hold costs in eighths of a bit, one byte for each magnitude: codes are as often negative as positive. An ANS
 # coder (Duda, 2013; constriction, Bamler 2022) spends those costs to within a ten-thousandth.
 COST_WEIGHTS = np.array([round(2.0 ** (40 - c / 8)) for c in range(256)], dtype=np.int64)  # none near a half
@@ -3465,21 +3508,12 @@ TABLE_TOTAL = 1 << 20
 CLASS_STEPS = (0.0, 0.5, 0.25)  # octaves of energy between classes; 0: one class
 
 
-def load_constriction():
-    """The coder of COMPRESSOR=ans. A missing one is an error, never another compressor."""
-    try:
-        import constriction
-    except ImportError:
-        raise UserError("COMPRESSOR=ans needs `pip install constriction`; or use COMPRESSOR=lzma") from None
-    return constriction.stream
-
-
 def entropy_model(costs: np.ndarray):
     """constriction's model of symbols 0…n-1 of these costs (n,) uint8, in whole numbers: the same on every machine."""
     weights = COST_WEIGHTS[costs]
     shares = np.maximum(weights * TABLE_TOTAL // weights.sum(), 1)
     shares[shares.argmax()] += TABLE_TOTAL - shares.sum()
-    return load_constriction().model.Categorical(shares / TABLE_TOTAL, perfect=False)
+    return load_compressor("ans").model.Categorical(shares / TABLE_TOTAL, perfect=False)
 
 
 def costs_of(counts: np.ndarray) -> np.ndarray:
@@ -3495,71 +3529,75 @@ def mirrored(costs: np.ndarray) -> np.ndarray:
 
 
 def entropy_bits(counts: np.ndarray) -> float:
-    """Bits of that many symbols of each kind at their own frequencies, over the last axis, summed."""
+    """Bits of that many symbols of each value at their own frequencies, over the last axis, summed."""
     totals = np.maximum(counts.sum(-1), 1)
     return float((totals * np.log2(totals)).sum() - (counts * np.log2(np.maximum(counts, 1))).sum())
 
 
-class CodeClasses(NamedTuple):
-    """Classes of the rows and columns of a label's matrices, and the tables of their contexts."""
-
-    rows: list[np.ndarray]  # uint8 for each matrix
-    columns: list[np.ndarray]
-    tables: np.ndarray  # (contexts, q_max + 1) uint8 costs
-
-    @property
-    def side(self) -> tuple[np.ndarray, np.ndarray]:
-        """All row classes and all column classes, matrix by matrix."""
-        return np.concatenate(self.rows), np.concatenate(self.columns)
-
-    def contexts(self) -> np.ndarray:
-        """uint8 of every code, matrix by matrix."""
-        return np.concatenate([(r[:, None] + c).ravel() for r, c in zip(self.rows, self.columns, strict=True)])
+def split(values: np.ndarray, sizes: Sequence[int]) -> list[np.ndarray]:
+    """One part for each size."""
+    return np.split(values, np.cumsum(sizes)[:-1])
 
 
-def classify(matrices: Sequence[np.ndarray], q_max: int) -> CodeClasses:
-    """The cheapest of a few ways to class rows and columns, side information and tables counted."""
+def code_contexts(shapes: Sequence[Sequence[int]], rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    """uint8 of every code of matrices of these shapes, from the classes of all their rows and of all their columns."""
+    heights, widths = zip(*shapes, strict=True)
+    sides = zip(split(rows, heights), split(columns, widths), strict=True)
+    return np.concatenate([(row[:, None] + column).ravel() for row, column in sides])
+
+
+def classify(matrices: Sequence[np.ndarray], q_max: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The cheapest of a few ways to class rows and columns, side information and tables counted.
+
+    The result is the uint8 classes of all rows, those of all columns, and the costs of every context's magnitudes,
+    (contexts, q_max + 1) uint8.
+    """
     magnitudes = np.concatenate([np.abs(m, dtype=np.int16).ravel() for m in matrices]).astype(np.int64)
-    energies = []  # log2 of mean magnitude: of rows, of columns beside the rows, of the whole matrix
+    shapes, energies = [m.shape for m in matrices], []
     for matrix in matrices:
         size = np.abs(matrix.astype(np.float32)) + 0.25
         row = size.mean(1)
-        energies.append((np.log2(row), np.log2((size / row[:, None]).mean(0)), np.log2(size.mean())))
-    best, least = None, math.inf
+        energies.append((row, np.full_like(row, size.mean()), (size / row[:, None]).mean(0)))
+    # log2 of mean magnitude: of every row, of its whole matrix, of every column beside the rows
+    by_row, by_matrix, by_column = (np.log2(np.concatenate(part)) for part in zip(*energies, strict=True))
+    best, fewest = None, math.inf
     for row_step, column_step in itertools.product(CLASS_STEPS, CLASS_STEPS):
-        step = row_step or column_step or 1.0
-        rows = [np.round((r if row_step else np.full_like(r, m)) / step) for r, _, m in energies]
-        columns = [np.round(c / column_step) if column_step else np.zeros_like(c) for _, c, _ in energies]
-        low_row, low_column = (min(x.min() for x in side) for side in (rows, columns))
-        rows = [np.minimum(x - low_row, 127).astype(np.uint8) for x in rows]
-        columns = [np.minimum(x - low_column, 127).astype(np.uint8) for x in columns]
-        classes = CodeClasses(rows, columns, np.zeros((0, 0)))
-        counts = np.bincount(classes.contexts() * np.int64(q_max + 1) + magnitudes)
+        rows = np.round((by_row if row_step else by_matrix) / (row_step or column_step or 1.0))
+        columns = np.round(by_column / column_step) if column_step else np.zeros_like(by_column)
+        rows, columns = (np.minimum(side - side.min(), 127).astype(np.uint8) for side in (rows, columns))
+        counts = np.bincount(code_contexts(shapes, rows, columns) * np.int64(q_max + 1) + magnitudes)
         counts = np.pad(counts, (0, -len(counts) % (q_max + 1))).reshape(-1, q_max + 1)
-        bits = entropy_bits(counts) + sum(entropy_bits(np.bincount(side)) for side in classes.side)
+        bits = entropy_bits(counts) + entropy_bits(np.bincount(rows)) + entropy_bits(np.bincount(columns))
         bits += 4.0 * (q_max + 1) * len(counts)  # a table entry, compressed
-        if bits < least:
-            best, least = classes._replace(tables=np.stack([costs_of(row) for row in counts])), bits
+        if bits < fewest:
+            best, fewest = (rows, columns, np.stack([costs_of(row) for row in counts])), bits
     return best
+
+
+def code_groups(storages: Mapping[str, str]) -> dict[tuple[str, str], list[str]]:
+    """The names of tensors that are stored as codes, by (tensor class, storage), in the file's order."""
+    groups: dict[tuple[str, str], list[str]] = {}
+    for name, storage in storages.items():
+        if levels(storage):
+            groups.setdefault((label_of(name), storage), []).append(name)
+    return groups
 
 
 def encode_codes(tensors: Mapping[str, Stored]) -> tuple[bytes, bytes]:
     """(models, words) of all codes: what a decoder must know first, and the coder's words."""
-    coder, models, jobs = load_constriction().stack.AnsCoder(), [], []
-    for group in code_groups([(name, t.kind) for name, t in tensors.items()]).values():
-        matrices = [tensors[name].data.numpy() for name, _ in group]
-        q_max = levels(group[0][1])
-        classes = classify(matrices, q_max)
-        for side in classes.side:
+    coder, models, jobs = load_compressor("ans").stack.AnsCoder(), [], []
+    for (_, storage), names in code_groups({name: t.storage for name, t in tensors.items()}).items():
+        matrices, q_max = [tensors[name].data.numpy() for name in names], levels(storage)
+        rows, columns, tables = classify(matrices, q_max)
+        for side in (rows, columns):
             costs = costs_of(np.bincount(side))
             models.append(bytes([len(costs) - 1]) + costs.tobytes())
             jobs.append((side.astype(np.int32), costs))
-        models.append(bytes([len(classes.tables) - 1]) + classes.tables.tobytes())
-        contexts = classes.contexts()
+        models.append(bytes([len(tables) - 1]) + tables.tobytes())
+        contexts = code_contexts([m.shape for m in matrices], rows, columns)
         codes = np.concatenate([m.ravel() for m in matrices]).astype(np.int32) + q_max
-        order = np.argsort(contexts, kind="stable")
-        parts = np.split(codes[order], np.cumsum(np.bincount(contexts, minlength=len(classes.tables)))[:-1])
-        jobs += [(part, mirrored(costs)) for part, costs in zip(parts, classes.tables, strict=True)]
+        parts = split(codes[np.argsort(contexts, kind="stable")], np.bincount(contexts, minlength=len(tables)))
+        jobs += [(part, mirrored(costs)) for part, costs in zip(parts, tables, strict=True)]
     for symbols, costs in reversed(jobs):  # a stack: the decoder meets the last first
         if len(costs) > 1 and len(symbols):
             coder.encode_reverse(symbols, entropy_model(costs))
@@ -3567,64 +3605,48 @@ def encode_codes(tensors: Mapping[str, Stored]) -> tuple[bytes, bytes]:
     return struct.pack("<I", len(words) // 4) + b"".join(models), words
 
 
-def code_groups(kinds: Sequence[tuple[str, str]]) -> dict[tuple[str, str], list[tuple[str, str]]]:
-    """The (name, kind) of coded tensors by (label, kind), in the file's order."""
-    groups: dict[tuple[str, str], list[tuple[str, str]]] = {}
-    for name, kind in kinds:
-        if levels(kind):
-            groups.setdefault((label_of(name), kind), []).append((name, kind))
-    return groups
-
-
 def decode_codes(table: Sequence, models: memoryview, words: bytes) -> tuple[dict[str, np.ndarray], int]:
     """(int8 codes by name, bytes of `models` that were read) of a checked table. Raises ArtifactError."""
     damaged = ArtifactError("artifact is damaged: its code tables or words are not whole")
-    asked = sum(math.prod(shape) for _, shape, kind in table if levels(kind))
+    asked = sum(math.prod(shape) for _, shape, storage in table if levels(storage))
     if asked > min(MAX_PAYLOAD_BYTES, MAX_CODES_PER_BYTE * (len(models) + len(words))):
         raise ArtifactError(f"artifact is damaged: {asked} codes are more than its words can hold")
     if len(models) < 4 or len(words) != 4 * int.from_bytes(models[:4], "little"):
         raise damaged
     try:
-        coder = load_constriction().stack.AnsCoder(np.frombuffer(words, dtype="<u4").astype(np.uint32))
+        coder = load_compressor("ans").stack.AnsCoder(np.frombuffer(words, dtype="<u4").astype(np.uint32))
     except ValueError:
         raise damaged from None
-    read, shapes, codes = 4, {name: shape for name, shape, _ in table}, {}
+    reader, every_shape, codes = io.BytesIO(models[4:]), {name: shape for name, shape, _ in table}, {}
 
-    def take(width: int) -> np.ndarray:
-        nonlocal read
-        rows = models[read] + 1 if read < len(models) else 1
-        part = models[read + 1 : read + 1 + rows * width]
-        if len(part) < rows * width:
+    def read_costs(symbols: int) -> np.ndarray:
+        rows = int.from_bytes(reader.read(1), "little") + 1
+        if len(part := reader.read(rows * symbols)) < rows * symbols:
             raise damaged
-        read += 1 + rows * width
-        return np.frombuffer(part, dtype=np.uint8).reshape(rows, width)
+        return np.frombuffer(part, dtype=np.uint8).reshape(rows, symbols)
 
     def decode(costs: np.ndarray, count: int) -> np.ndarray:
         if len(costs) == 1 or count == 0:
             return np.zeros(count, dtype=np.int32)
         return coder.decode(entropy_model(costs), count)
 
-    for group in code_groups([(name, kind) for name, _, kind in table]).values():
-        names, q_max = [name for name, _ in group], levels(group[0][1])
-        sides = []
-        for axis in (0, 1):
-            lengths = [shapes[name][axis] for name in names]
-            side = decode(take(1)[:, 0], sum(lengths)).astype(np.uint8)
-            sides.append(np.split(side, np.cumsum(lengths)[:-1]))
-        classes = CodeClasses(*sides, take(q_max + 1))
-        contexts = classes.contexts()
-        counts = np.bincount(contexts, minlength=len(classes.tables))
-        if len(counts) > len(classes.tables):
+    for (_, storage), names in code_groups({name: storage for name, _, storage in table}).items():
+        shapes = [every_shape[name] for name in names]
+        rows, columns = (
+            decode(read_costs(1)[:, 0], sum(sizes)).astype(np.uint8) for sizes in zip(*shapes, strict=True)
+        )
+        tables, contexts = read_costs(levels(storage) + 1), code_contexts(shapes, rows, columns)
+        counts = np.bincount(contexts, minlength=len(tables))
+        if len(counts) > len(tables):
             raise damaged
-        order, values = np.argsort(contexts, kind="stable"), np.empty(len(contexts), dtype=np.int8)
-        decoded = [decode(mirrored(costs), int(n)) for costs, n in zip(classes.tables, counts, strict=True)]
-        values[order] = np.concatenate(decoded) - q_max
-        sizes = [math.prod(shapes[name]) for name in names]
-        for name, part in zip(names, np.split(values, np.cumsum(sizes)[:-1]), strict=True):
-            codes[name] = part.reshape(shapes[name])
+        decoded = [decode(mirrored(costs), int(n)) for costs, n in zip(tables, counts, strict=True)]
+        values = np.empty(len(contexts), dtype=np.int8)
+        values[np.argsort(contexts, kind="stable")] = np.concatenate(decoded) - levels(storage)
+        for name, shape, part in zip(names, shapes, split(values, [math.prod(s) for s in shapes]), strict=True):
+            codes[name] = part.reshape(shape)
     if not coder.is_empty():
         raise damaged
-    return codes, read
+    return codes, 4 + reader.tell()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -3644,7 +3666,7 @@ def decode_codes(table: Sequence, models: memoryview, words: bytes) -> tuple[dic
 #   the codes, row-major, one int8 each
 #   the fp16 tensors and after them the fp16 row scales of the codes: all high bytes, then all low bytes
 #   the fp32 tensors: the highest bytes of all, then the next ones, and so on
-#   for ans: no codes above, but here u32 number of words, and for each class and kind of coded tensors three groups,
+#   for ans: no codes above, but here u32 number of words, and for each class and storage of coded tensors three groups,
 #   each u8 number of rows less one and the rows: costs of row and of column classes (1 byte each), context tables
 # Header: {"kind": "artifact"|"weights", "architecture": {…}, "evaluation": {…}, "tokenizer_sha256": hex,
 #   "tensors": [[name, shape, "int5"|…|"int8"|"fp16"|"fp32"], …]}. Nothing in it depends on time, paths or run names.
@@ -3652,8 +3674,7 @@ MAGIC, FORMAT_VERSION, PREFIX_BYTES = b"PGOLF", 2, 56
 MAX_PAYLOAD_BYTES, MAX_HEADER_BYTES = 1 << 30, 1 << 20
 MAX_CODES_PER_BYTE = 1024  # of an entropy-coded file: a few bytes must not ask for gigabytes
 COMPRESSORS = ("stored", "lzma", "zstd", "ans")
-STREAMS = {"int8": "<i1", "fp16": "<f2", "fp32": "<f4"}  # of the payload, in its order
-KINDS = dict.fromkeys(CODES, (torch.int8, 1)) | {"fp16": (torch.float16, 2), "fp32": (torch.float32, 4)}
+STREAMS = {"codes": "<i1", "fp16": "<f2", "fp32": "<f4"}  # of the payload, in its order
 
 
 class ArtifactError(UserError):
@@ -3662,15 +3683,19 @@ class ArtifactError(UserError):
 
 def load_compressor(name: str):
     """The module that `name` needs, if any. A missing compressor is an error, never another compressor."""
-    if name == "ans":
-        return load_constriction()
-    if name != "zstd":
-        return None
     try:
-        import zstandard
+        if name == "ans":
+            import constriction
+
+            return constriction.stream
+        if name == "zstd":
+            import zstandard
+
+            return zstandard
     except ImportError:
-        raise UserError("COMPRESSOR=zstd needs `pip install zstandard`; or use COMPRESSOR=lzma") from None
-    return zstandard
+        package = dict(ans="constriction", zstd="zstandard")[name]
+        raise UserError(f"COMPRESSOR={name} needs `pip install {package}`; or use COMPRESSOR=lzma") from None
+    return None
 
 
 def lzma_filters(payload_bytes: int) -> list[dict]:
@@ -3689,24 +3714,19 @@ def compress(payload: bytes, name: str) -> bytes:
 
 def decompress(body: bytes, name: str, size: int) -> bytes:
     """Exactly `size` bytes or an ArtifactError; never allocates more than that."""
+    payload, trailing = body, b""
     try:
         if name == "lzma":
             stream = lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=lzma_filters(size))
-            payload = stream.decompress(body, max_length=size + 1)
-            trailing = stream.unused_data
+            payload, trailing = stream.decompress(body, max_length=size + 1), stream.unused_data
         elif name == "zstd":
             zstandard = load_compressor(name)
             if zstandard.frame_content_size(body) != size:
                 raise ArtifactError("artifact is damaged: the compressed body declares another length")
             stream = zstandard.ZstdDecompressor(max_window_size=1 << 27).decompressobj()
-            payload = stream.decompress(body)
-            trailing = stream.unused_data
-        else:
-            payload, trailing = body, b""
-    except (lzma.LZMAError, EOFError, MemoryError) as error:
-        raise ArtifactError(f"artifact is damaged: its {name} body cannot be decompressed ({error})") from None
+            payload, trailing = stream.decompress(body), stream.unused_data
     except Exception as error:
-        if type(error).__name__ != "ZstdError":
+        if not isinstance(error, (lzma.LZMAError, EOFError, MemoryError)) and type(error).__name__ != "ZstdError":
             raise
         raise ArtifactError(f"artifact is damaged: its {name} body cannot be decompressed ({error})") from None
     if len(payload) != size or trailing:
@@ -3727,22 +3747,29 @@ def from_planes(data: memoryview, dtype: str) -> np.ndarray:
     return planes[::-1].T.copy().view(dtype)[:, 0].astype(dtype[1:])
 
 
+def stream_places(table: Sequence) -> list[tuple[str, Sequence[int]]]:
+    """(stream, shape) of every tensor of a table [[name, shape, storage], …], then of the row scales of all codes."""
+    places = [("codes" if levels(storage) else storage, shape) for _, shape, storage in table]
+    return places + [("fp16", (shape[0], 1)) for _, shape, storage in table if levels(storage)]
+
+
 def pack_artifact(header: dict, tensors: Mapping[str, Stored], compressor: str) -> bytes:
     """The file's bytes, ready to be written. `header` lacks only the tensor table."""
-    table = [[name, list(t.data.shape), t.kind] for name, t in tensors.items()]
+    table = [[name, list(t.data.shape), t.storage] for name, t in tensors.items()]
     header_bytes = json.dumps({**header, "tensors": table}, separators=(",", ":"), sort_keys=True).encode()
-    coded, models, words = compressor == "ans", b"", b""
-    if coded:
-        models, words = encode_codes(tensors)
-    values: dict[str, list[np.ndarray]] = {stream: [] for stream in STREAMS}
-    for t in tensors.values():
-        if not (coded and levels(t.kind)):
-            values["int8" if levels(t.kind) else t.kind].append(t.data.numpy())
-    values["fp16"] += [t.scale.numpy() for t in tensors.values() if t.scale is not None]
-    streams = [byte_planes(arrays, STREAMS[stream]) for stream, arrays in values.items()]
-    payload = b"".join([struct.pack("<I", len(header_bytes)), header_bytes, *streams, models])
-    body = compress(payload, "lzma" if coded else compressor)
-    if coded:
+    arrays = [t.data.numpy() for t in tensors.values()]
+    arrays += [t.scale.numpy() for t in tensors.values() if t.scale is not None]
+    places = [stream for stream, _ in stream_places(table)]
+    streams = {
+        stream: byte_planes([a for a, place in zip(arrays, places, strict=True) if place == stream], dtype)
+        for stream, dtype in STREAMS.items()
+    }
+    models = words = b""
+    if compressor == "ans":
+        (models, words), streams["codes"] = encode_codes(tensors), b""
+    payload = b"".join([struct.pack("<I", len(header_bytes)), header_bytes, *streams.values(), models])
+    body = compress(payload, "lzma" if compressor == "ans" else compressor)
+    if compressor == "ans":
         body = struct.pack("<I", len(body)) + body + words
     prefix = struct.pack("<5sBBBQQ", MAGIC, FORMAT_VERSION, COMPRESSORS.index(compressor), 0, len(body), len(payload))
     return prefix + hashlib.sha256(prefix + body).digest() + body
@@ -3800,12 +3827,12 @@ def parse_header(text: bytes) -> dict:
     if not all(isinstance(row, list) and len(row) == 3 and isinstance(row[0], str) for row in table):
         raise ArtifactError("artifact is damaged: its tensor table is malformed")
     shapes = {name: shape for name, shape, _ in table}
-    whole = all(type(n) is int for shape in shapes.values() if isinstance(shape, list) for n in shape)  # 8.0 == 8
-    if len(table) != len(expected) or shapes != expected or not whole:
+    integers = all(type(n) is int for shape in shapes.values() if isinstance(shape, list) for n in shape)  # 8.0 == 8
+    if len(table) != len(expected) or shapes != expected or not integers:
         raise ArtifactError("artifact is damaged: its tensors are not those of its architecture")
-    for name, _, kind in table:
-        if kind not in (row_of(name).storage.forms if header["kind"] == "artifact" else ("fp32",)):
-            raise ArtifactError(f"artifact is damaged: {name} is stored as {kind!r}")
+    for name, _, storage in table:
+        if storage not in (row_of(name).storage.forms if header["kind"] == "artifact" else ("fp32",)):
+            raise ArtifactError(f"artifact is damaged: {name} is stored as {storage!r}")
     return header
 
 
@@ -3823,37 +3850,31 @@ def listed_settings(listed: dict[str, Any], section: str, **more: Any) -> dict[s
 def read_tensors(table: list, data: memoryview, words: bytes | None) -> dict[str, Stored]:
     """Tensors of a checked table from the payload after the header, codes from `words` where an entropy coder wrote
     them. Lengths are compared before anything is made."""
-    wanted = [("int8" if levels(kind) else kind, shape) for _, shape, kind in table]
-    wanted += [("fp16", (shape[0], 1)) for _, shape, kind in table if levels(kind)]  # scales
-    counts = {kind: sum(math.prod(shape) for stream, shape in wanted if stream == kind) for kind in STREAMS}
-    counts["int8"] *= words is None
-    ends = [0, *itertools.accumulate(counts[kind] * KINDS[kind][1] for kind in STREAMS)]
-    whole, codes = ends[-1], {}
-    if words is not None and whole <= len(data):
-        codes, read = decode_codes(table, data[whole:], words)
-        whole += read
-    if whole != len(data):
+    places, start, values = stream_places(table), 0, {}
+    sizes = {stream: [math.prod(shape) for place, shape in places if place == stream] for stream in STREAMS}
+    bytes_of = {stream: sum(sizes[stream]) * np.dtype(dtype).itemsize for stream, dtype in STREAMS.items()}
+    if words is not None:
+        bytes_of["codes"] = 0
+    end, codes, read = sum(bytes_of.values()), {}, 0
+    if words is not None and end <= len(data):
+        codes, read = decode_codes(table, data[end:], words)
+    if end + read != len(data):
         raise ArtifactError("artifact is damaged: its streams are shorter or longer than its table")
-    streams = {kind: from_planes(data[a:b], STREAMS[kind]) for kind, a, b in zip(STREAMS, ends, ends[1:], strict=False)}
-    if codes:
-        streams["int8"] = np.concatenate([codes[name].ravel() for name, _, _ in table if name in codes])
-    used = dict.fromkeys(STREAMS, 0)
-
-    def take(stream: str, shape: Sequence[int]) -> Tensor:
-        start = used[stream]
-        used[stream] += math.prod(shape)
-        return torch.from_numpy(streams[stream][start : used[stream]].reshape(shape).copy())
-
-    taken, tensors = [take(*place) for place in wanted], {}
-    scales = iter(taken[len(table) :])
-    for (name, _, kind), values in zip(table, taken, strict=False):
-        limit = levels(kind)
+    for stream, dtype in STREAMS.items():
+        part = from_planes(data[start : start + bytes_of[stream]], dtype)
+        values[stream], start = iter(split(part, sizes[stream])), start + bytes_of[stream]
+    if words is not None:
+        values["codes"] = (codes[name] for name, _, storage in table if levels(storage))
+    arrays = [torch.from_numpy(next(values[stream]).reshape(shape)) for stream, shape in places]
+    tensors, scales = {}, iter(arrays[len(table) :])
+    for (name, _, storage), data in zip(table, arrays, strict=False):
+        limit = levels(storage)
         scale = next(scales) if limit else None
-        if limit and (int(values.max()) > limit or int(values.min()) < -limit):
-            raise ArtifactError(f"artifact is damaged: codes of {name} lie outside {kind}")
-        if not (scale if limit else values).isfinite().all() or (limit and (scale < 0).any()):
+        if limit and (int(data.max()) > limit or int(data.min()) < -limit):
+            raise ArtifactError(f"artifact is damaged: codes of {name} lie outside {storage}")
+        if not (scale if limit else data).isfinite().all() or (limit and (scale < 0).any()):
             raise ArtifactError(f"artifact is damaged: {name} holds values that are not finite")
-        tensors[name] = Stored(kind, values, scale)
+        tensors[name] = Stored(storage, data, scale)
     return tensors
 
 
@@ -3893,7 +3914,7 @@ def shares_of(blob: bytes, header: dict, tensors: Mapping[str, Stored]) -> list[
     itself; the sum is the file's length."""
     compressor, groups = COMPRESSORS[blob[6]], {}
     for name, t in tensors.items():
-        groups.setdefault((label_of(name), t.kind), {})[name] = t
+        groups.setdefault((label_of(name), t.storage), {})[name] = t
 
     def alone(data: bytes) -> int:
         return len(compress(data, "lzma" if compressor == "ans" else compressor))
@@ -3901,7 +3922,7 @@ def shares_of(blob: bytes, header: dict, tensors: Mapping[str, Stored]) -> list[
     parts = []
     for (kind_of_tensor, kind), members in groups.items():
         weights, entropy = sum(t.data.numel() for t in members.values()), None
-        data = byte_planes([t.data.numpy() for t in members.values()], STREAMS["int8" if levels(kind) else kind])
+        data = byte_planes([t.data.numpy() for t in members.values()], STREAMS["codes" if levels(kind) else kind])
         if levels(kind):
             codes = np.frombuffer(data, dtype=np.int8).astype(np.int64)
             entropy = entropy_bits(np.bincount(codes + 128)) / len(codes)
@@ -5042,13 +5063,13 @@ class Job(NamedTuple):
 
     hp: Hyperparameters
     blob: bytes | None = None  # EVAL_ONLY: the artifact
-    tensors: dict[str, Stored] | None = None  # EXPORT_ONLY: the saved weights
+    tensors: dict[str, Stored] | None = None  # in it or, for EXPORT_ONLY, in the saved weights
     tokenizer_sha256: str | None = None
     notes: tuple[str, ...] = ()
 
     @property
     def trains(self) -> bool:
-        return self.blob is None and self.tensors is None
+        return self.tensors is None
 
     @property
     def reads_training_text(self) -> bool:
@@ -5077,7 +5098,7 @@ def read_job(environ: Mapping[str, str]) -> Job:
         if getattr(hp, name) != value
     ]
     sha256 = header["tokenizer_sha256"]
-    return Job(hp, blob if mode.eval_only else None, tensors if mode.export_only else None, sha256, tuple(notes))
+    return Job(hp, blob if mode.eval_only else None, tensors, sha256, tuple(notes))
 
 
 def open_outputs(hp: Hyperparameters, run_id: str, ranks: Ranks, goes_on: bool) -> tuple[Log, Path]:
@@ -5292,7 +5313,7 @@ def carry_out(run: Run, job: Job) -> int:
         if hp.save_weights and run.ranks.is_main:
             save_weights(run, weights)
         path, blob = export(run, weights)  # before any diagnostic: a run that dies later has its artifact
-    _, tensors = unpack_artifact(blob)
+    tensors = job.tensors if hp.eval_only else unpack_artifact(blob)[1]
     label = f"{main_grid(tensors)}+{COMPRESSORS[blob[6]]}"
     log(f"Serialized model {label}: {len(blob)} bytes")
     log(f"Code size: {len(run.source)} bytes")

@@ -28,7 +28,7 @@ def ans(tensors: Mapping[str, pg.Stored]) -> int:
 
 
 def entropy(tensors: Mapping[str, pg.Stored]) -> float:
-    return sum(t.entropy() for t in tensors.values()) / 8
+    return sum(t.size() for t in tensors.values())
 
 
 def general() -> dict[str, Callable[[bytes], bytes]]:
@@ -53,8 +53,8 @@ def table(tensors: Mapping[str, pg.Stored]) -> Iterable[str]:
     """Lines of Markdown: a row for each class of codes, and all of them."""
     groups: dict[str, dict[str, pg.Stored]] = {}
     for name, t in tensors.items():
-        if pg.levels(t.kind):
-            groups.setdefault(f"{pg.label_of(name)} {t.kind}", {})[name] = t
+        if pg.levels(t.storage):
+            groups.setdefault(f"{pg.label_of(name)} {t.storage}", {})[name] = t
     compressors = general()
     yield f"| codes | weights | entropy | ans | {' | '.join(compressors)} |"
     yield "|---" * (4 + len(compressors)) + "|"
@@ -93,7 +93,7 @@ def main() -> int:
             start = time.perf_counter()
             models, words = pg.encode_codes(tensors)
             encoded = time.perf_counter()
-            listed = [[name, list(t.data.shape), t.kind] for name, t in tensors.items()]
+            listed = [[name, list(t.data.shape), t.storage] for name, t in tensors.items()]
             codes, _ = pg.decode_codes(listed, memoryview(models), words)
             print(f"encoded in {encoded - start:.1f} s, decoded in {time.perf_counter() - encoded:.1f} s")
             assert all(np.array_equal(codes[name], t.data.numpy()) for name, t in tensors.items())

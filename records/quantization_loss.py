@@ -62,26 +62,25 @@ class Bench:
     def exporter(self, settings: Mapping[str, str]) -> pg.Exporter:
         """With these settings in place of the defaults."""
         hp = pg.Hyperparameters.from_env(settings, dataclasses.asdict(self.hp))
-        calibration = self.calibration if hp.calibrates else pg.Calibration({}, {})
-        given = calibration if hp.gptq_enabled else calibration._replace(hessians={})
-        return pg.Exporter(self.run._replace(hp=hp), self.weights, given)
+        calibration = self.calibration if hp.calibrates else pg.Calibration()
+        return pg.Exporter(self.run._replace(hp=hp), self.weights, calibration)
 
     def landings(self, settings: Mapping[str, str], copies: int) -> list[int]:
         """Bytes left below the cap by every fit of perturbed weights; negative above it."""
-        generator, left, whole = torch.Generator().manual_seed(0), [], self.weights
+        generator, left, weights = torch.Generator().manual_seed(0), [], self.weights
         for _ in range(copies):
-            noise = {name: 1 + 0.02 * torch.randn(w.shape, generator=generator) for name, w in whole.items()}
-            self.weights = {name: w * noise[name] for name, w in whole.items()}
+            noise = {name: 1 + 0.02 * torch.randn(w.shape, generator=generator) for name, w in weights.items()}
+            self.weights = {name: w * noise[name] for name, w in weights.items()}
             exporter = self.exporter(settings)
-            unfitted = len(exporter.pack(1.0))
+            unfitted = len(exporter.pack().blob)
             rooms = [int(share * unfitted) for share in (0.7, 0.9, 1.05)]
-            left += [room - len(exporter.fit(room)[1]) for room in rooms]
-        self.weights = whole
+            left += [room - len(exporter.fit(room).blob) for room in rooms]
+        self.weights = weights
         return left
 
-    def lost(self, blob: bytes, base: float) -> tuple[float, float]:
+    def lost(self, packed: pg.Packed, base: float) -> tuple[float, float]:
         """Thousandths of a bpb that the artifact's weights w + d lose, and their mirror images w - d."""
-        there = {name: t.dequantize() for name, t in pg.unpack_artifact(blob)[1].items()}
+        there = {name: t.dequantize() for name, t in packed.tensors.items()}
         mirrored = {name: 2 * self.weights[name] - w for name, w in there.items()}
         return 1000 * (self.bpb(there) - base), 1000 * (self.bpb(mirrored) - base)
 
@@ -113,16 +112,17 @@ def main() -> int:
         room = first = None
         for text, settings in zip(arguments.settings, rows, strict=True):
             exporter = bench.exporter(settings)
-            factor, blob = (1.0, exporter.pack(1.0)) if room is None or arguments.unfitted else exporter.fit(room)
-            room = room or len(blob)
-            lost = bench.lost(blob, base)
+            packed = exporter.pack() if room is None or arguments.unfitted else exporter.fit(room)
+            size = len(packed.blob)
+            room = room or size
+            lost = bench.lost(packed, base)
             mean = sum(lost) / 2
             first = first or mean
             cells = [
                 f"`{text}`",
-                f"{factor:.3f}",
-                f"{len(blob):,}",
-                f"{room - len(blob):,}",
+                f"{packed.factor:.3f}",
+                f"{size:,}",
+                f"{room - size:,}",
                 *(f"{x:.3f}" for x in lost),
             ]
             print("|", " | ".join([*cells, f"{mean:.3f}", f"{100 * (1 - mean / first):.0f} %"]), "|", flush=True)

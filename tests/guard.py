@@ -74,7 +74,7 @@ def differences(then: Ran, now: Ran) -> Iterator[str]:
     for name in theirs.keys() & ours.keys():
         a, b = theirs[name], ours[name]
         scales = (a.scale is None) == (b.scale is None) and (a.scale is None or torch.equal(a.scale, b.scale))
-        if (a.kind, a.data.shape) != (b.kind, b.data.shape) or not torch.equal(a.data, b.data) or not scales:
+        if (a.storage, a.data.shape) != (b.storage, b.data.shape) or not torch.equal(a.data, b.data) or not scales:
             yield f"{name} differs"
     if then.result["scores"] != now.result["scores"]:
         yield f"scores {then.result['scores']} and {now.result['scores']}"

@@ -124,4 +124,4 @@ def make_run(hp: pg.Hyperparameters, stream: Any = None, tokens: np.ndarray | No
 
 def quantize(weights: dict[str, torch.Tensor], hp: pg.Hyperparameters) -> dict[str, pg.Stored]:
     """As a run with these settings stores them, but without calibration."""
-    return pg.quantize(weights, hp, pg.make_grids(weights, hp, pg.choose_steps(weights, hp)))
+    return pg.quantize(weights, hp, pg.make_grids(weights, hp, pg.choose_steps(weights, hp, pg.Calibration())))

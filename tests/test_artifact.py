@@ -37,6 +37,7 @@ SMALL = dict(
 pytestmark = pytest.mark.usefixtures("warm_reader")
 COMPRESSORS = ("stored", "lzma", "zstd")  # of a whole payload
 ALL = (*COMPRESSORS, "ans")
+DTYPES = dict(fp16=torch.float16, fp32=torch.float32)  # all others hold int8 codes
 
 
 def header_of(hp: pg.Hyperparameters, kind: str = "artifact") -> dict:
@@ -90,23 +91,23 @@ def edited(blob: bytes, edit) -> bytes:
 def same(a: dict[str, pg.Stored], b: dict[str, pg.Stored]) -> bool:
     def raw(stored: pg.Stored):
         scale = None if stored.scale is None else stored.scale.numpy().tobytes()
-        return stored.kind, stored.data.dtype, stored.data.shape, stored.data.numpy().tobytes(), scale
+        return stored.storage, stored.data.dtype, stored.data.shape, stored.data.numpy().tobytes(), scale
 
     return list(a) == list(b) and all(raw(a[name]) == raw(b[name]) for name in a)
 
 
 def assert_well_formed(header: dict, tensors: dict[str, pg.Stored]) -> None:
-    """What a reader may rely on: the tensors of the header's own architecture, finite and within their kinds."""
+    """What a reader may rely on: the tensors of the header's own architecture, finite and within their storage."""
     hp = pg.Hyperparameters(**header["architecture"], **header["evaluation"])
     model = pg.GPT(hp, 2, pg.sdpa, torch.float32)
-    assert [[name, list(t.data.shape), t.kind] for name, t in tensors.items()] == header["tensors"]
+    assert [[name, list(t.data.shape), t.storage] for name, t in tensors.items()] == header["tensors"]
     assert {name: t.data.shape for name, t in tensors.items()} == {n: p.shape for n, p in model.named_parameters()}
     for name, t in tensors.items():
-        assert t.kind in (pg.row_of(name).storage.forms if header["kind"] == "artifact" else ("fp32",))
-        assert t.data.dtype == pg.KINDS[t.kind][0] and t.dequantize().isfinite().all()
+        assert t.storage in (pg.row_of(name).storage.forms if header["kind"] == "artifact" else ("fp32",))
+        assert t.data.dtype == DTYPES.get(t.storage, torch.int8) and t.dequantize().isfinite().all()
         if t.scale is not None:
             assert t.scale.shape == (t.data.size(0), 1) and t.scale.dtype == torch.float16
-            assert int(t.data.abs().max()) <= {"int5": 15, "int6": 31, "int7": 63, "int8": 127}[t.kind]
+            assert int(t.data.abs().max()) <= {"int5": 15, "int6": 31, "int7": 63, "int8": 127}[t.storage]
     model.load_state_dict({name: t.dequantize() for name, t in tensors.items()})
 
 
@@ -153,26 +154,26 @@ def test_round_trip_is_exact(compressor, changes):
     blob = pg.pack_artifact(header_of(hp), tensors, compressor)
     header, back = pg.unpack_artifact(blob)
     assert same(tensors, back)
-    table = [[name, list(t.data.shape), t.kind] for name, t in tensors.items()]
+    table = [[name, list(t.data.shape), t.storage] for name, t in tensors.items()]
     assert header == header_of(hp) | {"tensors": table}
     assert_well_formed(header, back)
 
 
 @pytest.mark.parametrize(
-    "name, kind",
+    "name, storage",
     [("blocks.0.attn_scale", "fp16"), ("bigram.proj.weight", "int8"), ("blocks.0.mlp.up.weight", "fp16"),
      ("tok_emb.weight", "fp32"), ("blocks.0.attn.gate.proj.weight", "int6"), ("tok_emb.weight", "int9")],
 )  # fmt: skip
-def test_a_kind_that_its_class_never_has_is_refused(name, kind):
+def test_a_storage_that_its_class_never_has_is_refused(name, storage):
     hp = tiny_hp(**SMALL, gated_attention=True)
     blob = make_blob("stored", hp)
     length = int.from_bytes(payload_of(blob)[:4], "little")
     header = json.loads(payload_of(blob)[4 : 4 + length])
     (row,) = [row for row in header["tensors"] if row[0] == name]
-    row[2] = kind
+    row[2] = storage
     text = json.dumps(header, separators=(",", ":"), sort_keys=True).encode()
     payload = struct.pack("<I", len(text)) + text + payload_of(blob)[4 + length :]
-    with pytest.raises(pg.ArtifactError, match=f"{name} is stored as '{kind}'"):
+    with pytest.raises(pg.ArtifactError, match=f"{name} is stored as '{storage}'"):
         pg.unpack_artifact(seal(0, payload, len(payload)))
 
 
@@ -188,8 +189,8 @@ def test_extreme_values_round_trip_exactly():
     hp = tiny_hp(**SMALL)
     tensors = quantize(weights_of(build_model(hp)), hp)
     for t in tensors.values():
-        t.data.flatten()[0] = {"int6": -31, "int8": -127, "fp16": 6e-8, "fp32": 1e-45}[t.kind]
-        t.data.flatten()[-1] = {"int6": 31, "int8": 127, "fp16": -65504.0, "fp32": -3e38}[t.kind]
+        t.data.flatten()[0] = {"int6": -31, "int8": -127, "fp16": 6e-8, "fp32": 1e-45}[t.storage]
+        t.data.flatten()[-1] = {"int6": 31, "int8": 127, "fp16": -65504.0, "fp32": -3e38}[t.storage]
         if t.scale is not None:
             t.scale[0], t.scale[-1] = 6e-8, 65504.0
             t.scale[1] = 0.0
@@ -301,7 +302,7 @@ def delete(*path):
     return edit
 
 
-def move_scale_kind(header):
+def move_scale(header):
     header["tensors"][0][2] = "fp16"
 
 
@@ -379,10 +380,10 @@ FORGERIES = {
     "shape-null": set_in("tensors", 0, 1, None),
     "shape-nested": set_in("tensors", 0, 1, [[8], [8]]),
     "shape-transposed": transpose_shape,
-    "kind-of-tensor-fp16": move_scale_kind,
-    "kind-of-tensor-null": set_in("tensors", 0, 2, None),
-    "kind-of-tensor-list": set_in("tensors", 0, 2, ["int6"]),
-    "kind-of-tensor-foreign": set_in("tensors", 0, 2, "object"),
+    "storage-fp16": move_scale,
+    "storage-null": set_in("tensors", 0, 2, None),
+    "storage-list": set_in("tensors", 0, 2, ["int6"]),
+    "storage-foreign": set_in("tensors", 0, 2, "object"),
     "duplicate-name": duplicate_name,
     "duplicate-row": duplicate_row,
 }
@@ -502,9 +503,9 @@ def test_an_equivalent_header_in_another_spelling_reads_the_same():
 def stream_starts(blob: bytes) -> tuple[dict[str, int], dict[str, int]]:
     """Where the streams of codes, fp16 (scales last) and fp32 start, and how many values each has."""
     counts = dict(codes=0, fp16=0, fp32=0)
-    for _, shape, kind in json.loads(split_payload(blob)[0])["tensors"]:
-        counts[kind if kind in counts else "codes"] += int(np.prod(shape))
-        counts["fp16"] += shape[0] if kind.startswith("int") else 0
+    for _, shape, storage in json.loads(split_payload(blob)[0])["tensors"]:
+        counts[storage if storage in counts else "codes"] += int(np.prod(shape))
+        counts["fp16"] += shape[0] if storage.startswith("int") else 0
     return dict(codes=0, fp16=counts["codes"], fp32=counts["codes"] + 2 * counts["fp16"]), counts
 
 
@@ -522,15 +523,15 @@ def test_a_tensor_told_twice_with_the_data_to_match_is_an_artifact_error():
     blob = make_blob()
     header, streams = split_payload(blob)
     header = json.loads(header)
-    name, shape, kind = header["tensors"][-1]
-    assert kind == "fp32"
-    header["tensors"].append([name, shape, kind])
+    name, shape, storage = header["tensors"][-1]
+    assert storage == "fp32"
+    header["tensors"].append([name, shape, storage])
     text, again = json.dumps(header).encode(), bytes(4 * int(np.prod(shape)))
     assert read(with_payload(blob, struct.pack("<I", len(text)) + text + streams + again)) is None
 
 
 @pytest.mark.parametrize(
-    "kind, new",
+    "storage, new",
     [
         ("int6", b"\x20"),
         ("int6", b"\xe0"),
@@ -542,10 +543,10 @@ def test_a_tensor_told_twice_with_the_data_to_match_is_an_artifact_error():
         ("fp32", b"\x00\x00\xc0\x7f"),
     ],
 )
-def test_values_outside_their_kind_are_artifact_errors(kind, new):
+def test_values_outside_their_storage_are_artifact_errors(storage, new):
     blob = make_blob()
-    stream = kind if kind.startswith("fp") else "codes"
-    before = itertools.takewhile(lambda row: row[2] != kind, json.loads(split_payload(blob)[0])["tensors"])
+    stream = storage if storage.startswith("fp") else "codes"
+    before = itertools.takewhile(lambda row: row[2] != storage, json.loads(split_payload(blob)[0])["tensors"])
     index = sum(int(np.prod(shape)) for _, shape, _ in before) if stream == "codes" else 0
     assert read(with_value(blob, stream, index, bytes(len(new)))) is not None
     assert read(with_value(blob, stream, index, new)) is None
@@ -555,7 +556,7 @@ def test_values_outside_their_kind_are_artifact_errors(kind, new):
 def test_scales_that_are_not_finite_or_negative_are_artifact_errors(high):
     blob = make_blob()
     table = json.loads(split_payload(blob)[0])["tensors"]
-    rows = sum(shape[0] for _, shape, kind in table if kind in ("int6", "int8"))
+    rows = sum(shape[0] for _, shape, storage in table if storage in ("int6", "int8"))
     assert read(with_value(blob, "fp16", -1, b"\0\x3c")) is not None
     for row in (-rows, -1):
         assert read(with_value(blob, "fp16", row, bytes([0, high]))) is None

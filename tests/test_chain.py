@@ -186,6 +186,14 @@ def again(tiny_data, tmp_path):
     return lambda **settings: run_here(tmp_path, tiny_data, **settings)
 
 
+@pytest.fixture
+def unpacked(monkeypatch) -> list[bytes]:
+    """The files that are unpacked while a test runs, in order."""
+    files, unpack = [], pg.unpack_artifact
+    monkeypatch.setattr(pg, "unpack_artifact", lambda blob: files.append(blob) or unpack(blob))
+    return files
+
+
 def test_a_seed_repeats_the_artifact_byte_for_byte_and_another_does_not(chain, again):
     same, other = again(run_id="same"), again(run_id="other", SEED=7)
     assert same.artifact == chain.artifact
@@ -210,12 +218,22 @@ def test_exported_weights_are_the_swa_mean_else_the_ema_else_raw(chain, again):
     assert len({chain.artifact, once.artifact, neither.artifact}) == 3
 
 
-def test_saved_weights_are_exported_to_the_same_artifact(chain, again):
+def test_saved_weights_are_exported_to_the_same_artifact(chain, again, unpacked):
     ran = again(run_id="re", EXPORT_ONLY=1, WEIGHTS_PATH=chain.folder / "weights.pgolf")
     assert ran.code == 0 and ran.artifact == chain.artifact
     assert ran.result["mode"] == "export_only" and "export_only" in ran.out
     assert ran.result["train_seconds"] == 0 and not ran.result["steps"]
     assert scores(ran) == scores(chain)
+    assert unpacked == [(chain.folder / "weights.pgolf").read_bytes(), ran.artifact], "each file once"
+
+
+def test_what_is_scored_lies_on_the_disk(chain, again, monkeypatch):
+    """Another artifact under the name of this one: its scores are the run's."""
+    write = pg.write_result
+    other = {"artifact.pgolf": chain.artifact}
+    monkeypatch.setattr(pg, "write_result", lambda run, path, data: write(run, path, other.get(path.name, data)))
+    ran = again(EXPORT_ONLY=1, WEIGHTS_PATH=chain.folder / "weights.pgolf", MLP_BITS=8)
+    assert ran.code == 0 and ran.artifact == chain.artifact and scores(ran) == scores(chain)
 
 
 def test_another_compressor_changes_the_bytes_and_the_label_but_no_score(chain, again):
@@ -252,9 +270,9 @@ def evaluate(validation_only, tmp_path, chain):
     return run
 
 
-def test_an_artifact_repeats_its_scores_exactly(chain, evaluate):
+def test_an_artifact_repeats_its_scores_exactly(chain, evaluate, unpacked):
     ran = evaluate(VAL_BATCH_SIZE=TINY_ENV["VAL_BATCH_SIZE"])
-    assert (ran.code, ran.err) == (0, "")
+    assert (ran.code, ran.err) == (0, "") and unpacked == [chain.artifact]
     assert scores(ran) == scores(chain) and ran.result["headline"] == chain.result["headline"]
     exact = [line for line in console(chain) if "_exact" in line]
     assert [line for line in console(ran) if "_exact" in line] == exact

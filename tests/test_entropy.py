@@ -20,15 +20,15 @@ pytestmark = pytest.mark.usefixtures("warm_reader")
 UP, DOWN, TOKENS = "blocks.0.mlp.up.weight", "blocks.0.mlp.down.weight", "tok_emb.weight"
 
 
-def stored(codes: np.ndarray, kind: str = "int6") -> pg.Stored:
+def stored(codes: np.ndarray, storage: str = "int6") -> pg.Stored:
     scale = torch.ones(len(codes), 1, dtype=torch.float16)
-    return pg.Stored(kind, torch.from_numpy(np.ascontiguousarray(codes.astype(np.int8))), scale)
+    return pg.Stored(storage, torch.from_numpy(np.ascontiguousarray(codes.astype(np.int8))), scale)
 
 
 def coded(tensors: dict[str, pg.Stored]) -> tuple[bytes, bytes, dict[str, np.ndarray]]:
     """(models, words, what a decoder makes of them)."""
     models, words = pg.encode_codes(tensors)
-    table = [[name, list(t.data.shape), t.kind] for name, t in tensors.items()]
+    table = [[name, list(t.data.shape), t.storage] for name, t in tensors.items()]
     codes, used = pg.decode_codes(table, memoryview(models), words)
     assert used == len(models)
     return models, words, codes
@@ -51,23 +51,23 @@ SHAPES = st.tuples(st.integers(1, 9), st.integers(1, 9))
 
 @settings(max_examples=60, deadline=None)
 @given(SHAPES, SHAPES, st.sampled_from(["int5", "int6", "int7", "int8"]), st.integers(0, 2**31), st.integers(0, 3))
-def test_any_codes_come_back(a, b, kind, seed, spread):
-    rng, q_max = np.random.default_rng(seed), pg.levels(kind)
+def test_any_codes_come_back(a, b, storage, seed, spread):
+    rng, q_max = np.random.default_rng(seed), pg.levels(storage)
     limit = (0, 1, q_max // 2, q_max)[spread]
     tensors = {
-        UP: stored(rng.integers(-limit, limit + 1, a), kind),
-        DOWN: stored(rng.integers(-limit, limit + 1, b), kind),
+        UP: stored(rng.integers(-limit, limit + 1, a), storage),
+        DOWN: stored(rng.integers(-limit, limit + 1, b), storage),
     }
     tensors[TOKENS] = stored(rng.integers(-127, 128, (7, 5)), "int8")
     codes = coded(tensors)[2]
     assert all(np.array_equal(codes[name], t.data.numpy()) for name, t in tensors.items())
 
 
-@pytest.mark.parametrize("q_max, kind", [(31, "int6"), (127, "int8")])
-def test_even_rows_cost_their_entropy(q_max, kind):
+@pytest.mark.parametrize("q_max, storage", [(31, "int6"), (127, "int8")])
+def test_even_rows_cost_their_entropy(q_max, storage):
     """Within 0.2 % with tables where rows and columns are alike: 300,000 weights are few for a file."""
     codes = student(512, 600, q_max=q_max, step=12.85 / 127 * (127 / q_max))
-    models, words, _ = coded({UP: stored(codes, kind)})
+    models, words, _ = coded({UP: stored(codes, storage)})
     assert 8 * (len(words) + len(pg.compress(models, "lzma"))) < 1.002 * entropy(codes)
 
 
@@ -134,7 +134,7 @@ def test_a_model_of_full_size_is_coded_in_seconds():
     tensors = {f"blocks.{i}.mlp.up.weight": stored(student(1536, 512, i)) for i in range(11)}
     start = time.process_time()
     models, words = pg.encode_codes(tensors)
-    table = [[name, list(t.data.shape), t.kind] for name, t in tensors.items()]
+    table = [[name, list(t.data.shape), t.storage] for name, t in tensors.items()]
     pg.decode_codes(table, memoryview(models), words)
     assert time.process_time() - start < 20 / 4
 

@@ -34,7 +34,7 @@ def exporter_of(hp: pg.Hyperparameters, seed: int, tail: float) -> pg.Exporter:
 
 def landed(one: pg.Exporter, room: int) -> int:
     """Bytes left of the room; the artifact is whole."""
-    _, blob = one.fit(room)
+    blob = one.fit(room).blob
     _, tensors = pg.unpack_artifact(blob)
     assert set(tensors) == set(one.weights)
     return room - len(blob)
@@ -44,7 +44,7 @@ def landed(one: pg.Exporter, room: int) -> int:
 @pytest.mark.parametrize("seed", range(10))
 def test_every_seed_lands_in_the_window(quant, seed):
     one = exporter(seed, tail=1 + seed / 10, quant=quant)
-    unfitted = len(one.pack(1.0))
+    unfitted = len(one.pack().blob)
     for share in (0.85, 1.1):  # coarser than the settings have it, and finer
         assert 0 <= landed(one, int(share * unfitted)) <= pg.FIT_WINDOW
 
@@ -52,7 +52,7 @@ def test_every_seed_lands_in_the_window(quant, seed):
 @pytest.mark.parametrize("compressor", ["lzma", "zstd"])
 def test_other_compressors_are_fitted_too(compressor):
     one = exporter(1, quant="sdclip", compressor=compressor)
-    assert 0 <= landed(one, int(0.9 * len(one.pack(1.0)))) <= pg.FIT_WINDOW
+    assert 0 <= landed(one, int(0.9 * len(one.pack().blob))) <= pg.FIT_WINDOW
 
 
 @pytest.mark.parametrize("jump", [0.005, 0.02, 0.05])
@@ -62,41 +62,41 @@ def test_no_compressor_is_so_erratic_that_a_fit_ends_above_the_cap(seed, jump, m
     one, rng = exporter(seed, quant="sdclip"), random.Random(seed)
     packed = []
 
-    def pack(factor: float) -> bytes:
+    def pack(factor: float) -> pg.Packed:
         packed.append(bytes(int(one.predict(factor) * (1 + jump * rng.random()))))
-        return packed[-1]
+        return pg.Packed(factor, {}, packed[-1])
 
     monkeypatch.setattr(one, "pack", pack)
-    _, blob = one.fit(100_000)
+    blob = one.fit(100_000).blob
     fitting = [found for found in packed if len(found) <= 100_000]
     assert len(blob) == max(map(len, fitting)) and len(packed) <= pg.FIT_ATTEMPTS
 
 
 def test_a_fit_that_ends_above_the_cap_all_the_same_is_not_called_the_coarsest(monkeypatch):
     one = exporter(0, quant="sdclip")
-    monkeypatch.setattr(one, "pack", lambda factor: bytes(100_001 if factor < pg.FIT_FACTORS[1] else 100_002))
-    factor, blob = one.fit(100_000)
-    assert len(blob) > 100_000
-    one.report_fit(2.0, -1, {})
+    monkeypatch.setattr(one, "pack", lambda factor: pg.Packed(factor, {}, bytes(100_001)))
+    packed = one.fit(100_000)
+    assert len(packed.blob) > 100_000
+    one.report_fit(packed._replace(factor=2.0), 100_000)
     assert one.run.log[-1].startswith("fit: none of 8 attempts fits ARTIFACT_CAP_BYTES, by 1 bytes")
 
 
 def test_gptq_is_part_of_what_is_fitted():
     one = exporter(2, quant="sdclip")
-    plain = one.fit(150_000)[1]
+    plain = one.fit(150_000).blob
     generator = torch.Generator().manual_seed(0)
     for name, w in one.weights.items():
         if pg.row_of(name).storage.reconstructed:
             x = torch.randn(300, w.size(1), generator=generator) @ torch.randn(
                 w.size(1), w.size(1), generator=generator
             )
-            one.gptq[name] = pg.GPTQ(x.T @ x, one.run.hp)
-    fitted = one.fit(150_000)[1]
+            one.rounding[name] = pg.GPTQ(x.T @ x, one.run.hp).round
+    fitted = one.fit(150_000).blob
     assert fitted != plain and 0 <= 150_000 - len(fitted) <= pg.FIT_WINDOW
 
 
 def test_a_fit_repeats():
-    assert exporter(3, quant="rd").fit(150_000) == exporter(3, quant="rd").fit(150_000)
+    assert exporter(3, quant="rd").fit(150_000).blob == exporter(3, quant="rd").fit(150_000).blob
 
 
 def test_sampled_rows_predict_as_all_do(monkeypatch):
@@ -116,22 +116,23 @@ def test_predicted_bytes_fall_with_the_factor():
 
 def test_a_small_model_under_a_large_cap_takes_the_finest_steps_and_says_so():
     one = exporter(6, quant="sdclip")
-    factor, blob = one.fit(10_000_000)
-    assert factor == pg.FIT_FACTORS[0] and len(blob) > len(one.pack(0.25))
-    one.report_fit(factor, 10_000_000 - len(blob), one.report(factor, blob))
-    left = 10_000_000 - len(blob)
+    packed = one.fit(10_000_000)
+    assert packed.factor == pg.FIT_FACTORS[0] and len(packed.blob) > len(one.pack(0.25).blob)
+    one.report_fit(packed, 10_000_000)
+    left = 10_000_000 - len(packed.blob)
     assert f"fit: the finest steps leave {left} bytes of the cap; a larger model would fit" in one.run.log
 
 
 def test_a_model_too_large_for_the_cap_takes_the_coarsest_steps_and_names_what_weighs_most():
     one = exporter(7, quant="sdclip")
-    factor, blob = one.fit(5_000)
-    assert factor == pg.FIT_FACTORS[1] and len(blob) > 5_000
-    one.report_fit(factor, 5_000 - len(blob), one.report(factor, blob))
+    packed = one.fit(5_000)
+    assert packed.factor == pg.FIT_FACTORS[1] and len(packed.blob) > 5_000
+    one.report(packed)
+    one.report_fit(packed, 5_000)
     line = one.run.log[-1]
     pattern = r"fit: even the coarsest steps are (\d+) bytes over ARTIFACT_CAP_BYTES; heaviest: (\S+) \d+ bytes, .*"
     over, heaviest = re.fullmatch(pattern, line).groups()
-    assert int(over) == len(blob) - 5_000
+    assert int(over) == len(packed.blob) - 5_000
     assert heaviest.startswith(("bigram.table", "tok_emb", "blocks"))
 
 

@@ -1,5 +1,7 @@
 """The quantizer's per-row choice, the storage classes, and fake quantization on the exporter's own grid."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -11,6 +13,7 @@ from hypothesis import strategies as st
 import train_gpt as pg
 
 INT6, INT8 = "blocks.0.attn.q.weight", "tok_emb.weight"
+DTYPES = dict(fp16=torch.float16, fp32=torch.float32)  # all others hold int8 codes
 
 
 def store(name: str, w: torch.Tensor) -> pg.Stored:
@@ -20,7 +23,12 @@ def store(name: str, w: torch.Tensor) -> pg.Stored:
 
 def grids(weights: dict, hp: pg.Hyperparameters, factor: float = 1.0, sensitivity: dict | None = None) -> dict:
     """The grid of each weight that is stored as codes."""
-    return pg.make_grids(weights, hp, pg.choose_steps(weights, hp, sensitivity), factor)
+    return pg.make_grids(weights, hp, pg.choose_steps(weights, hp, pg.Calibration({}, sensitivity or {})), factor)
+
+
+def clip_grid(w: torch.Tensor) -> pg.Grid:
+    """Clip search's, of six bits."""
+    return grids({INT6: w}, tiny_hp())[INT6]
 
 
 def normal(rows: int, cols: int, seed: int = 0) -> torch.Tensor:
@@ -62,6 +70,11 @@ def test_clipping_wins_where_it_should():
     assert (store(INT6, w).scale < maximum).any()
     even = normal(16, 100).sign()
     assert torch.equal(store(INT6, even).scale, torch.full((16, 1), 1 / 31).half())
+
+
+def test_255_levels_clip_nothing():
+    w = heavy_tailed(16, 4000)
+    assert torch.equal(store(INT8, w).scale, (w.abs().amax(1, keepdim=True) / 127).half())
 
 
 @pytest.mark.parametrize("name, q_max", [(INT6, 31), (INT8, 127)])
@@ -150,7 +163,7 @@ def test_non_finite_weights_are_a_broken_limit(name, bad):
         store(name, w)
 
 
-def expected_kind(name: str) -> str:
+def expected_storage(name: str) -> str:
     if name.startswith("blocks.") and name.endswith(".weight"):
         return "int6"
     if name.endswith((".table.weight", "tok_emb.weight", "lm_head.weight")):
@@ -159,19 +172,19 @@ def expected_kind(name: str) -> str:
 
 
 @pytest.mark.parametrize("dim", [8, 24, 64])
-def test_the_class_decides_the_kind_whatever_the_size(dim):
+def test_the_class_decides_the_storage_whatever_the_size(dim):
     model = build_model(tiny_hp(model_dim=dim, num_heads=2, num_kv_heads=1, tie_embeddings=False))
     weights = weights_of(model)
     stored = quantize(weights, tiny_hp())
-    assert {name: t.kind for name, t in stored.items()} == {name: expected_kind(name) for name in weights}
+    assert {name: t.storage for name, t in stored.items()} == {name: expected_storage(name) for name in weights}
     for name, t in stored.items():
-        assert t.data.dtype == pg.KINDS[t.kind][0] and t.data.shape == weights[name].shape
-        if t.kind == "fp32":
+        assert t.data.dtype == DTYPES.get(t.storage, torch.int8) and t.data.shape == weights[name].shape
+        if t.storage == "fp32":
             assert torch.equal(t.dequantize(), weights[name])
-        if t.kind == "fp16":
+        if t.storage == "fp16":
             assert torch.equal(t.dequantize(), weights[name].half().float())
-    kinds = [t.kind for t in stored.values()]
-    assert kinds == sorted(kinds, key=["int6", "int8", "fp16", "fp32"].index)
+    storages = [t.storage for t in stored.values()]
+    assert storages == sorted(storages, key=["int6", "int8", "fp16", "fp32"].index)
 
 
 # Fake quantization
@@ -186,7 +199,7 @@ def exported(model) -> dict[str, torch.Tensor]:
     """The model's weights with every int6 matrix replaced by what the artifact would hold."""
     weights = weights_of(model)
     stored = quantize(weights, tiny_hp())
-    return {name: t.dequantize() if t.kind == "int6" else weights[name] for name, t in stored.items()}
+    return {name: t.dequantize() if t.storage == "int6" else weights[name] for name, t in stored.items()}
 
 
 @pytest.fixture
@@ -241,7 +254,7 @@ def test_switched_is_undone_at_the_end_of_its_block():
 def test_exactly_the_int6_matrices_are_covered():
     model = build_model(tiny_hp(tie_embeddings=False))
     covered = {id(layer.weight) for layer in pg.QAT(model, tiny_hp()).layers.values()}
-    int6 = {id(p) for name, p in model.named_parameters() if expected_kind(name) == "int6"}
+    int6 = {id(p) for name, p in model.named_parameters() if expected_storage(name) == "int6"}
     assert covered == int6 and len(int6) == 6 * 3
 
 
@@ -262,7 +275,7 @@ def test_the_gradient_passes_straight_through():
     with torch.no_grad():
         layer.weight.copy_(heavy_tailed(5, 6))
     layer.row_scale = (
-        pg.search_row_scales(layer.weight.detach(), pg.clip_grid(layer.weight.detach(), 31)) / 3
+        pg.search_row_scales(layer.weight.detach(), clip_grid(layer.weight.detach())) / 3
     )  # clips much: nothing may be lost there
     layer.fake_quant, layer.q_max = True, 31
     y = layer(x)
@@ -280,8 +293,8 @@ def test_scales_are_no_part_of_the_weights():
 # Bits
 
 
-@pytest.mark.parametrize("bits, kind", [(5, "int5"), (6, "int6"), (7, "int7"), (8, "int8")])
-def test_bits_reach_their_class_alone_and_finer_grids_err_less(bits, kind):
+@pytest.mark.parametrize("bits, storage", [(5, "int5"), (6, "int6"), (7, "int7"), (8, "int8")])
+def test_bits_reach_their_class_alone_and_finer_grids_err_less(bits, storage):
     weights = weights_of(build_model(tiny_hp(tie_embeddings=False, gated_attention=True)))
     for setting, classes in dict(attn_bits=["attention"], attn_out_bits=["attention_out"], mlp_bits=["mlp"],
                                  embed_bits=["embedding", "head"]).items():  # fmt: skip
@@ -289,9 +302,9 @@ def test_bits_reach_their_class_alone_and_finer_grids_err_less(bits, kind):
         stored = quantize(weights, tiny_hp(**{setting: bits}))
         for name, t in stored.items():
             mine = pg.label_of(name) in classes
-            assert t.kind == (kind if mine else default[name].kind)
+            assert t.storage == (storage if mine else default[name].storage)
             if mine:
-                assert pg.levels(kind) == 2 ** (bits - 1) - 1 >= int(t.data.abs().max()) > 2 ** (bits - 2) - 1
+                assert pg.levels(storage) == 2 ** (bits - 1) - 1 >= int(t.data.abs().max()) > 2 ** (bits - 2) - 1
                 relative = (t.dequantize() - weights[name]).norm() / weights[name].norm()
                 assert 0.3 / 2**bits < relative < 3 / 2**bits
 
@@ -300,7 +313,7 @@ def test_embeddings_of_sixteen_bits_are_fp16():
     weights = weights_of(build_model())
     stored = quantize(weights, tiny_hp(embed_bits=16))
     tables = {name for name, t in stored.items() if pg.label_of(name) == "embedding"}
-    assert tables and all(stored[name].kind == "fp16" for name in tables)
+    assert tables and all(stored[name].storage == "fp16" for name in tables)
     assert all(torch.equal(stored[name].dequantize(), weights[name].half().float()) for name in tables)
 
 
@@ -343,20 +356,22 @@ def plain_gptq(w: np.ndarray, scale: np.ndarray, hessian: np.ndarray, damping: f
 def test_codes_are_those_of_the_method_whatever_the_block(block):
     w, x = normal(6, 24), correlated_inputs(200, 24)
     hessian = x.T @ x
-    scale = pg.fp16_scale(w.abs().amax(1, keepdim=True), 31)
+    scale = (w.abs().amax(1, keepdim=True) / 31).half().float()
     ours = pg.GPTQ(hessian, tiny_hp(gptq_block_size=block)).codes(w, scale, 31)
     reference = plain_gptq(w.double().numpy(), scale.double().numpy(), hessian.double().numpy(), 0.01)
     assert (ours.numpy() == reference).mean() > 0.98  # a tie may fall either way in fp32
     assert not torch.equal(ours, pg.quantize_rows(w, scale, 31))
 
 
+def store_by_gptq(w: torch.Tensor, hessian: torch.Tensor) -> pg.Stored:
+    """On clip search's grid of six bits."""
+    return pg.quantize({INT6: w}, tiny_hp(), {INT6: clip_grid(w)}, {INT6: pg.GPTQ(hessian, tiny_hp()).round})[INT6]
+
+
 def test_gptq_loses_less_of_the_outputs_than_rounding_and_more_of_the_weights():
     w, x = normal(16, 96), correlated_inputs(1000, 96)
     hessian = x.T @ x
-    rounded, better = (
-        pg.store(INT6, w, pg.clip_grid(w, 31)),
-        pg.store(INT6, w, pg.clip_grid(w, 31), pg.GPTQ(hessian, tiny_hp())),
-    )
+    rounded, better = store(INT6, w), store_by_gptq(w, hessian)
     lost = [((t.dequantize() - w) @ x.T).square().sum().item() for t in (rounded, better)]
     assert lost[1] < 0.3 * lost[0]
     assert squared_error(better.dequantize(), w).sum() > squared_error(rounded.dequantize(), w).sum()
@@ -371,14 +386,14 @@ def test_gptq_chooses_among_the_clips_by_the_outputs():
     steps = []
     for size in (1e-3, 10.0):
         x[:, 0] = size * normal(4000, 1, seed=2)[:, 0]
-        steps.append(pg.store(INT6, w, pg.clip_grid(w, 31), pg.GPTQ(x.T @ x, tiny_hp())).scale)
+        steps.append(store_by_gptq(w, x.T @ x).scale)
     assert (steps[0] < 0.5 * steps[1]).all()
 
 
 def test_inputs_that_never_fire_and_few_samples_are_no_obstacle():
     w, x = normal(4, 16), normal(3, 16, seed=1)
     x[:, 5] = 0
-    stored = pg.store(INT6, w, pg.clip_grid(w, 31), pg.GPTQ(x.T @ x, tiny_hp()))
+    stored = store_by_gptq(w, x.T @ x)
     assert stored.dequantize().isfinite().all()
     assert (stored.dequantize()[:, 5] - w[:, 5]).abs().max() <= 0.51 * stored.scale.float().max()
 
@@ -440,11 +455,55 @@ def test_a_matrix_without_input_is_a_broken_limit():
 def test_every_block_matrix_and_nothing_else_is_quantized_by_gptq():
     hp = tiny_hp(gptq_enabled=True, gptq_calibration_tokens=160)
     weights, run = weights_of(build_model(hp)), make_run(hp, Memory(random_tokens(500)))
-    hessians = pg.calibrate(run, weights, pg.calibration_texts(run)).hessians
-    with_it = pg.quantize(weights, hp, grids(weights, hp), {name: pg.GPTQ(h, hp) for name, h in hessians.items()})
+    known = pg.calibrate(run, weights, pg.calibration_texts(run))
+    with_it = pg.quantize(weights, hp, grids(weights, hp), pg.ROUNDERS[True].prepare(hp, known))
     without = quantize(weights, hp)
     changed = {name for name, t in with_it.items() if not torch.equal(t.dequantize(), without[name].dequantize())}
     assert changed == {name for name in weights if pg.row_of(name).storage.reconstructed}
+
+
+# The tables of quantizers and rounders
+
+
+def test_every_choice_of_the_settings_has_its_row_and_every_row_is_a_choice():
+    fields = {f.name: f for f in dataclasses.fields(pg.Hyperparameters)}
+    assert fields["quant"].metadata["choices"] == tuple(pg.QUANTIZERS)
+    assert fields["gptq_enabled"].default in pg.ROUNDERS and set(pg.ROUNDERS) == {False, True}
+    for row in (*pg.QUANTIZERS.values(), *pg.ROUNDERS.values()):
+        assert set(row.needs) <= set(pg.Calibration._fields)
+    for name, row in pg.QUANTIZERS.items():
+        assert not pg.QUANTIZERS[row.qat or name].needs, "QAT has no calibration"
+
+
+@pytest.mark.parametrize("needs", [(), ("hessians",), ("sensitivity",), ("hessians", "sensitivity")])
+@pytest.mark.parametrize("clips", [False, True])
+def test_a_new_quantizer_is_one_row_and_one_function(needs, clips, monkeypatch, tmp_path):
+    """Calibration, clock, export, fit and QAT follow from the row."""
+    seen = []
+
+    def steps(weights: dict, hp: pg.Hyperparameters, known: pg.Calibration) -> dict:
+        seen.append({field: set(found) for field, found in known._asdict().items()})
+        return {name: w.abs().amax(1, keepdim=True) / 20 for name, w in weights.items()}
+
+    row = pg.Quantizer(steps, clips, needs, qat="clip_search" if needs else "")
+    monkeypatch.setitem(pg.QUANTIZERS, "sdclip", row)
+    hp = tiny_hp(quant="sdclip", gptq_calibration_tokens=320, fit_to_cap=True, compressor="ans")
+    hp = dataclasses.replace(hp, artifact_cap_bytes=9_000)
+    run, model = make_run(hp, Memory(random_tokens(500)))._replace(folder=tmp_path), build_model(hp)
+    path, blob = pg.export(run, weights_of(model))
+    tensors = pg.unpack_artifact(blob)[1]
+    assert hp.calibrates == bool(needs) and {field for field, found in seen[0].items() if found} == set(needs)
+    assert blob == path.read_bytes() and 0 <= 9_000 - len(blob) <= pg.FIT_WINDOW
+    scale = tensors[INT6].scale.float() / steps({INT6: weights_of(model)[INT6]}, hp, pg.Calibration())[INT6]
+    assert scale.max() < (1.001 if clips else 1.126) * scale.min(), "the steps of the row, all times one factor"
+
+    qat = pg.QAT(model, hp)
+    qat.switch(True)
+    grid = qat.quantizer.grid(model.blocks[0].attn.q.weight, qat.quantizer.steps(
+        {INT6: model.blocks[0].attn.q.weight}, hp, pg.Calibration())[INT6], "int6")  # fmt: skip
+    assert (qat.quantizer is row) == (not needs)
+    assert torch.equal(qat.layers[INT6].row_scale, pg.search_row_scales(model.blocks[0].attn.q.weight, grid))
+    assert qat.layers[INT6].q_max == (31 if clips or needs else 127)
 
 
 # Steps of sdclip and rate-distortion
@@ -473,7 +532,7 @@ def test_sdclip_gives_every_row_the_same_bits_and_clips_nothing(sigmas, bits):
     asked = sigmas / pg.levels(f"int{bits}")
     assert (step >= 0.999 * asked).all() and (step <= 1.126 * asked).all()
     assert ((stored.dequantize() - w).abs() <= 0.5001 * stored.scale.float()).all()
-    assert pg.levels(stored.kind) >= int(stored.data.abs().max()) > pg.levels(stored.kind) // 2
+    assert pg.levels(stored.storage) >= int(stored.data.abs().max()) > pg.levels(stored.storage) // 2
     for row, codes in enumerate(stored.data.numpy()):
         found = pg.entropy_bits(np.bincount(codes.astype(int) + 128)) / w.size(1)
         assert found == pytest.approx(2.047 - np.log2(step[row].item()), abs=0.05)
@@ -493,10 +552,10 @@ def test_each_class_has_its_own_sigmas():
 
 def test_all_tensors_of_a_class_share_one_grid():
     weights = {f"blocks.{i}.mlp.up.weight": normal(4, 4000, seed=i) for i in range(3)}
-    assert {t.kind for t in quantize(weights, tiny_hp(quant="sdclip")).values()} == {"int5"}
+    assert {t.storage for t in quantize(weights, tiny_hp(quant="sdclip")).values()} == {"int5"}
     weights["blocks.1.mlp.up.weight"][0, 0] = 30.0  # one outlier needs more levels than all others
     stored = quantize(weights, tiny_hp(quant="sdclip"))
-    assert {t.kind for t in stored.values()} == {"int8"}
+    assert {t.storage for t in stored.values()} == {"int8"}
     assert abs(stored["blocks.1.mlp.up.weight"].dequantize()[0, 0] - 30.0) < 0.25
 
 
@@ -529,7 +588,7 @@ def test_rate_distortion_loses_less_at_the_same_bits():
 def test_steps_of_rate_distortion_do_not_depend_on_the_size_of_weights():
     hp = tiny_hp(quant="rd")
     weights, sensitivity = matrices_of_unlike_sensitivity(hp)
-    steps = pg.choose_steps(weights, hp, sensitivity)
+    steps = pg.choose_steps(weights, hp, pg.Calibration({}, sensitivity))
     products = []
     for name, step in steps.items():
         products.append(step.square() * (sensitivity[name] + 0.5 * sensitivity[name].mean()))
@@ -537,7 +596,10 @@ def test_steps_of_rate_distortion_do_not_depend_on_the_size_of_weights():
     torch.testing.assert_close(products, products[:1].expand_as(products), rtol=1e-4, atol=0)
     louder = {n: 4.0 * w if n == INT6 else w for n, w in weights.items()}
     shift = [
-        (b / a).log() for a, b in zip(steps.values(), pg.choose_steps(louder, hp, sensitivity).values(), strict=True)
+        (b / a).log()
+        for a, b in zip(
+            steps.values(), pg.choose_steps(louder, hp, pg.Calibration({}, sensitivity)).values(), strict=True
+        )
     ]
     shift = torch.cat(shift)
     torch.testing.assert_close(shift, shift[:1].expand_as(shift), rtol=1e-3, atol=1e-5)
