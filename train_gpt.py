@@ -3742,6 +3742,20 @@ def read_artifact_file(path: str, kind: str) -> tuple[bytes, dict, dict[str, Sto
     return blob, header, tensors
 
 
+def load_model(path: str, device: str = "auto") -> tuple[GPT, Hyperparameters, dict]:
+    """(model, settings, header) of an artifact, for other programs; device as DEVICE has it. Raises UserError.
+
+    What EVAL_ONLY scores: `model.logits(tokens)` is (B, T) int -> (B, T, V) fp32 for T up to EVAL_SEQ_LEN.
+    """
+    _, header, tensors = read_artifact_file(path, "artifact")
+    hp = Hyperparameters(**header["architecture"], **header["evaluation"], device=device)
+    place = Ranks(hp, {}).device
+    dtype = activation_dtype(hp.dtype, place)
+    model = GPT(hp, hp.eval_seq_len, choose_attention(hp, place, dtype)[1], dtype).to(place)
+    model.load_state_dict({name: stored.dequantize() for name, stored in tensors.items()})
+    return model, hp, header
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Scoring
 # ----------------------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import argparse
 import importlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
@@ -157,7 +157,8 @@ def main(argv: Sequence[str]) -> int:
     return module.run(parser.parse_args(rest))
 
 
-def entry() -> int:
+def entry(main: Callable[[Sequence[str]], int] = main) -> int:
+    """Exit code of this process's command line."""
     try:
         code = main(sys.argv[1:])
         sys.stdout.flush()
