@@ -1,12 +1,16 @@
 """What the pages say is so: links, commands, log lines, recipes, sections."""
 
 import dataclasses
-import importlib
+import functools
+import importlib.util
 import re
 import shlex
+import sys
 
 import pytest
-from conftest import ROOT, run_here
+import torch
+from conftest import ROOT, TINY_ENV, run_here
+from helpers import TINY, random_tokens, randomize
 
 import train_gpt as pg
 from records import submit
@@ -132,3 +136,58 @@ def test_every_command_of_the_tools_is_in_their_manual():
     for name, command in submit.COMMANDS.items():
         assert f"submit.py {name} " in manual
         importlib.import_module(f"records.submission.{command.module}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The guide "Add a technique"
+# ----------------------------------------------------------------------------------------------------------------------
+
+GUIDE = (ROOT / "CONTRIBUTING.md").read_text("utf-8")
+
+
+def test_the_tables_of_the_guide_are_in_the_script():
+    for name in re.findall(r"^\| `([\w.]+)` \|", GUIDE, re.MULTILINE):
+        functools.reduce(getattr, name.split("."), pg)
+
+
+@pytest.fixture(scope="module")
+def gated(tmp_path_factory):
+    """The script with the example's lines, imported from a file of its own."""
+    (diff,) = blocks(GUIDE, "diff")
+    source = (ROOT / "train_gpt.py").read_text("utf-8")
+    for lines in (hunk.splitlines(True) for hunk in re.split(r"^@@.*\n", diff, flags=re.MULTILINE)[1:]):
+        old, new = ("".join(line[1:] for line in lines if line[0] != other) for other in "+-")
+        assert source.count(old) == 1, f"the example no longer fits the script:\n{old}"
+        source = source.replace(old, new)
+    path = tmp_path_factory.mktemp("gated") / "train_gpt_gated.py"
+    path.write_text(source, "utf-8")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    sys.modules[path.stem] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules[path.stem]
+
+
+def test_the_example_is_absent_when_off_and_the_identity_until_its_gate_opens(gated):
+    off, on = (
+        gated.GPT(gated.Hyperparameters(**TINY, mlp_gate=on), 16, gated.sdpa, torch.float32) for on in (False, True)
+    )
+    gates = {name: p for name, p in on.named_parameters() if name.endswith("mlp_gate")}
+    assert len(gates) == 3 and {n for n, _ in on.named_parameters()} - gates.keys() == set(randomize(off).state_dict())
+    on.load_state_dict(off.state_dict() | {name: torch.zeros(()) for name in gates})
+    tokens = torch.from_numpy(random_tokens(16).astype(int))[None]
+    assert torch.equal(on.logits(tokens), off.logits(tokens))
+    with torch.no_grad():
+        gates["blocks.1.mlp_gate"].fill_(2.0)
+    assert (on.logits(tokens) - off.logits(tokens)).abs().max() > 1e-4
+
+
+def test_the_example_is_trained_stored_and_read_back(gated, tiny_data, tmp_path):
+    environ = TINY_ENV | dict(DATA_PATH=str(tiny_data), OUT_DIR=str(tmp_path), RUN_ID="gated", MLP_GATE="1")
+    assert gated.main([], environ | dict(TTT_ENABLED="0", EVAL_STRIDE="0")) == 0
+    model, hp, header = gated.load_model(tmp_path / "runs" / "gated" / "artifact.pgolf")
+    assert hp.mlp_gate and all(float(block.mlp_gate.detach().abs()) > 1e-4 for block in model.blocks)
+    assert ["blocks.0.mlp_gate", [], "fp32"] in header["tensors"]
+    blob, _, _ = gated.read_artifact_file(tmp_path / "runs" / "gated" / "artifact.pgolf", "artifact")
+    with pytest.raises(pg.ArtifactError, match="a setting that this version does not know: mlp_gate"):
+        pg.unpack_artifact(blob)
