@@ -10,7 +10,6 @@ the validation split in bits per byte: plain windows, sliding windows, and legal
     torchrun --nnodes=2 --node_rank=$N --nproc_per_node=8 \\
              --rdzv_backend=c10d --rdzv_endpoint=$HOST:29500 train_gpt.py          two hosts; N is 0 or 1
     python train_gpt.py --settings                                    every setting, as a Markdown table
-    python train_gpt.py --inspect runs/ID/artifact.pgolf [--png]      where an artifact's bytes go
     EVAL_ONLY=1 ARTIFACT_PATH=runs/ID/artifact.pgolf python train_gpt.py           repeat an artifact's scores
 
 Every setting is an environment variable. The last line of the log is `result {json}`. Exit codes: 0 done, 2 the user
@@ -3899,84 +3898,18 @@ def read_artifact_file(path: str, kind: str) -> tuple[bytes, dict, dict[str, Sto
     return blob, header, tensors
 
 
-class Share(NamedTuple):
-    """A part of an artifact: its name, tensors, weights, the entropy of its codes (bits per weight) and bytes."""
+def load_model(path: str, device: str = "auto") -> tuple[GPT, Hyperparameters, dict]:
+    """(model, settings, header) of an artifact, for other programs; device as DEVICE has it. Raises UserError.
 
-    part: str
-    tensors: int
-    weights: int
-    entropy: float | None
-    bytes: float
-
-
-def shares_of(blob: bytes, header: dict, tensors: Mapping[str, Stored]) -> list[Share]:
-    """Where a file's bytes go, the largest part first. They are shared out by what each part needs when compressed by
-    itself; the sum is the file's length."""
-    compressor, groups = COMPRESSORS[blob[6]], {}
-    for name, t in tensors.items():
-        groups.setdefault((label_of(name), t.storage), {})[name] = t
-
-    def alone(data: bytes) -> int:
-        return len(compress(data, "lzma" if compressor == "ans" else compressor))
-
-    parts = []
-    for (kind_of_tensor, kind), members in groups.items():
-        weights, entropy = sum(t.data.numel() for t in members.values()), None
-        data = byte_planes([t.data.numpy() for t in members.values()], STREAMS["codes" if levels(kind) else kind])
-        if levels(kind):
-            codes = np.frombuffer(data, dtype=np.int8).astype(np.int64)
-            entropy = entropy_bits(np.bincount(codes + 128)) / len(codes)
-        if levels(kind) and compressor == "ans":
-            models, words = encode_codes(members)
-            size = alone(models) + len(words)
-        else:
-            size = alone(data)
-        parts.append(Share(f"{kind_of_tensor} {kind}", len(members), weights, entropy, size))
-    scales = [t.scale.numpy() for t in tensors.values() if t.scale is not None]
-    size = alone(byte_planes(scales, STREAMS["fp16"]))
-    parts.append(Share("row scales fp16", len(scales), sum(map(len, scales)), None, size))
-    text = json.dumps(header, separators=(",", ":"), sort_keys=True).encode()
-    parts.append(Share("header", 0, 0, None, alone(text) + PREFIX_BYTES))
-    factor = len(blob) / sum(part.bytes for part in parts)
-    shared = [part._replace(bytes=part.bytes * factor) for part in parts]
-    return sorted(shared, key=lambda part: -part.bytes)
-
-
-def inspect_artifact(path: str, png: bool) -> int:
-    """Print the table of an artifact's bytes and, if asked, draw it beside the file. Raises UserError."""
-    blob, header, tensors = read_artifact_file(path, "artifact")
-    parts = shares_of(blob, header, tensors)
-    print("| part | tensors | weights | bits per weight | entropy | bytes | share |\n|---|---|---|---|---|---|---|")
-    for part, count, weights, entropy, size in parts:
-        cells = [part, count or "", f"{weights:,}" if weights else "", f"{8 * size / weights:.3f}" if weights else ""]
-        cells += [f"{entropy:.3f}" if entropy is not None else "", f"{size:,.0f}", f"{100 * size / len(blob):.2f} %"]
-        print("|", " | ".join(map(str, cells)), "|")
-    weights = sum(t.data.numel() for t in tensors.values())
-    bits = f"{8 * len(blob) / weights:.3f}"
-    print(f"| {COMPRESSORS[blob[6]]}, all | {len(tensors)} | {weights:,} | {bits} | | {len(blob):,} | |")
-    if png:
-        draw_shares(parts, Path(path).with_suffix(".png"))
-    return 0
-
-
-def draw_shares(parts: Sequence[Share], path: Path) -> None:
-    """Bars of the parts' bytes as a PNG."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UserError("--png needs `pip install matplotlib`; the table needs nothing") from None
-    figure = Figure(figsize=(8, 0.4 * len(parts) + 1), dpi=120, layout="constrained")
-    axes = figure.subplots()
-    bars = axes.barh([part.part for part in parts], [part.bytes / 1000 for part in parts], color="#4269d0")
-    axes.bar_label(bars, [f"{part.bytes / 1000:,.1f}" for part in parts], padding=3)
-    axes.invert_yaxis()
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.set_xlabel("kB")
-    try:
-        figure.savefig(path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from None
-    print(f"drawn: {path}")
+    What EVAL_ONLY scores: `model.logits(tokens)` is (B, T) int -> (B, T, V) fp32 for T up to EVAL_SEQ_LEN.
+    """
+    _, header, tensors = read_artifact_file(path, "artifact")
+    hp = Hyperparameters(**header["architecture"], **header["evaluation"], device=device)
+    place = Ranks(hp, {}).device
+    dtype = activation_dtype(hp.dtype, place)
+    model = GPT(hp, hp.eval_seq_len, choose_attention(hp, place, dtype)[1], dtype).to(place)
+    model.load_state_dict({name: stored.dequantize() for name, stored in tensors.items()})
+    return model, hp, header
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -5440,11 +5373,9 @@ def show(argv: Sequence[str]) -> int:
         if list(argv) == ["--settings"]:
             print(settings_table(), flush=True)
             return 0
-        if argv[0] != "--inspect":
-            raise UserError(f"unknown argument {argv[0]}; settings are environment variables: `--settings`")
-        if len(argv) < 2 or list(argv[2:]) not in ([], ["--png"]):
-            raise UserError("--inspect takes an artifact and, if it is to be drawn, --png")
-        return inspect_artifact(argv[1], len(argv) == 3)
+        if argv[0] == "--inspect":
+            raise UserError("--inspect has moved: python records/submit.py inspect ARTIFACT [--png]")
+        raise UserError(f"unknown argument {argv[0]}; settings are environment variables: `--settings`")
     except BrokenPipeError:  # `| head`: who reads has enough
         return 0
 

@@ -2,16 +2,16 @@
 
     python records/submit.py COMMAND ...        (or: python -m records.submit COMMAND ...)
 
-It needs no network, no torch but to run what it packs or checks, and for most commands only the standard library: the
-others name what they miss of requirements-records.txt. Exit code: 0 fine, 1 something failed, 2 unusable input, said
-in one line.
+It needs no network, no torch but for `inspect` and to run what it packs or checks, and for most commands only the
+standard library: the others name what they miss of requirements-records.txt. Exit code: 0 fine, 1 something failed, 2
+unusable input, said in one line.
 """
 
 import argparse
 import importlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
@@ -89,6 +89,16 @@ two runs side by side.
   submit.py board records logs --html board.html
 """,
     ),
+    "inspect": Command(
+        "inspect",
+        "where an artifact's bytes go: table and picture",
+        """\
+Prints the parts of an artifact, the largest first: weights, bits per weight, entropy of the codes, bytes. Needs what
+train_gpt.py needs (torch); --png needs matplotlib too.
+
+  submit.py inspect runs/ID/artifact.pgolf --png
+""",
+    ),
     "plot": Command(
         "plot",
         "loss and bpb curves of logs as a PNG",
@@ -134,7 +144,11 @@ def main(argv: Sequence[str]) -> int:
         print(f"error: no command {name!r}; there are {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
     command = COMMANDS[name]
-    module = importlib.import_module(f"records.submission.{command.module}")
+    try:
+        module = importlib.import_module(f"records.submission.{command.module}")
+    except ModuleNotFoundError as error:  # torch, numpy: of train_gpt.py, which `inspect` imports
+        print(f"error: {name} needs {error.name}: pip install -r requirements.txt", file=sys.stderr)
+        return 2
     parser = Parser(f"submit.py {name}", description=command.description, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     module.add_arguments(parser)
@@ -143,7 +157,8 @@ def main(argv: Sequence[str]) -> int:
     return module.run(parser.parse_args(rest))
 
 
-def entry() -> int:
+def entry(main: Callable[[Sequence[str]], int] = main) -> int:
+    """Exit code of this process's command line."""
     try:
         code = main(sys.argv[1:])
         sys.stdout.flush()

@@ -373,7 +373,7 @@ def test_a_fresh_model_is_not_moved_by_gates_shares_or_loops():
 
 
 def test_a_model_with_loops_switched_off_is_the_plain_one():
-    looped, plain = build_model(tiny_hp(**PUBLISHED)), build_model(tiny_hp(value_residual=True, gated_attention=True))
+    looped, plain = build_model(tiny_hp(**PUBLISHED)), build_model(tiny_hp(**(PUBLISHED | dict(num_loops=0))))
     plain.load_state_dict(
         {n: w[:1] if n == "skip_weights" else w for n, w in weights_of(looped).items() if n != "loop_vectors"}
     )

@@ -54,7 +54,7 @@ def cells(line: str) -> list[str]:
 
 
 @pytest.mark.parametrize("kind", ["equal", "low"])
-def test_the_readmes_table_of_losses_at_equal_bytes_is_what_the_logs_say(kind):
+def test_the_table_of_losses_at_equal_bytes_is_what_the_logs_say(kind):
     """A row: its settings, the loss of three seeds, their mean, and how much less that is than the first row's."""
     losses: dict[str, list[float]] = {}
     for seed in (1337, 42, 2025):
@@ -62,14 +62,14 @@ def test_the_readmes_table_of_losses_at_equal_bytes_is_what_the_logs_say(kind):
         for row in map(cells, re.findall(r"^\| `.*$", log, re.MULTILINE)):
             assert 0 <= int(row[3].replace(",", "")) <= pg.FIT_WINDOW
             losses.setdefault(row[0], []).append(float(row[6]))
-    readme, first = (ROOT / "README.md").read_text("utf-8"), statistics.fmean(next(iter(losses.values())))
+    results, first = (ROOT / "records" / "RESULTS.md").read_text("utf-8"), statistics.fmean(next(iter(losses.values())))
     for settings, found in losses.items():
         shown = [f"{loss:.3f}" for loss in (*found, statistics.fmean(found))]
         less = f"{100 * (1 - statistics.fmean(found) / first):.0f} %" if statistics.fmean(found) != first else ""
-        assert any(cells(line) == [settings, *shown, less] for line in readme.splitlines()), settings
+        assert any(cells(line) == [settings, *shown, less] for line in results.splitlines()), settings
 
 
-def test_the_readmes_bits_under_each_compressor_are_what_the_logs_say():
-    folder, readme = ROOT / "records" / "logs" / "quantization", (ROOT / "README.md").read_text("utf-8")
+def test_the_bits_under_each_compressor_are_what_the_logs_say():
+    folder, results = ROOT / "records" / "logs" / "quantization", (ROOT / "records" / "RESULTS.md").read_text("utf-8")
     for line in re.findall(r"^\| all .*$", (folder / "code_bytes_seed1337.txt").read_text("utf-8"), re.MULTILINE):
-        assert " | ".join(cells(line)[2:]) in readme
+        assert " | ".join(cells(line)[2:]) in results

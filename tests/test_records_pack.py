@@ -417,6 +417,23 @@ def test_packing_is_deterministic_and_reported(packed_train, tmp_path, capsys):
     assert f"source_bytes:{len(source)} stripped_bytes:{stripped} packed_bytes:{len(data)}\n" in out
     assert f"sha256:{hashlib.sha256(data).hexdigest()}\n" in out
     assert len(data) < 0.3 * len(source)
+    worth = f"{len(source):,} bytes raw, {len(data):,} packed; the difference of {len(source) - len(data):,} is 1."
+    assert worth in out and " % of the 16,000,000 bytes, or about " in out
+
+
+def test_what_packing_is_worth_is_one_line():
+    assert pack.worth(282_110, 64_110) == (
+        "worth: the file that runs counts: 282,110 bytes raw, 64,110 packed; "
+        "the difference of 218,000 is 1.4 % of the 16,000,000 bytes, or about 290,000 more int6 weights"
+    )
+    assert "difference of 6 is 3.7e-05 % of" in pack.worth(1006, 1000) and "about 8 more" in pack.worth(1006, 1000)
+    assert pack.worth(1000, 1300) == "worth: nothing, packed it is 300 bytes larger; run the source"
+
+
+def test_a_script_too_short_to_pack_is_told_so(tmp_path, capsys):
+    (tmp_path / "short.py").write_text("print(1)\n")
+    assert command(tmp_path / "short.py") == 0
+    assert "worth: nothing, packed it is" in capsys.readouterr().out
 
 
 def test_the_packed_script_offers_what_reviewers_read(packed_train, load):

@@ -651,14 +651,11 @@ def test_the_settings_hash_is_that_of_the_configuration():
     assert len({base} | {from_env(**{k: v}).settings_hash() for k, v in others.items()}) == 1 + len(others)
 
 
-def test_the_readme_holds_the_settings_table(capsys):
+def test_the_page_of_settings_holds_the_table(capsys):
     assert pg.main(["--settings"], {}) == 0
-    printed = capsys.readouterr().out.strip()
-    readme = ROOT / "README.md"
-    assert readme.exists(), "README.md is not written yet"
-    found = re.search(r"<!-- settings:begin -->\n(.*?)<!-- settings:end -->", readme.read_text("utf-8"), re.DOTALL)
-    assert found, "README.md lacks the settings:begin and settings:end markers"
-    assert found[1].strip() == printed, "put the output of `python train_gpt.py --settings` between the markers"
+    printed, page = capsys.readouterr().out.strip(), (ROOT / "SETTINGS.md").read_text("utf-8")
+    (found,) = re.findall(r"<!-- settings:begin -->\n(.*?)<!-- settings:end -->", page, re.DOTALL)
+    assert found.strip() == printed, "put the output of `python train_gpt.py --settings` between the markers"
 
 
 def test_the_settings_table_names_every_setting_once():

@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from records.submission.command import Unusable, command
+from records.submission.rules import CAP_BYTES
 from records.submission.unpack import Function, blocks
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -267,6 +268,19 @@ def pack(source: bytes, name: str = "the script") -> bytes:
     return wrap(strip(source, name))
 
 
+def worth(source_bytes: int, packed_bytes: int) -> str:
+    """What running the packed file instead of the source leaves for weights, in one line."""
+    saved = source_bytes - packed_bytes
+    if saved <= 0:
+        return f"worth: nothing, packed it is {-saved:,} bytes larger; run the source"
+    share, weights = f"{100 * saved / CAP_BYTES:.2g} % of the {CAP_BYTES:,} bytes", saved * 8 // 6
+    weights = round(weights, 2 - len(str(weights)))  # two digits: how well int6 codes compress, nobody knows better
+    return (
+        f"worth: the file that runs counts: {source_bytes:,} bytes raw, {packed_bytes:,} packed; "
+        f"the difference of {saved:,} is {share}, or about {weights:,} more int6 weights"
+    )
+
+
 def wrap(text: str) -> bytes:
     """The stub around a text, compressed the smallest of a few ways."""
     body = text.encode()
@@ -434,5 +448,6 @@ def run(args: argparse.Namespace) -> int:
         return code
     out.write_bytes(packed)
     print(f"source_bytes:{len(source)} stripped_bytes:{len(stripped.encode())} packed_bytes:{len(packed)}")
+    print(worth(len(source), len(packed)))
     print(f"{out} sha256:{hashlib.sha256(packed).hexdigest()}")
     return 0
