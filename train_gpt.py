@@ -43,6 +43,7 @@ import sys
 import tempfile
 import threading
 import time
+import types
 import unicodedata
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -101,21 +102,15 @@ LARGEST = {int: 1 << 40, float: 1e12}
 
 
 def opt(
-    section: str,
-    default: Any,
-    doc: str,
-    lo: float | None = None,
-    hi: float | None = None,
-    choices: Sequence = (),
-    off: Any = None,
+    section: str, default: Any, doc: str, lo: float = 0, hi: float | None = None, choices: str = "", off: Any = None
 ):
-    """One setting: its type is its default's type; lo and hi are inclusive.
+    """One setting: its type is its default's type; lo and hi are a number's inclusive bounds, choices are words.
 
     off is what an artifact means that was made before there was this setting: the technique's absence, or any value
     where only an absent technique reads it. Each new setting of model and evaluation states it: files outlive settings.
     """
-    hi = LARGEST.get(type(default)) if hi is None else hi
-    meta = dict(section=section, doc=doc, lo=lo, hi=hi, choices=choices, off=off)
+    lo, hi = (lo, hi or LARGEST[type(default)]) if type(default) in LARGEST else (None, None)
+    meta = dict(section=section, doc=doc, lo=lo, hi=hi, choices=tuple(choices.split()), off=off)
     return dataclasses.field(default=default, metadata=meta)
 
 
@@ -127,21 +122,19 @@ class Hyperparameters:
     tokenizer_path: str = opt("run", "", "SentencePiece model; empty: the one .model in DATA_PATH")
     run_id: str = opt("run", "", "names the log and the folder of results; empty: date, time and seed")
     out_dir: str = opt("run", ".", "where logs/ and runs/ go")
-    seed: int = opt("run", 1337, "initial weights", lo=0, hi=(1 << 64) - 1)
-    device: str = opt("run", "auto", "where to run", choices=("auto", "cuda", "cpu"))
-    dtype: str = opt("run", "auto", "activations, Newton-Schulz, gradient banks", choices=("auto", "bf16", "fp32"))
-    compile: str = opt("run", "auto", "torch.compile; auto: on for CUDA, off for CPU", choices=("auto", "0", "1"))
-    attention: str = opt(
-        "run", "auto", "kernel; auto: the first that works", choices=("auto", "fa3", "fa2", "sdpa", "matmul")
-    )
-    train_log_every: int = opt("run", 500, "steps between training lines, after the first ten; 0: none", lo=0)
-    val_loss_every: int = opt("run", 4000, "steps between validations of the raw weights; 0: only after the last", lo=0)
+    seed: int = opt("run", 1337, "initial weights", hi=(1 << 64) - 1)
+    device: str = opt("run", "auto", "where to run", choices="auto cuda cpu")
+    dtype: str = opt("run", "auto", "activations, Newton-Schulz, gradient banks", choices="auto bf16 fp32")
+    compile: str = opt("run", "auto", "torch.compile; auto: on for CUDA, off for CPU", choices="auto 0 1")
+    attention: str = opt("run", "auto", "kernel; auto: the first that works", choices="auto fa3 fa2 sdpa matmul")
+    train_log_every: int = opt("run", 500, "steps between training lines, after the first ten; 0: none")
+    val_loss_every: int = opt("run", 4000, "steps between validations of the raw weights; 0: only after the last")
     eval_only: bool = opt("run", False, "score ARTIFACT_PATH again; needs no training data")
     artifact_path: str = opt("run", "", "the artifact that EVAL_ONLY reads")
-    checkpoint_every: float = opt("run", 0.0, "seconds of training between checkpoints; 0: none", lo=0)
+    checkpoint_every: float = opt("run", 0.0, "seconds of training between checkpoints; 0: none")
     resume: str = opt("run", "", "go on from a checkpoint: its path, or auto for the newest of RUN_ID")
     audit: bool = opt("run", False, "after the scores, prove on a slice of the split that they keep the rules")
-    audit_tokens: int = opt("run", 0, "targets of that slice; 0: a tenth of the split, at most 65,536", lo=0)
+    audit_tokens: int = opt("run", 0, "targets of that slice; 0: a tenth of the split, at most 65,536")
     save_weights: bool = opt("run", False, "also keep the averaged float weights (weights.pgolf)")
     export_only: bool = opt("run", False, "quantize, write and score WEIGHTS_PATH again, without training")
     weights_path: str = opt("run", "", "the saved weights that EXPORT_ONLY reads")
@@ -153,28 +146,24 @@ class Hyperparameters:
     num_kv_heads: int = opt("model", 4, "key/value heads (grouped-query attention)", lo=1)
     mlp_mult: float = opt("model", 3.0, "MLP hidden width, in multiples of D", lo=0.01, hi=64)
     mlp_kind: str = opt(
-        "model", "leaky_relu2", "MLP nonlinearity", choices=("leaky_relu2", "swiglu", "star_relu"), off="leaky_relu2"
+        "model", "leaky_relu2", "MLP nonlinearity", choices="leaky_relu2 swiglu star_relu", off="leaky_relu2"
     )
-    leaky_relu_slope: float = opt("model", 0.5, "leaky_relu2's negative slope; 0: relu squared", lo=0, hi=1, off=0.5)
+    leaky_relu_slope: float = opt("model", 0.5, "leaky_relu2's negative slope; 0: relu squared", hi=1, off=0.5)
     tie_embeddings: bool = opt("model", True, "the head is the token embedding")
     rope_base: float = opt("model", 10000.0, "rotary base frequency", lo=1)
-    rope_dims: int = opt("model", 16, "rotated dimensions of each head, even; 0: all K", lo=0)
+    rope_dims: int = opt("model", 16, "rotated dimensions of each head, even; 0: all K")
     logit_softcap: float = opt("model", 30.0, "logits pass c*tanh(z/c)", lo=1)
-    qk_gain_init: float = opt("model", 1.5, "initial gain of each query head", lo=0)
+    qk_gain_init: float = opt("model", 1.5, "initial gain of each query head")
     ln_scale: bool = opt("model", True, "block l scales its normalized inputs by 1/sqrt(l+1)", off=False)
     unet_skips: bool = opt("model", True, "second half adds the outputs of the first half in reverse order", off=False)
-    xsa_last_n: int = opt(
-        "model", 4, "last n layers remove the own value's direction from attention outputs", lo=0, off=0
-    )
+    xsa_last_n: int = opt("model", 4, "last n layers remove the own value's direction from attention outputs", off=0)
     value_residual: bool = opt("model", False, "later layers add a learned share of the first layer's value", off=False)
     gated_attention: bool = opt("model", False, "a learned gate of the input on each head's output", off=False)
-    num_loops: int = opt(
-        "model", 0, "extra passes over layers LOOP_START…LOOP_END with the same weights", lo=0, hi=16, off=0
-    )
-    loop_start: int = opt("model", 3, "first layer of the loop", lo=0, off=3)
-    loop_end: int = opt("model", 5, "last layer of the loop", lo=0, off=5)
+    num_loops: int = opt("model", 0, "extra passes over layers LOOP_START…LOOP_END with the same weights", hi=16, off=0)
+    loop_start: int = opt("model", 3, "first layer of the loop", off=3)
+    loop_end: int = opt("model", 5, "last layer of the loop", off=5)
     smear_gate_enabled: bool = opt("model", True, "blend each position's embedding with its predecessor's", off=False)
-    bigram_vocab_size: int = opt("model", 3072, "rows of the hashed bigram table; 0: none", lo=0, hi=1 << 24, off=0)
+    bigram_vocab_size: int = opt("model", 3072, "rows of the hashed bigram table; 0: none", hi=1 << 24, off=0)
     bigram_dim: int = opt("model", 128, "width of the bigram table", lo=1, hi=16384, off=128)
     ve_enabled: bool = opt("model", True, "value embeddings: a token table added to the values of VE_LAYERS", off=False)
     ve_dim: int = opt("model", 128, "width of the value table", lo=1, hi=16384, off=128)
@@ -182,41 +171,39 @@ class Hyperparameters:
     train_seq_len: int = opt("model", 2048, "training context; rotary frequencies belong to it", lo=2, hi=1 << 20)
 
     iterations: int = opt("training", 9000, "steps at most", lo=1)
-    max_wallclock_seconds: float = opt("training", 600.0, "training clock; 0: no limit", lo=0)
-    warmdown_iters: int = opt("training", 3500, "steps of linear learning-rate decay at the end", lo=0)
-    warmup_steps: int = opt("training", 20, "untimed steps per graph that compile and are undone", lo=0)
+    max_wallclock_seconds: float = opt("training", 600.0, "training clock; 0: no limit")
+    warmdown_iters: int = opt("training", 3500, "steps of linear learning-rate decay at the end")
+    warmup_steps: int = opt("training", 20, "untimed steps per graph that compile and are undone")
     train_batch_tokens: int = opt("training", 786432, "targets per step over all ranks", lo=2)
-    micro_batch_tokens: int = opt("training", 0, "targets per forward pass of a rank; 0: as many as fit 98,304", lo=0)
-    embed_lr: float = opt("training", 0.6, "AdamW, tables of an untied model", lo=0)
-    head_lr: float = opt("training", 0.008, "AdamW, untied head", lo=0)
-    tied_embed_lr: float = opt("training", 0.035, "AdamW, tables (token, bigram, value) of a tied model", lo=0)
-    tied_embed_init_std: float = opt("training", 0.005, "initial deviation of the token table", lo=0)
-    matrix_lr: float = opt("training", 0.025, "Muon, block matrices", lo=0)
-    decoder_lr_mult: float = opt("training", 1.0, "MATRIX_LR of the second half of the layers, times this", lo=0)
-    scalar_lr: float = opt("training", 0.025, "AdamW, gains, scales, gates and small projections", lo=0)
-    muon_momentum: float = opt("training", 0.99, "Muon's final momentum", lo=0, hi=0.9999)
-    muon_momentum_warmup_start: float = opt("training", 0.92, "Muon's first momentum", lo=0, hi=0.9999)
-    muon_momentum_warmup_steps: int = opt("training", 1500, "steps from the first to the final momentum", lo=0)
+    micro_batch_tokens: int = opt("training", 0, "targets per forward pass of a rank; 0: as many as fit 98,304")
+    embed_lr: float = opt("training", 0.6, "AdamW, tables of an untied model")
+    head_lr: float = opt("training", 0.008, "AdamW, untied head")
+    tied_embed_lr: float = opt("training", 0.035, "AdamW, tables (token, bigram, value) of a tied model")
+    tied_embed_init_std: float = opt("training", 0.005, "initial deviation of the token table")
+    matrix_lr: float = opt("training", 0.025, "Muon, block matrices")
+    decoder_lr_mult: float = opt("training", 1.0, "MATRIX_LR of the second half of the layers, times this")
+    scalar_lr: float = opt("training", 0.025, "AdamW, gains, scales, gates and small projections")
+    muon_momentum: float = opt("training", 0.99, "Muon's final momentum", hi=0.9999)
+    muon_momentum_warmup_start: float = opt("training", 0.92, "Muon's first momentum", hi=0.9999)
+    muon_momentum_warmup_steps: int = opt("training", 1500, "steps from the first to the final momentum")
     muon_backend_steps: int = opt("training", 5, "Newton-Schulz iterations", lo=1, hi=20)
-    muon_wd: float = opt("training", 0.04, "Muon's decoupled weight decay", lo=0)
-    adam_wd: float = opt("training", 0.04, "AdamW's weight decay", lo=0)
-    beta1: float = opt("training", 0.9, "AdamW", lo=0, hi=0.9999)
-    beta2: float = opt("training", 0.95, "AdamW", lo=0, hi=0.99999)
-    adam_eps: float = opt("training", 1e-8, "AdamW", lo=0)
-    grad_clip_norm: float = opt("training", 0.3, "norm of the averaged gradient; 0: no clipping", lo=0)
-    enable_looping_at: float = opt(
-        "training", 0.35, "share of the steps or of the clock after which loops run", lo=0, hi=0.9
-    )
+    muon_wd: float = opt("training", 0.04, "Muon's decoupled weight decay")
+    adam_wd: float = opt("training", 0.04, "AdamW's weight decay")
+    beta1: float = opt("training", 0.9, "AdamW", hi=0.9999)
+    beta2: float = opt("training", 0.95, "AdamW", hi=0.99999)
+    adam_eps: float = opt("training", 1e-8, "AdamW")
+    grad_clip_norm: float = opt("training", 0.3, "norm of the averaged gradient; 0: no clipping")
+    enable_looping_at: float = opt("training", 0.35, "share of the steps or of the clock after which loops run", hi=0.9)
 
     ema_enabled: bool = opt("averaging", True, "exponential moving average of all weights")
-    ema_decay: float = opt("averaging", 0.997, "reached through the ramp (1+t)/(10+t)", lo=0, hi=0.99999)
+    ema_decay: float = opt("averaging", 0.997, "reached through the ramp (1+t)/(10+t)", hi=0.99999)
     swa_enabled: bool = opt("averaging", False, "tight SWA: mean of snapshots while the rate scale is below 0.2")
     swa_every: int = opt("averaging", 50, "steps between snapshots", lo=1)
-    swa_source: str = opt("averaging", "raw", "what a snapshot takes: EMA or raw weights", choices=("raw", "ema"))
+    swa_source: str = opt("averaging", "raw", "what a snapshot takes: EMA or raw weights", choices="raw ema")
 
     qat_enabled: bool = opt("quantization", False, "fake quantization from the first step")
     late_qat: bool = opt("quantization", True, "fake quantization once the learning-rate scale is below the threshold")
-    late_qat_threshold: float = opt("quantization", 0.57, "learning-rate scale that switches late QAT on", lo=0, hi=1)
+    late_qat_threshold: float = opt("quantization", 0.57, "learning-rate scale that switches late QAT on", hi=1)
     attn_bits: int = opt("quantization", 6, "of the matrices q, k and v", lo=5, hi=8)
     attn_out_bits: int = opt("quantization", 6, "of the attention's output matrix", lo=5, hi=8)
     mlp_bits: int = opt("quantization", 6, "of the MLP's matrices", lo=5, hi=8)
@@ -225,7 +212,7 @@ class Hyperparameters:
         "quantization",
         "clip_search",
         "steps: of a clip search, of sigmas, or rate-distortion",
-        choices=("clip_search", "sdclip", "rd"),
+        choices="clip_search sdclip rd",
     )
     attn_clip_sigmas: float = opt("quantization", 12.85, "sdclip, rd: standard deviations to the last level", 0.1, 1e3)
     mlp_clip_sigmas: float = opt("quantization", 12.85, "the same of the MLP's matrices", lo=0.1, hi=1e3)
@@ -235,38 +222,34 @@ class Hyperparameters:
     )
     gptq_enabled: bool = opt("quantization", False, "full GPTQ of the block matrices, calibrated on training text")
     gptq_calibration_tokens: int = opt("quantization", 262_144, "training tokens for GPTQ and QUANT=rd", lo=2)
-    gptq_reserve_seconds: float = opt("quantization", 0.0, "of the training clock, for calibration; 0: measured", lo=0)
+    gptq_reserve_seconds: float = opt("quantization", 0.0, "of the training clock, for calibration; 0: measured")
     gptq_percdamp: float = opt("quantization", 0.01, "damping, in mean diagonals of the Hessian", lo=1e-6, hi=10)
     gptq_block_size: int = opt("quantization", 128, "columns between updates of all later ones", lo=1)
-    crown_q: float = opt("quantization", 0.0, "weight of CROWN-Q's penalty in the warmdown; 0: none", lo=0)
-    compressor: str = opt("quantization", "lzma", "of the artifact", choices=("lzma", "zstd", "ans"))
+    crown_q: float = opt("quantization", 0.0, "weight of CROWN-Q's penalty in the warmdown; 0: none")
+    compressor: str = opt("quantization", "lzma", "of the artifact", choices="lzma zstd ans")
     artifact_cap_bytes: int = opt("quantization", 16_000_000, "code plus artifact; above it the exit code is 3", lo=1)
 
     eval_seq_len: int = opt("evaluation", 2048, "context when scoring; beyond TRAIN_SEQ_LEN: NTK", lo=2, hi=1 << 20)
-    eval_stride: int = opt("evaluation", 64, "targets per sliding window; 0: no sliding pass", lo=0)
+    eval_stride: int = opt("evaluation", 64, "targets per sliding window; 0: no sliding pass")
     val_batch_size: int = opt("evaluation", 524288, "tokens per scoring batch over all ranks (a memory limit)", lo=1)
-    eval_max_seconds: float = opt(
-        "evaluation", 600.0, "evaluation clock; TTT stops adapting in time; 0: none", lo=0, off=0.0
-    )
+    eval_max_seconds: float = opt("evaluation", 600.0, "evaluation clock; TTT stops adapting in time; 0: none", off=0.0)
     ttt_enabled: bool = opt("evaluation", True, "score-first test-time training after the sliding pass", off=False)
     ttt_params: str = opt(
-        "evaluation", "all", "what adapts: weights, control tensors, LoRA", choices=("all", "scales", "lora"), off="all"
+        "evaluation", "all", "what adapts: weights, control tensors, LoRA", choices="all scales lora", off="all"
     )
-    ttt_optimizer: str = opt("evaluation", "sgd", "of test-time training", choices=("sgd", "adamw"), off="sgd")
-    ttt_lr: float = opt("evaluation", 0.002, "learning rate, cosine over the chunks (LoRA: constant)", lo=0)
-    ttt_warmup_chunks: int = opt("evaluation", 0, "chunks over which the learning rate first rises", lo=0, off=0)
-    ttt_max_chunks: int = opt(
-        "evaluation", 0, "chunks to learn from, then only score; 0: all but the last", lo=0, off=0
-    )
-    ttt_sam_rho: float = opt("evaluation", 0.0, "SAM: gradients are taken this far uphill; 0: none", lo=0, off=0.0)
+    ttt_optimizer: str = opt("evaluation", "sgd", "of test-time training", choices="sgd adamw", off="sgd")
+    ttt_lr: float = opt("evaluation", 0.002, "learning rate, cosine over the chunks (LoRA: constant)")
+    ttt_warmup_chunks: int = opt("evaluation", 0, "chunks over which the learning rate first rises", off=0)
+    ttt_max_chunks: int = opt("evaluation", 0, "chunks to learn from, then only score; 0: all but the last", off=0)
+    ttt_sam_rho: float = opt("evaluation", 0.0, "SAM: gradients are taken this far uphill; 0: none", off=0.0)
     ttt_epochs: int = opt("evaluation", 3, "passes over each scored chunk", lo=1)
     ttt_chunk_tokens: int = opt("evaluation", 32768, "scored targets per chunk, at least", lo=1)
-    ttt_freeze_blocks: int = opt("evaluation", 0, "first blocks that stay fixed", lo=0, off=0)
-    ttt_momentum: float = opt("evaluation", 0.9, "SGD's momentum or AdamW's beta1, carried", lo=0, hi=0.9999)
+    ttt_freeze_blocks: int = opt("evaluation", 0, "first blocks that stay fixed", off=0)
+    ttt_momentum: float = opt("evaluation", 0.9, "SGD's momentum or AdamW's beta1, carried", hi=0.9999)
     ttt_batch_seqs: int = opt("evaluation", 32, "sequences per step over all ranks", lo=1)
-    ttt_grad_clip: float = opt("evaluation", 1.0, "gradient norm of a step (LoRA: per document); 0: none", lo=0)
+    ttt_grad_clip: float = opt("evaluation", 1.0, "gradient norm of a step (LoRA: per document); 0: none")
     ttt_lora_rank: int = opt("evaluation", 8, "of the adapters on q, v and the head", lo=1, hi=1024, off=8)
-    ttt_lora_alpha: float = opt("evaluation", 8.0, "adapters are scaled by alpha/rank", lo=0, off=8.0)
+    ttt_lora_alpha: float = opt("evaluation", 8.0, "adapters are scaled by alpha/rank", off=8.0)
     ttt_lora_chunk: int = opt("evaluation", 256, "targets of a document per step", lo=1, off=256)
     ttt_lora_reset: bool = opt("evaluation", True, "new adapters for each document; 0: carried, one by one", off=True)
     ttt_temperature: bool = opt(
@@ -275,7 +258,7 @@ class Hyperparameters:
     hedge_enabled: bool = opt(
         "evaluation", False, "mix the model with n-grams of scored text (no ruling covers it)", off=False
     )
-    hedge_eta: float = opt("evaluation", 0.3, "learning rate of the mixture's weights", lo=0, hi=100, off=0.3)
+    hedge_eta: float = opt("evaluation", 0.3, "learning rate of the mixture's weights", hi=100, off=0.3)
     hedge_alpha: float = opt("evaluation", 4.0, "n-grams: counts that the shorter context is worth", lo=1e-6, off=4.0)
     hedge_temperature: float = opt("evaluation", 1.5, "of the model's second vote", lo=0.1, hi=10, off=1.5)
 
@@ -286,86 +269,64 @@ class Hyperparameters:
             if broken:
                 raise UserError(message)
 
-    def illegal_combinations(self) -> Iterator[tuple[bool, str]]:
+    @property
+    def named(self) -> types.SimpleNamespace:
+        """Every setting as messages write it: named.num_heads is NUM_HEADS=8."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        texts = {name: f"{v:g}" if isinstance(v, float) else str(v) for name, v in values.items()}
+        return types.SimpleNamespace(**{name: f"{name.upper()}={text}" for name, text in texts.items()})
+
+    def illegal_combinations(self) -> Iterator[tuple[Any, str]]:
         """Pairs (is it broken, what to say). Lazy: a later rule may rely on the earlier ones."""
-        s = self
-        yield s.model_dim % s.num_heads != 0, f"NUM_HEADS={s.num_heads} must divide MODEL_DIM={s.model_dim}"
-        yield s.num_heads % s.num_kv_heads != 0, f"NUM_KV_HEADS={s.num_kv_heads} must divide NUM_HEADS={s.num_heads}"
-        yield s.head_dim % 2 != 0 or s.head_dim < 4, f"MODEL_DIM/NUM_HEADS={s.head_dim} must be even and at least 4"
-        yield (
-            s.rope_dims != 0 and not (4 <= s.rope_dims <= s.head_dim and s.rope_dims % 2 == 0),
-            f"ROPE_DIMS={s.rope_dims} must be 0 or an even number from 4 to the head width {s.head_dim}",
-        )
-        yield s.bigram_vocab_size == 1, "BIGRAM_VOCAB_SIZE=1 leaves no row to hash into; use 0 (none) or at least 2"
-        yield s.xsa_last_n > s.num_layers, f"XSA_LAST_N={s.xsa_last_n} exceeds NUM_LAYERS={s.num_layers}"
-        yield (
-            s.num_loops > 0 and not s.loop_start <= s.loop_end < s.num_layers,
-            f"LOOP_START={s.loop_start} and LOOP_END={s.loop_end} must be layers in order, the last at most "
-            f"{s.num_layers - 1} (NUM_LAYERS={s.num_layers})",
-        )
-        yield s.num_loops > s.model_dim, f"NUM_LOOPS={s.num_loops} exceeds MODEL_DIM={s.model_dim}"
-        yield (
-            s.ve_enabled and not re.fullmatch(r"\s*\d{1,3}\s*(,\s*\d{1,3}\s*)*", s.ve_layers[:1024]),
-            f"VE_LAYERS={s.ve_layers[:32]!r} must be layer numbers separated by commas, such as 9,10",
-        )
-        yield (
-            s.ve_enabled and (len(s.ve_layers) > 1024 or max(s.ve_layer_ids) >= s.num_layers),
-            f"VE_LAYERS={shown(s.ve_layers)} names a layer beyond the last, {s.num_layers - 1} "
-            f"(NUM_LAYERS={s.num_layers})",
-        )
-        yield (
-            s.swa_enabled and s.swa_source == "ema" and not s.ema_enabled,
-            "SWA_SOURCE=ema needs EMA_ENABLED=1; use SWA_SOURCE=raw or SWA_ENABLED=0",
-        )
-        yield 8 < s.embed_bits < 16, f"EMBED_BITS={s.embed_bits} must be from 5 to 8, or 16"
-        yield (
-            s.calibrates and s.gptq_reserve_seconds >= s.max_wallclock_seconds > 0,
-            f"GPTQ_RESERVE_SECONDS={s.gptq_reserve_seconds:g} leaves nothing of "
-            f"MAX_WALLCLOCK_SECONDS={s.max_wallclock_seconds:g} to train in",
-        )
-        yield (
-            s.calibrates and s.gptq_calibration_tokens < s.train_seq_len,
-            f"GPTQ_CALIBRATION_TOKENS={s.gptq_calibration_tokens} is less than one sequence, "
-            f"TRAIN_SEQ_LEN={s.train_seq_len}",
-        )
-        yield s.eval_stride > s.eval_seq_len, f"EVAL_STRIDE={s.eval_stride} exceeds EVAL_SEQ_LEN={s.eval_seq_len}"
+        s, n, lora, last = self, self.named, self.ttt_params == "lora", self.num_layers - 1
+        yield s.model_dim % s.num_heads, f"{n.num_heads} must divide {n.model_dim}"
+        yield s.num_heads % s.num_kv_heads, f"{n.num_kv_heads} must divide {n.num_heads}"
+        yield s.head_dim % 2 or s.head_dim < 4, f"MODEL_DIM/NUM_HEADS={s.head_dim} must be even and at least 4"
+        rotated = s.rope_dims % 2 == 0 and 4 <= s.rope_dims <= s.head_dim
+        says = f"{n.rope_dims} must be 0 or an even number from 4 to the head width {s.head_dim}"
+        yield s.rope_dims and not rotated, says
+        yield s.bigram_vocab_size == 1, f"{n.bigram_vocab_size} leaves no row to hash into; use 0 (none) or at least 2"
+        yield s.xsa_last_n > s.num_layers, f"{n.xsa_last_n} exceeds {n.num_layers}"
+        says = f"{n.loop_start} and {n.loop_end} must be layers in order, the last at most {last} ({n.num_layers})"
+        yield s.num_loops and not s.loop_start <= s.loop_end <= last, says
+        yield s.num_loops > s.model_dim, f"{n.num_loops} exceeds {n.model_dim}"
+        listed = re.fullmatch(r"\s*\d{1,3}\s*(,\s*\d{1,3}\s*)*", s.ve_layers[:1024])
+        says = f"VE_LAYERS={s.ve_layers[:32]!r} must be layer numbers separated by commas, such as 9,10"
+        yield s.ve_enabled and not listed, says
+        says = f"VE_LAYERS={shown(s.ve_layers)} names a layer beyond the last, {last} ({n.num_layers})"
+        yield s.ve_enabled and (len(s.ve_layers) > 1024 or max(s.ve_layer_ids) > last), says
+        says = "SWA_SOURCE=ema needs EMA_ENABLED=1; use SWA_SOURCE=raw or SWA_ENABLED=0"
+        yield s.swa_enabled and s.swa_source == "ema" and not s.ema_enabled, says
+        yield 8 < s.embed_bits < 16, f"{n.embed_bits} must be from 5 to 8, or 16"
+        says = f"{n.gptq_reserve_seconds} leaves nothing of {n.max_wallclock_seconds} to train in"
+        yield s.calibrates and s.gptq_reserve_seconds >= s.max_wallclock_seconds > 0, says
+        says = f"{n.gptq_calibration_tokens} is less than one sequence, {n.train_seq_len}"
+        yield s.calibrates and s.gptq_calibration_tokens < s.train_seq_len, says
+        yield s.eval_stride > s.eval_seq_len, f"{n.eval_stride} exceeds {n.eval_seq_len}"
         yield s.ttt_enabled and s.eval_stride == 0, "TTT_ENABLED=1 needs sliding windows: EVAL_STRIDE of 1 or more"
-        yield (
-            s.ttt_freeze_blocks > s.num_layers,
-            f"TTT_FREEZE_BLOCKS={s.ttt_freeze_blocks} exceeds NUM_LAYERS={s.num_layers}",
-        )
-        yield (
-            not s.ttt_enabled and (s.ttt_params != "all" or s.ttt_temperature or s.hedge_enabled),
-            "TTT_PARAMS, TTT_TEMPERATURE and HEDGE_ENABLED belong to test-time training: TTT_ENABLED=1",
-        )
-        yield (
-            s.ttt_params == "lora"
-            and bool(s.ttt_sam_rho or s.ttt_warmup_chunks or s.ttt_max_chunks or s.ttt_freeze_blocks),
+        yield s.ttt_freeze_blocks > s.num_layers, f"{n.ttt_freeze_blocks} exceeds {n.num_layers}"
+        says = "TTT_PARAMS, TTT_TEMPERATURE and HEDGE_ENABLED belong to test-time training: TTT_ENABLED=1"
+        yield not s.ttt_enabled and (s.ttt_params != "all" or s.ttt_temperature or s.hedge_enabled), says
+        says = (
             "TTT_PARAMS=lora takes one plain step per piece of a document; leave out TTT_SAM_RHO, TTT_WARMUP_CHUNKS, "
-            "TTT_MAX_CHUNKS and TTT_FREEZE_BLOCKS",
         )
-        yield (
-            s.ttt_params == "lora" and (s.ttt_temperature or s.hedge_enabled),
-            "TTT_PARAMS=lora scores documents side by side; TTT_TEMPERATURE and HEDGE_ENABLED need the stream's order",
+        says += "TTT_MAX_CHUNKS and TTT_FREEZE_BLOCKS"
+        yield lora and (s.ttt_sam_rho or s.ttt_warmup_chunks or s.ttt_max_chunks or s.ttt_freeze_blocks), says
+        says = (
+            "TTT_PARAMS=lora scores documents side by side; TTT_TEMPERATURE and HEDGE_ENABLED need the stream's order"
         )
-        yield (
-            s.ttt_params == "lora" and s.eval_seq_len % s.ttt_lora_chunk != 0,
-            f"TTT_LORA_CHUNK={s.ttt_lora_chunk} must divide EVAL_SEQ_LEN={s.eval_seq_len}",
-        )
+        yield lora and (s.ttt_temperature or s.hedge_enabled), says
+        yield lora and s.eval_seq_len % s.ttt_lora_chunk, f"{n.ttt_lora_chunk} must divide {n.eval_seq_len}"
         yield s.eval_only and s.export_only, "EVAL_ONLY=1 and EXPORT_ONLY=1 exclude each other"
         yield s.eval_only and not s.artifact_path, "EVAL_ONLY=1 needs ARTIFACT_PATH"
         yield s.export_only and not s.weights_path, "EXPORT_ONLY=1 needs WEIGHTS_PATH (what SAVE_WEIGHTS=1 wrote)"
-        yield (
-            bool(s.resume) and (s.eval_only or s.export_only),
-            "RESUME goes on with training; leave out EVAL_ONLY and EXPORT_ONLY",
-        )
+        says = "RESUME goes on with training; leave out EVAL_ONLY and EXPORT_ONLY"
+        yield s.resume and (s.eval_only or s.export_only), says
         yield s.resume == "auto" and not s.run_id, "RESUME=auto needs the RUN_ID to go on with"
-        yield bool(s.artifact_path) and not s.eval_only, "ARTIFACT_PATH is read only with EVAL_ONLY=1"
-        yield bool(s.weights_path) and not s.export_only, "WEIGHTS_PATH is read only with EXPORT_ONLY=1"
-        yield (
-            not re.fullmatch(r"[\w.-]{0,128}", s.run_id) or s.run_id.startswith("."),
-            f"RUN_ID={shown(s.run_id)!r} must be a file name of letters, digits, '_', '-' and '.'",
-        )
+        yield s.artifact_path and not s.eval_only, "ARTIFACT_PATH is read only with EVAL_ONLY=1"
+        yield s.weights_path and not s.export_only, "WEIGHTS_PATH is read only with EXPORT_ONLY=1"
+        is_name = re.fullmatch(r"[\w.-]{0,128}", s.run_id) and not s.run_id.startswith(".")
+        yield not is_name, f"RUN_ID={shown(s.run_id)!r} must be a file name of letters, digits, '_', '-' and '.'"
 
     @property
     def head_dim(self) -> int:
@@ -405,48 +366,37 @@ class Hyperparameters:
 
         Apart from the other rules because an artifact is scored at any world size, whatever batch trained it.
         """
+        named, per_rank = self.named, self.train_batch_tokens // world_size
         if self.train_batch_tokens % (world_size * self.train_seq_len):
-            raise UserError(
-                f"TRAIN_BATCH_TOKENS={self.train_batch_tokens} must be a multiple of WORLD_SIZE={world_size} "
-                f"x TRAIN_SEQ_LEN={self.train_seq_len}"
-            )
-        per_rank = self.train_batch_tokens // world_size
+            batch, length = named.train_batch_tokens, named.train_seq_len
+            raise UserError(f"{batch} must be a multiple of WORLD_SIZE={world_size} x {length}")
         if self.micro_batch_tokens % self.train_seq_len:
-            raise UserError(
-                f"MICRO_BATCH_TOKENS={self.micro_batch_tokens} must be a multiple of TRAIN_SEQ_LEN={self.train_seq_len}"
-            )
-        if self.micro_batch_tokens:
-            if per_rank % self.micro_batch_tokens:
-                raise UserError(f"MICRO_BATCH_TOKENS={self.micro_batch_tokens} must divide a rank's {per_rank} tokens")
-            return self.micro_batch_tokens
+            raise UserError(f"{named.micro_batch_tokens} must be a multiple of {named.train_seq_len}")
+        if self.micro_batch_tokens and per_rank % self.micro_batch_tokens:
+            raise UserError(f"{named.micro_batch_tokens} must divide a rank's {per_rank} tokens")
         sequences = per_rank // self.train_seq_len
-        largest = max(1, min(sequences, 98_304 // self.train_seq_len))
-        return next(n for n in range(largest, 0, -1) if sequences % n == 0) * self.train_seq_len
+        most = max(1, min(sequences, 98_304 // self.train_seq_len))
+        automatic = next(n for n in range(most, 0, -1) if sequences % n == 0) * self.train_seq_len
+        return self.micro_batch_tokens or automatic
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str], base: Mapping[str, Any] | None = None) -> "Hyperparameters":
         """Read the environment over `base` (an artifact's own settings), over the defaults. Raises UserError."""
         known = {f.name.upper(): f for f in dataclasses.fields(cls)}
-        values = dict(base or {})
-        given: dict[str, str] = {}
-        refused: dict[str, str] = {}
+        values, given, refused = dict(base or {}), {}, {}
         for name, text in sorted(environ.items()):
             if name in NOT_HERE:
                 accepted, advice = NOT_HERE[name]
                 if comparable(text) not in map(comparable, accepted):
                     instead = "leave it out" + (f" or set {accepted[0]}" if accepted else "")
                     refused[name] = f"{name}={shown(text)} is not offered here: {advice}; {instead}"
-                continue
-            target = PUBLIC_NAMES.get(name, name)
-            if target not in known:
-                if close := near_miss(name, known):
-                    raise UserError(f"unknown setting {shown(name)}; did you mean {close}?")
-                continue
-            if given.setdefault(target, text) != text:
-                raise UserError(
-                    f"{name}={shown(text)} contradicts another spelling of {target}={shown(given[target])}; keep one"
-                )
-            values[known[target].name] = parse_value(known[target], text)
+            elif (target := PUBLIC_NAMES.get(name, name)) in known:
+                if given.setdefault(target, text) != text:
+                    other = f"{target}={shown(given[target])}"
+                    raise UserError(f"{name}={shown(text)} contradicts another spelling of {other}; keep one")
+                values[known[target].name] = parse_value(known[target], text)
+            elif close := near_miss(name, known):
+                raise UserError(f"unknown setting {shown(name)}; did you mean {close}?")
         if refused:
             first, *others = refused
             raise UserError(refused[first] + (f". Nor are {', '.join(others)}" if others else ""))
@@ -591,16 +541,16 @@ def limit_text(limit: float) -> str:
 
 def parse_value(f: dataclasses.Field, text: str) -> Any:
     """Text of the environment to the type of the setting's default."""
-    kind, text = type(f.default), text.strip()
-    if kind is bool:
+    wanted, text = type(f.default), text.strip()
+    if wanted is bool:
         if text.lower() not in ("0", "1", "true", "false"):
             raise UserError(f"{f.name.upper()}={shown(text)} must be 0, 1, true or false")
         return text.lower() in ("1", "true")
     try:
-        return kind(text)
+        return wanted(text)
     except ValueError:
-        wanted = {int: "a whole number", float: "a number"}[kind]
-        raise UserError(f"{f.name.upper()}={shown(text)} must be {wanted}") from None
+        words = {int: "a whole number", float: "a number"}[wanted]
+        raise UserError(f"{f.name.upper()}={shown(text)} must be {words}") from None
 
 
 def check_value(f: dataclasses.Field, value: Any) -> None:
