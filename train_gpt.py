@@ -49,7 +49,6 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
-from time import monotonic
 from typing import Any, NamedTuple
 
 if __name__ == "__main__":  # before the imports, which take seconds and open files
@@ -73,8 +72,6 @@ BOS_ID = 1  # every document starts with it; SentencePiece itself never emits it
 class Interrupted(BaseException):
     """SIGTERM, SIGINT or SIGHUP; the exit code is 128 plus its number."""
 
-    label = "interrupted"
-
     def __init__(self, number: int):
         super().__init__(signal.Signals(number).name)
         self.code = 128 + number
@@ -83,14 +80,11 @@ class Interrupted(BaseException):
 class UserError(Exception):
     """Something the user can fix. Printed as one `error:` line; exit code 2."""
 
-    label = "error"
     agreed = False  # raised on every rank alike: the main rank alone prints it
 
 
 class LimitError(Exception):
     """A limit of the challenge or of arithmetic was broken during the run. One `limit:` line; exit code 3."""
-
-    label = "limit"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -640,12 +634,10 @@ class Place(NamedTuple):
         number = functools.partial(torchrun_number, environ)
         rank, size, local_rank = number("RANK", 0), number("WORLD_SIZE", 1), number("LOCAL_RANK", 0)
         local_size = number("LOCAL_WORLD_SIZE", local_rank + 1)
-        for lower, value, upper, limit in (
-            ("RANK", rank, "WORLD_SIZE", size),
-            ("LOCAL_RANK", local_rank, "LOCAL_WORLD_SIZE", local_size),
-        ):
-            if value >= limit:
-                raise UserError(f"{lower}={value} must be less than {upper}={limit}; start the processes with torchrun")
+        for local, own, count in (("", rank, size), ("LOCAL_", local_rank, local_size)):
+            if own >= count:
+                problem = f"{local}RANK={own} must be less than {local}WORLD_SIZE={count}"
+                raise UserError(f"{problem}; start the processes with torchrun")
         return cls(rank, size, local_rank, local_size)
 
 
@@ -657,6 +649,9 @@ def torchrun_number(environ: Mapping[str, str], name: str, default: int) -> int:
     return int(text)
 
 
+NOTHING_TO_WAIT_FOR = types.SimpleNamespace(wait=lambda: None)  # the handle of what one rank need not send
+
+
 class Ranks:
     """This process among all of torchrun's. Every collective call of the project goes through here.
 
@@ -665,23 +660,22 @@ class Ranks:
 
     def __init__(self, hp: Hyperparameters, environ: Mapping[str, str]):
         self.rank, self.size, local_rank, local_size = Place.from_env(environ)
-        wants_cuda = hp.device == "cuda" or (hp.device == "auto" and torch.cuda.is_available())
-        if wants_cuda and not torch.cuda.is_available():
+        cuda = hp.device == "cuda" or (hp.device == "auto" and torch.cuda.is_available())
+        if cuda and not torch.cuda.is_available():
             raise UserError("DEVICE=cuda, but torch sees no CUDA device; use DEVICE=cpu or a CUDA build of torch")
-        if wants_cuda and local_size > torch.cuda.device_count():
-            count = torch.cuda.device_count()
-            raise UserError(f"{local_size} processes on a host with {count} GPUs; lower --nproc_per_node to {count}")
+        if cuda and local_size > (gpus := torch.cuda.device_count()):
+            raise UserError(f"{local_size} processes on a host with {gpus} GPUs; lower --nproc_per_node to {gpus}")
         if self.size > 1 and not environ.get("MASTER_ADDR"):
             raise UserError(f"WORLD_SIZE={self.size} processes need MASTER_ADDR to meet; start them with torchrun")
         if self.size > 1 and not 0 < torchrun_number(environ, "MASTER_PORT", 0) < 1 << 16:
             raise UserError(f"WORLD_SIZE={self.size} processes need MASTER_PORT, 1 to 65535, to meet; use torchrun")
-        self.device = torch.device("cuda", local_rank) if wants_cuda else torch.device("cpu")
-        if wants_cuda:
+        self.device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+        if cuda:
             torch.cuda.set_device(self.device)
         if self.size > 1:
-            backend, store = "nccl" if wants_cuda else "gloo", fresh_store(self.rank, self.size)
+            backend, store = "nccl" if cuda else "gloo", fresh_store(self.rank, self.size)
             dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.size)
-            if wants_cuda:
+            if cuda:
                 dist.barrier(device_ids=[local_rank])  # the communicator is built here, not in the first timed step
         # torch 2.13 renames the flat collectives; older versions know only the first names.
         self._gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -698,7 +692,7 @@ class Ranks:
 
     def start_sum(self, x: Tensor):
         """Start summing x over ranks in place; returns a handle whose wait() completes it."""
-        return dist.all_reduce(x, dist.ReduceOp.SUM, async_op=True) if self.size > 1 else _Done()
+        return dist.all_reduce(x, dist.ReduceOp.SUM, async_op=True) if self.size > 1 else NOTHING_TO_WAIT_FOR
 
     def largest(self, x: float) -> float:
         """The largest x of all ranks."""
@@ -716,11 +710,11 @@ class Ranks:
 
     def start_reduce_scatter(self, shard: Tensor, full: Tensor):
         """shard (n/size, …) ← this rank's rows of the sum of full (n, …) over ranks; returns a handle."""
-        return self._scatter(shard, full, op=dist.ReduceOp.SUM, async_op=True) if self.size > 1 else _Done()
+        return self._scatter(shard, full, op=dist.ReduceOp.SUM, async_op=True) if self.size > 1 else NOTHING_TO_WAIT_FOR
 
     def start_all_gather(self, full: Tensor, shard: Tensor):
         """full (n, …) ← every rank's shard (n/size, …); returns a handle."""
-        return self._gather(full, shard, async_op=True) if self.size > 1 else _Done()
+        return self._gather(full, shard, async_op=True) if self.size > 1 else NOTHING_TO_WAIT_FOR
 
     def broadcast_object(self, x: Any) -> Any:
         """The main rank's object, on every rank."""
@@ -732,16 +726,15 @@ class Ranks:
 
     def agree(self, work: Callable[[], Any]) -> Any:
         """Run `work` on every rank; a UserError on any rank is raised on all, so that none waits for another."""
-        result, problem = None, None
+        result = problem = None
         try:
             result = work()
         except UserError as error:
             problem = str(error)
+        problems = [problem] * self.size
         if self.size > 1:
-            problems = [None] * self.size
             dist.all_gather_object(problems, problem)
-            problem = next((p for p in problems if p), None)
-        if problem:
+        if problem := next(filter(None, problems), None):
             error = UserError(problem)
             error.agreed = True
             raise error
@@ -783,13 +776,6 @@ def fresh_store(rank: int, size: int) -> dist.Store:
         time.sleep(0.02)
     store.set(f"{keys[0]}/met{rank}", "")
     return dist.PrefixStore(keys[0], store)
-
-
-class _Done:
-    """The handle of a communication that one rank need not make."""
-
-    def wait(self) -> None:
-        pass
 
 
 PROGRESS_SECONDS = 30.0  # between lines of progress
@@ -991,6 +977,12 @@ class Signals:
         """The run ends, for whatever reason: one is enough."""
         self.deferred = self.leaving = True
 
+    def say(self, line: str, own: bool = False) -> None:
+        """The last line, in the log and on the console: the main rank's or, where it has one of its own, any rank's."""
+        if self.speaks or own:
+            complain(line)
+        self.log(line, console=False)
+
     def handle(self, number: int, _) -> None:
         first, self.caught = not self.caught, self.caught or number
         if first and not self.deferred:
@@ -998,9 +990,9 @@ class Signals:
 
     def watch(self, pipe: int, numbers: Sequence[int]) -> None:
         """End the process where the main thread does not; reads the numbers of signals until the pipe is closed."""
-        first, begun, since, told, again = 0, 0.0, math.inf, False, False
+        first, begun, since, announced, again = 0, 0.0, math.inf, False, False
         while True:
-            ready, now = select.select([pipe], [], [], 0.1 if first else None)[0], monotonic()
+            ready, now = select.select([pipe], [], [], 0.1 if first else None)[0], time.monotonic()
             if ready:
                 read = os.read(pipe, 1)
                 if not read:
@@ -1010,17 +1002,14 @@ class Signals:
                     first, begun = (first, begun) if first else (read[0], now)
             if self.deferred and not self.leaving:
                 since = math.inf
-                if first and not told and now - begun > 2:
-                    told = True
+                if first and not announced and now - begun > 2:
+                    announced = True
                     self.log(f"signal:{Interrupted(first)} the step ends, then the run; another signal ends it at once")
             elif first:
                 since = min(since, now)
             if again or now - since > self.patience:
                 if not self.leaving:
-                    line = f"interrupted: {Interrupted(first)}; {self.advice}"
-                    if self.speaks:
-                        complain(line)
-                    self.log(line, console=False)
+                    self.say(f"interrupted: {Interrupted(first)}; {self.advice}")
                 os._exit(128 + first)
 
 
@@ -1075,12 +1064,12 @@ class Clock:
         loss is this rank's part of the mean, the norm that of the averaged gradient; both are () on the device.
         """
         self.collect()
-        told = torch.zeros(4 + self.ranks.size, dtype=torch.float64)
-        told[2], told[3] = self.problem is not None, self.signals.caught != 0
-        told[4 + self.ranks.rank] = self.local_ms()
-        told = told.to(loss.device, non_blocking=True)
-        told[0], told[1] = loss.detach(), ~(loss.detach() + gradient_norm).isfinite()
-        self._pending = start_read(self.ranks.sum_(told))
+        message = torch.zeros(4 + self.ranks.size, dtype=torch.float64)
+        message[2], message[3] = self.problem is not None, self.signals.caught != 0
+        message[4 + self.ranks.rank] = self.local_ms()
+        message = message.to(loss.device, non_blocking=True)
+        message[0], message[1] = loss.detach(), ~(loss.detach() + gradient_norm).isfinite()
+        self._pending = start_read(self.ranks.sum_(message))
 
     def collect(self) -> None:
         """Wait for the posted step and adopt it.
@@ -1148,12 +1137,8 @@ def peak_memory_mib(device: torch.device) -> tuple[int, int]:
 def activation_dtype(name: str, device: torch.device) -> torch.dtype:
     """DTYPE=auto is bf16 where the device has instructions for it."""
     if name == "auto":
-        fast = (
-            torch.cuda.is_bf16_supported(including_emulation=False)
-            if device.type == "cuda"
-            else torch.cpu._is_avx512_bf16_supported()
-        )
-        name = "bf16" if fast else "fp32"
+        cuda, cpu = functools.partial(torch.cuda.is_bf16_supported, False), torch.cpu._is_avx512_bf16_supported
+        name = "bf16" if (cuda if device.type == "cuda" else cpu)() else "fp32"
     return {"bf16": torch.bfloat16, "fp32": torch.float32}[name]
 
 
@@ -1260,28 +1245,25 @@ def read_checkpoint(path: Path) -> Checkpoint:
         blob = read_file(path, CHECKPOINT_MAGIC)
     except OSError as error:
         raise UserError(f"cannot read the checkpoint {path}: {error.strerror}") from None
-    older = [p for p in find_checkpoints(path.parent) if p != path]
-    advice = f"; RESUME={older[-1]} is another one" if older else "; there is no other one"
-    start = len(CHECKPOINT_MAGIC) + 8
+    others = [p for p in find_checkpoints(path.parent) if p != path]
+    advice = f"; RESUME={others[-1]} is another one" if others else "; there is no other one"
     foreign = UserError(f"{path} is no checkpoint of this script{advice}")
-    if blob[: len(CHECKPOINT_MAGIC)] != CHECKPOINT_MAGIC or len(blob) < start + 32:
+    body, start = memoryview(blob)[:-32], len(CHECKPOINT_MAGIC) + 8
+    if not blob.startswith(CHECKPOINT_MAGIC) or len(body) < start:
         raise foreign
-    view = memoryview(blob)
-    if hashlib.sha256(view[:-32]).digest() != blob[-32:]:
+    if hashlib.sha256(body).digest() != blob[-32:]:
         raise UserError(f"the checkpoint {path} is damaged or not whole: its checksum does not match{advice}")
-    end = start + int.from_bytes(blob[start - 8 : start], "little")
+    end = start + int.from_bytes(body[start - 8 : start], "little")
     try:
-        meta, tensors = json.loads(blob[start:end]), {}
+        meta, tensors = json.loads(bytes(body[start:end])), {}
         for name, shape, dtype in meta.pop("tensors"):
             if not all(type(n) is int and n >= 0 for n in shape):
                 raise foreign
-            size = math.prod(shape) * np.dtype(dtype).itemsize
-            data = np.frombuffer(view[end : min(end + size, len(blob) - 32)], dtype)
-            tensors[name] = torch.from_numpy(data.reshape(shape).copy())
-            end += size
+            start, end = end, end + math.prod(shape) * np.dtype(dtype).itemsize
+            tensors[name] = torch.from_numpy(np.frombuffer(body[start:end], dtype).reshape(shape).copy())
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         raise foreign from None
-    if end != len(blob) - 32 or {k: type(v) for k, v in meta.items()} != CHECKPOINT_META:
+    if end != len(body) or {k: type(v) for k, v in meta.items()} != CHECKPOINT_META:
         raise foreign
     return Checkpoint(path, meta, tensors)
 
@@ -1301,11 +1283,11 @@ def find_resumed(hp: Hyperparameters, source: bytes) -> Checkpoint | None:
         return None
     path = Path(hp.resume)
     if hp.resume == "auto":
-        folder = Path(hp.out_dir) / "runs" / hp.run_id
+        log, folder = output_paths(hp, hp.run_id)
         try:
             if (folder / "result.json").exists():
                 raise UserError(f"RUN_ID={hp.run_id} has ended: {folder / 'result.json'}; there is nothing to resume")
-            if (log := log_path(hp, hp.run_id)).exists():
+            if log.exists():
                 open_locked(log).close()  # beside a run that is alive, its checkpoints come and go
             found = find_checkpoints(folder)
         except OSError as error:
@@ -1319,13 +1301,10 @@ def find_resumed(hp: Hyperparameters, source: bytes) -> Checkpoint | None:
     settings, theirs = dataclasses.asdict(hp), checkpoint.meta["settings"]
     if settings.keys() != theirs.keys() or not re.fullmatch(r"\w[\w.-]{0,127}", checkpoint.meta["run_id"]):
         raise UserError(f"{path} is no checkpoint of this script")
-    different = [
-        f"{name.upper()}={settings[name]} here, {value} there"
-        for name, value in theirs.items()
-        if name not in MAY_CHANGE and settings[name] != value
-    ]
-    if different:
-        raise UserError(f"{path} was made with other settings: {'; '.join(different)}")
+    changed = [name for name in theirs if name not in MAY_CHANGE and settings[name] != theirs[name]]
+    if changed:
+        differences = "; ".join(f"{name.upper()}={settings[name]} here, {theirs[name]} there" for name in changed)
+        raise UserError(f"{path} was made with other settings: {differences}")
     return checkpoint
 
 
@@ -1367,18 +1346,13 @@ def find_shards(hp: Hyperparameters, split: str) -> list[Path]:
         names = []
     except OSError as error:
         raise UserError(f"cannot read DATA_PATH={folder}: {error.strerror}") from None
-    paths = sorted(folder / name for name in names if fnmatch(name, f"fineweb_{split}_*.bin"))
     if sidecars := sorted(folder / name for name in names if fnmatch(name, "fineweb_*_bytes_*.bin")):
-        raise UserError(
-            f"{sidecars[0]} is a byte sidecar: these shards hold transformed text (CaseOps), whose bytes this script "
-            "does not count; use shards of plain text"
-        )
-    if not paths:
-        raise UserError(
-            f"no fineweb_{split}_*.bin in DATA_PATH={folder}; prepare data first: `python data/prepare.py fineweb` "
-            "(published shards) or `python data/prepare.py offline` (no download), then set DATA_PATH"
-        )
-    return paths
+        text = "these shards hold transformed text (CaseOps), whose bytes this script does not count"
+        raise UserError(f"{sidecars[0]} is a byte sidecar: {text}; use shards of plain text")
+    if paths := sorted(folder / name for name in names if fnmatch(name, f"fineweb_{split}_*.bin")):
+        return paths
+    ways = "`python data/prepare.py fineweb` (published shards) or `python data/prepare.py offline` (no download)"
+    raise UserError(f"no fineweb_{split}_*.bin in DATA_PATH={folder}; prepare data first: {ways}, then set DATA_PATH")
 
 
 def data_fingerprint(paths: Sequence[Path]) -> str:
@@ -1426,11 +1400,9 @@ class TokenStream:
             raise UserError(f"cannot read shard {path} any more: {error.strerror}; put it back") from None
         if len(tokens) < count:
             raise UserError(f"shard {path} became shorter while it was in use; fetch or build it again")
-        if (largest := int(tokens.max())) >= self.vocab_size:
-            raise UserError(
-                f"{path} holds token id {largest}, but VOCAB_SIZE={self.vocab_size}; "
-                "set VOCAB_SIZE to the tokenizer's size or use shards made with it"
-            )
+        if (token := int(tokens.max())) >= self.vocab_size:
+            advice = "set VOCAB_SIZE to the tokenizer's size or use shards made with it"
+            raise UserError(f"{path} holds token id {token}, but VOCAB_SIZE={self.vocab_size}; {advice}")
         return tokens
 
 
@@ -1512,28 +1484,27 @@ class TokenBytes:
         is_byte = np.array([model.is_byte(i) for i in range(n)])
         self.boundary = np.array([model.is_control(i) or model.is_unknown(i) or model.is_unused(i) for i in range(n)])
         ordinary = ~(is_byte | self.boundary)
-        if not any(p == "▁" and ordinary[i] for i, p in enumerate(pieces)):
-            raise UserError(f"tokenizer {path} has no `▁` piece of its own: a space would become three byte tokens")
-        if int(is_byte.sum()) != 256:
-            raise UserError(
-                f"tokenizer {path} has no byte fallback: rare characters become a lossy <unk>; train it with one"
-            )
-        if not (pieces[BOS_ID] and model.is_control(BOS_ID)):
-            raise UserError(f"tokenizer {path} has no control token with id {BOS_ID} to start a document")
         self.unknown_id = model.unk_id()
         self.leading_space = np.array([p.startswith("▁") for p in pieces]) & ordinary
         lengths = [len(p.removeprefix("▁").replace("▁", " ").encode()) for p in pieces]
         self.base = np.where(is_byte, 1, np.where(ordinary, lengths, 0)).astype(np.int64)
         self.sha256 = hashlib.sha256(serialized).hexdigest()
-        if problem := self.misspelling(model, pieces):
-            raise UserError(f"tokenizer {path} {problem}; bits per byte of the text cannot be known from its ids")
+        if "▁" not in (piece for piece, spelled in zip(pieces, ordinary, strict=True) if spelled):
+            problem = "has no `▁` piece of its own: a space would become three byte tokens"
+        elif is_byte.sum() != 256:
+            problem = "has no byte fallback: rare characters become a lossy <unk>; train it with one"
+        elif not (pieces[BOS_ID] and model.is_control(BOS_ID)):
+            problem = f"has no control token with id {BOS_ID} to start a document"
+        elif problem := self.misspelling(model, pieces):
+            problem += "; bits per byte of the text cannot be known from its ids"
+        if problem:
+            raise UserError(f"tokenizer {path} {problem}")
 
     def misspelling(self, model: Any, pieces: list[str]) -> str | None:
         """Why this tokenizer's pieces do not spell the text that it was given, or None."""
-        if own := [
-            p for p, kind in zip(pieces, piece_types(model.serialized_model_proto()), strict=False) if kind == 4
-        ]:
-            return f"has user-defined symbols ({', '.join(map(ascii, own[:4]))}), which a transform of the text may use"
+        typed = zip(pieces, piece_types(model.serialized_model_proto()), strict=False)
+        if own := [ascii(piece) for piece, number in typed if number == 4]:
+            return f"has user-defined symbols ({', '.join(own[:4])}), which a transform of the text may use"
         # NFKC and folded spaces are the challenge's own; its tokenizers keep every letter's case and accents.
         letters = "".join(c for c in map(chr, range(0x21, 0x530)) if c.isalpha() or c < "\x7f")
         normal = model.normalize(letters).replace("▁", " ").strip()
@@ -1563,27 +1534,17 @@ def piece_types(model: bytes) -> list[int]:
 
 def protobuf_fields(message: bytes) -> Iterator[tuple[int, Any]]:
     """(number, value) of each field in protobuf's wire format: whole numbers for varints, else the field's bytes."""
-    place = 0
+    data = io.BytesIO(message)
 
-    def varint() -> int:
-        nonlocal place
-        value = shift = 0
-        while True:
-            byte, place = message[place], place + 1
-            value, shift = value | (byte & 127) << shift, shift + 7
-            if byte < 128:
-                return value
+    def varint() -> int:  # seven bits a byte, the lowest first, until a byte below 128
+        (byte,) = data.read(1)
+        return byte if byte < 128 else byte - 128 | varint() << 7
 
-    while place < len(message):
+    while data.tell() < len(message):
         number, wire = divmod(varint(), 8)
-        if wire == 0:
-            yield number, varint()
-            continue
-        if wire not in (1, 2, 5):
+        if wire not in (0, 1, 2, 5):
             raise UserError("the tokenizer's protobuf has a group, which SentencePiece does not write; use another")
-        size = {1: 8, 5: 4}[wire] if wire != 2 else varint()
-        yield number, message[place : place + size]
-        place += size
+        yield number, varint() if wire == 0 else data.read({1: 8, 5: 4}[wire] if wire != 2 else varint())
 
 
 class Validation(NamedTuple):
@@ -1613,9 +1574,8 @@ def load_validation(hp: Hyperparameters) -> Validation:
     }
     for problem, found in problems.items():
         if found:
-            raise UserError(
-                f"the validation split in DATA_PATH={hp.data_path} {problem}; build it with data/prepare.py"
-            )
+            split = f"the validation split in DATA_PATH={hp.data_path}"
+            raise UserError(f"{split} {problem}; build it with data/prepare.py")
     documents = prepared_documents(Path(hp.data_path), counter.sha256)
     return Validation(tokens, counter.count(tokens), stream.fingerprint, path, counter.sha256, documents)
 
@@ -4902,7 +4862,7 @@ def open_outputs(hp: Hyperparameters, run_id: str, ranks: Ranks, goes_on: bool) 
 
     A log of a run that left no checkpoint to go on from is set aside: a log is of one run.
     """
-    path, folder = log_path(hp, run_id), Path(hp.out_dir) / "runs" / run_id
+    path, folder = output_paths(hp, run_id)
     if not ranks.is_main:
         return Log(None), folder
     try:
@@ -4911,8 +4871,8 @@ def open_outputs(hp: Hyperparameters, run_id: str, ranks: Ranks, goes_on: bool) 
             raise UserError(f"RUN_ID={run_id} has a log already; choose another or move {path} away")
         if (folder / "result.json").exists():
             raise UserError(f"RUN_ID={run_id} has ended already: {folder / 'result.json'}; choose another RUN_ID")
-        for needed in (path.parent, folder):
-            needed.mkdir(parents=True, exist_ok=True)
+        for parent in (path.parent, folder):
+            parent.mkdir(parents=True, exist_ok=True)
         written = [p.stat().st_size for p in (path, *find_checkpoints(folder)) if p.exists()]  # by the run that goes on
         free = shutil.disk_usage(folder).free + sum(written)
         needed = bytes_to_write(hp)
@@ -4930,8 +4890,9 @@ def open_outputs(hp: Hyperparameters, run_id: str, ranks: Ranks, goes_on: bool) 
         raise UserError(f"cannot write to OUT_DIR={hp.out_dir}: {error.strerror} ({error.filename})") from None
 
 
-def log_path(hp: Hyperparameters, run_id: str) -> Path:
-    return Path(hp.out_dir) / "logs" / f"{run_id}.txt"
+def output_paths(hp: Hyperparameters, run_id: str) -> tuple[Path, Path]:
+    """The log and the folder of results."""
+    return Path(hp.out_dir) / "logs" / f"{run_id}.txt", Path(hp.out_dir) / "runs" / run_id
 
 
 def count_weights(hp: Hyperparameters) -> int:
@@ -4967,15 +4928,6 @@ def bytes_to_write(hp: Hyperparameters) -> int:
     return (1 << 20) + artifact + weights * hp.save_weights + checkpoints
 
 
-def log_source(run: Run) -> None:
-    """All settings and the source that runs, in the file alone. Both are the same when a run goes on."""
-    log = run.log
-    log(f"settings {json.dumps(dataclasses.asdict(run.hp))}", console=False)
-    log(f"===== source begin bytes:{len(run.source)} =====", console=False)
-    log(run.source.decode(), console=False)
-    log("===== source end =====", console=False)
-
-
 def log_run(run: Run, attention: str, notes: Sequence[str]) -> None:
     """Where and what: the first lines of the log."""
     hp, log, val, stream = run.hp, run.log, run.val, run.stream
@@ -4988,8 +4940,11 @@ def log_run(run: Run, attention: str, notes: Sequence[str]) -> None:
         log(f"setting:{name}={int(value) if isinstance(value, bool) else value}")
     for note in notes:
         log(note)
-    if log.fresh:
-        log_source(run)
+    if log.fresh:  # in the file alone; both are the same when a run goes on
+        log(f"settings {json.dumps(dataclasses.asdict(hp))}", console=False)
+        log(f"===== source begin bytes:{len(run.source)} =====", console=False)
+        log(run.source.decode(), console=False)
+        log("===== source end =====", console=False)
     log(f"seed:{hp.seed}")
     log(f"val_bpb:enabled tokenizer_kind=sentencepiece tokenizer_path={val.tokenizer_path}")
     if stream is not None:
@@ -5013,28 +4968,29 @@ def write_result(run: Run, path: Path, data: bytes) -> Path:
 
 def prepare(job: Job, ranks: Ranks, signals: Signals) -> Run:
     """All that can go wrong before any work goes wrong here, on all ranks alike. Raises UserError."""
-    hp = job.hp
-    dtype = activation_dtype(hp.dtype, ranks.device)
-    compile = hp.compile == "1" or (hp.compile == "auto" and ranks.device.type == "cuda")
-    ranks.agree(lambda: check_compiler(compile, ranks.device))
-    attention, attend = ranks.agree(lambda: choose_attention(hp, ranks.device, dtype))
-    val = ranks.agree(lambda: load_validation(hp))
-    ranks.agree(lambda: check_data(job, val))
-    stream = None
-    if job.reads_training_text:
-        stream = ranks.agree(lambda: TokenStream(find_shards(hp, "train"), hp.vocab_size))
-    ranks.agree(lambda: check_memory(hp, ranks.device))
-    source = Path(__file__).read_bytes()
-    checkpoint = ranks.agree(lambda: find_resumed(hp, source) if ranks.is_main else None)
+    hp, device, source = job.hp, ranks.device, Path(__file__).read_bytes()
+    dtype = activation_dtype(hp.dtype, device)
+    compile = hp.compile == "1" or (hp.compile == "auto" and device.type == "cuda")
+
+    def check() -> tuple[str, Callable, Validation, TokenStream | None, Checkpoint | None]:
+        """What each rank does by itself: none may wait for another in here."""
+        check_compiler(compile, device)
+        attention, attend = choose_attention(hp, device, dtype)
+        val = load_validation(hp)
+        check_data(job, val)
+        stream = TokenStream(find_shards(hp, "train"), hp.vocab_size) if job.reads_training_text else None
+        check_memory(hp, device)
+        return attention, attend, val, stream, find_resumed(hp, source) if ranks.is_main else None
+
+    attention, attend, val, stream, checkpoint = ranks.agree(check)
     shared = ranks.broadcast_object(checkpoint and checkpoint._replace(tensors={}))
-    checkpoint = checkpoint or shared
-    if checkpoint is not None:
+    if checkpoint := checkpoint or shared:
         ranks.agree(lambda: check_resumed(checkpoint, stream, val, dtype))
         signals.resume_from(checkpoint.path)
     stamp = f"{time.strftime('%Y%m%d-%H%M%S')}-seed{hp.seed}-{os.urandom(2).hex()}"
     run_id = ranks.broadcast_object(hp.run_id or (checkpoint.meta["run_id"] if checkpoint else stamp))
     log, folder = ranks.agree(lambda: open_outputs(hp, run_id, ranks, checkpoint is not None))
-    phases, signals.log = Phases(ranks.device), log
+    phases, signals.log = Phases(device), log
     run = Run(hp, ranks, log, phases, dtype, attend, compile, val, stream, folder, source, signals, checkpoint)
     log_run(run, attention, job.notes)
     return run
@@ -5050,50 +5006,25 @@ def check_data(job: Job, val: Validation) -> None:
 def check_resumed(checkpoint: Checkpoint, stream: TokenStream, val: Validation, dtype: torch.dtype) -> None:
     """Whether the run goes on with the data and arithmetic it began with. Raises UserError."""
     meta, data = checkpoint.meta, [stream.fingerprint, val.fingerprint, val.tokenizer_sha256]
-    for what, here, there in zip(
-        ("training shards", "validation shards", "tokenizer"), data, meta["data"], strict=True
-    ):
+    names = ("training shards", "validation shards", "tokenizer")
+    for name, here, there in zip(names, data, meta["data"], strict=True):
         if here != there:
-            raise UserError(
-                f"{checkpoint.path} was made with other {what} (fingerprint {there[:16]}, here {here[:16]})"
-            )
+            fingerprints = f"fingerprint {there[:16]}, here {here[:16]}"
+            raise UserError(f"{checkpoint.path} was made with other {name} ({fingerprints})")
     if meta["dtype"] != str(dtype):
         raise UserError(f"{checkpoint.path} was made with {meta['dtype']}, here it would be {dtype}; set DTYPE")
 
 
-def run_job(job: Job, ranks: Ranks, signals: Signals) -> int:
-    """The whole run after the settings are known. Returns the exit code."""
-    run = prepare(job, ranks, signals)
-    try:
-        try:
-            return carry_out(run, job)
-        except (RuntimeError, MemoryError) as error:
-            if isinstance(cause := getattr(error, "inner_exception", None), OSError):  # of torch.compile
-                raise UserError(f"torch.compile fails: {cause}; {signals.advice}") from None
-            on_gpu = isinstance(error, torch.OutOfMemoryError)  # torch has no such class for the CPU
-            if not (on_gpu or isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error)):
-                raise
-            names = "MICRO_BATCH_TOKENS (training), VAL_BATCH_SIZE (scoring) or TTT_BATCH_SEQS (a part of the method)"
-            raise UserError(f"out of {'GPU ' * on_gpu}memory; lower {names}; {signals.advice}") from None
-    except (LimitError, UserError, Interrupted) as end:
-        signals.leave()
-        run.log(f"{end.label}: {end}" + (f"; {signals.advice}" if isinstance(end, Interrupted) else ""), console=False)
-        raise
-
-
-def carry_out(run: Run, job: Job) -> int:
+def run_job(run: Run, job: Job) -> int:
     """Train or take up what is there, export, read back, score. Returns the exit code."""
-    hp, log = run.hp, run.log
-    result: dict[str, Any] = dict(
-        run_id=run.folder.name, mode="train", steps=None, train_tokens=None, exported=None, audit=None
-    )
-    trainer = None
+    hp, log, trainer, mode = run.hp, run.log, None, "train"
+    facts: dict[str, Any] = dict(steps=None, train_tokens=None, exported=None, audit=None)  # of the result
     if hp.eval_only:
-        result["mode"], path, blob = "eval_only", Path(hp.artifact_path), job.blob
+        mode, path, blob = "eval_only", Path(hp.artifact_path), job.blob
         run.signals.advice = scored_again(path)
     elif hp.export_only:
+        mode = "export_only"
         log(f"export_only: weights from {hp.weights_path}; this is no timed run")
-        result["mode"] = "export_only"
         path, blob = export(run, {name: stored.dequantize() for name, stored in job.tensors.items()})
     else:
         trainer = Trainer(run)
@@ -5104,8 +5035,8 @@ def carry_out(run: Run, job: Job) -> int:
         with run.phases("average"):
             source, weights = trainer.exported_weights()
         log(f"export_weights:{source} swa_samples:{trainer.averages.swa_samples}")
-        result |= dict(steps=trainer.step, train_tokens=trainer.step * hp.train_batch_tokens, exported=source)
-        result["resumed_at"] = trainer.resumed_at
+        facts |= dict(steps=trainer.step, train_tokens=trainer.step * hp.train_batch_tokens, exported=source)
+        facts["resumed_at"] = trainer.resumed_at
         if hp.save_weights and run.ranks.is_main:
             save_weights(run, weights)
         path, blob = export(run, weights)  # before any diagnostic: a run that dies later has its artifact
@@ -5118,65 +5049,38 @@ def carry_out(run: Run, job: Job) -> int:
     trainer = None  # frees its memory before the evaluation
     evaluation = Evaluation(run, tensors)
     evaluated = evaluation.score_all()
-    result |= dict(eval_seconds=run.ranks.largest(evaluation.elapsed()), eval_cut=evaluation.cut)
+    facts |= dict(mode=mode, eval_seconds=run.ranks.largest(evaluation.elapsed()), eval_cut=evaluation.cut)
     if hp.audit:
-        ledger = run.phases.seconds | dict(evaluation=result["eval_seconds"])
+        ledger = run.phases.seconds | dict(evaluation=facts["eval_seconds"])
         with run.phases("audit"):
             findings = Audit(evaluation).check(evaluated, (len(run.source), len(blob)), ledger)
         for name, (passed, figure) in findings.items():
             log(f"audit:{name} {'pass' if passed else 'FAIL'} {figure}")
-        result["audit"] = {name: finding._asdict() for name, finding in findings.items()}
-    scores |= evaluated
-    return finish(run, result, scores, path, blob)
+        facts["audit"] = {name: finding._asdict() for name, finding in findings.items()}
+    return write_results(run, facts, scores | evaluated, path, blob)
 
 
-def limits_broken(hp: Hyperparameters, size: int, result: Mapping, headline: Score) -> Iterator[str]:
-    """What makes the exit code 3, in words."""
-    if size > hp.artifact_cap_bytes:
-        over = size - hp.artifact_cap_bytes
-        yield f"code and artifact are {size} bytes, {over} over ARTIFACT_CAP_BYTES={hp.artifact_cap_bytes}"
-    if result["train_seconds"] > hp.max_wallclock_seconds > 0:
-        spent, cap = result["train_seconds"], hp.max_wallclock_seconds
-        yield f"training and averaging took {spent:.1f} s, more than MAX_WALLCLOCK_SECONDS={cap:g}"
-    if result["eval_seconds"] > hp.eval_max_seconds > 0:
-        yield f"the evaluation took {result['eval_seconds']:.1f} s, more than EVAL_MAX_SECONDS={hp.eval_max_seconds:g}"
-    if not math.isfinite(headline.nats):
-        yield "the headline is not finite; lower TTT_LR if the scores before it are"
-    for name, finding in (result["audit"] or {}).items():
-        if not finding["passed"]:
-            yield f"audit:{name} failed: {finding['figure']}"
-
-
-def finish(run: Run, result: dict, scores: Mapping[str, Score], path: Path, blob: bytes) -> int:
-    """The `result` line and file, and the exit code: 3 where code and artifact exceed the cap."""
+def write_results(run: Run, facts: Mapping, scores: Mapping[str, Score], path: Path, blob: bytes) -> int:
+    """The `result` line and file, and the exit code: 3 where a limit is broken."""
     hp, log, val, seconds = run.hp, run.log, run.val, run.phases.seconds
     for name, spent in seconds.items():
         log(f"phase:{name} seconds:{spent:.2f}")
-    headline = list(scores)[-1]
-    size = len(blob) + len(run.source)
+    headline, code, size = list(scores)[-1], len(run.source), len(blob)
+    fingerprint = run.stream.fingerprint if run.stream is not None else None
+    digests = {"code_sha256": run.source, "artifact_sha256": blob}
+    result = dict(run_id=run.folder.name, **facts, seed=hp.seed, settings_hash=hp.settings_hash())
+    result |= {name: hashlib.sha256(data).hexdigest() for name, data in digests.items()}
     result |= dict(
-        seed=hp.seed,
-        settings_hash=hp.settings_hash(),
-        code_sha256=hashlib.sha256(run.source).hexdigest(),
-        artifact_sha256=hashlib.sha256(blob).hexdigest(),
-        train_fingerprint=run.stream.fingerprint if run.stream is not None else None,
-        val_fingerprint=val.fingerprint,
-        tokenizer_sha256=val.tokenizer_sha256,
-        world_size=run.ranks.size,
-        device=device_name(run.ranks.device),
-        torch=torch.__version__,
-        dtype=str(run.dtype).removeprefix("torch."),
-        train_seconds=sum(seconds.get(phase, 0.0) for phase in TRAINING_PHASES),
-        phase_seconds=seconds,
-        peak_memory_mib=peak_memory_mib(run.ranks.device)[0],
-        bytes_code=len(run.source),
-        bytes_artifact=len(blob),
-        bytes_total=size,
-        bytes_cap=hp.artifact_cap_bytes,
-        scores={k: s.as_json() | dict(tokens=s.tokens, bytes=s.bytes) for k, s in scores.items()},
-        headline=dict(label=headline) | scores[headline].as_json(),
+        train_fingerprint=fingerprint, val_fingerprint=val.fingerprint, tokenizer_sha256=val.tokenizer_sha256
     )
-    broken, line = list(limits_broken(hp, size, result, scores[headline])), json.dumps(result)
+    result |= dict(world_size=run.ranks.size, device=device_name(run.ranks.device), torch=torch.__version__)
+    result |= dict(dtype=str(run.dtype).removeprefix("torch."), phase_seconds=seconds)
+    result |= dict(train_seconds=sum(seconds.get(phase, 0.0) for phase in TRAINING_PHASES))
+    result |= dict(peak_memory_mib=peak_memory_mib(run.ranks.device)[0])
+    result |= dict(bytes_code=code, bytes_artifact=size, bytes_total=code + size, bytes_cap=hp.artifact_cap_bytes)
+    result |= dict(scores={k: s.as_json() | dict(tokens=s.tokens, bytes=s.bytes) for k, s in scores.items()})
+    result |= dict(headline=dict(label=headline) | scores[headline].as_json())
+    broken, line = list(limits_broken(hp, result)), json.dumps(result)
     if run.ranks.is_main:
         file = write_result(run, run.folder / "result.json", (line + "\n").encode())
         remove([*find_checkpoints(run.folder), *run.folder.glob("*.partial")], log)
@@ -5187,47 +5091,78 @@ def finish(run: Run, result: dict, scores: Mapping[str, Score], path: Path, blob
     return 3 if broken else 0
 
 
+def limits_broken(hp: Hyperparameters, result: Mapping) -> Iterator[str]:
+    """What makes the exit code 3, in words."""
+    size, train, evaluation = (result[name] for name in ("bytes_total", "train_seconds", "eval_seconds"))
+    if size > hp.artifact_cap_bytes:
+        yield f"code and artifact are {size} bytes, {size - hp.artifact_cap_bytes} over {hp.named.artifact_cap_bytes}"
+    if train > hp.max_wallclock_seconds > 0:
+        yield f"training and averaging took {train:.1f} s, more than {hp.named.max_wallclock_seconds}"
+    if evaluation > hp.eval_max_seconds > 0:
+        yield f"the evaluation took {evaluation:.1f} s, more than {hp.named.eval_max_seconds}"
+    if result["headline"]["val_loss"] is None:
+        yield "the headline is not finite; lower TTT_LR if the scores before it are"
+    for name, finding in (result["audit"] or {}).items():
+        if not finding["passed"]:
+            yield f"audit:{name} failed: {finding['figure']}"
+
+
 def main(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     """Exit code of a run with this environment."""
-    ranks, is_main = None, True
+    ranks = None
     with Signals() as signals:
         try:
             if argv:
                 return show(argv)
             place = Place.from_env(environ)
-            is_main = signals.speaks = place.rank == 0
+            signals.speaks = place.rank == 0
             job = read_job(environ)
             if job.trains:
                 job.hp.micro_batch(place.size)
             load_compressor(job.hp.compressor)
             with signals.waiting():
                 ranks = Ranks(job.hp, environ)
-            code = run_job(job, ranks, signals)
+            code = run_job(prepare(job, ranks, signals), job)
             ranks.close()
             return code
-        except UserError as error:
+        except BaseException as error:
             signals.leave()
-            # Before the ranks met, all of them read the same environment; after that, an error may be one rank's own.
-            return leave(2, f"error: {error}", is_main or (ranks is not None and not error.agreed))
-        except LimitError as error:
-            signals.leave()
-            return leave(3, f"limit: {error}", is_main)
-        except Interrupted as interrupt:
-            signals.leave()
-            return leave(interrupt.code, f"interrupted: {interrupt}; {signals.advice}", is_main)
-        except RuntimeError as error:
-            signals.leave()
-            if ranks is None and is_of_ranks(error):
-                where = f"MASTER_ADDR={environ.get('MASTER_ADDR')} MASTER_PORT={environ.get('MASTER_PORT')}"
-                reason = str(error).splitlines()[0]
-                return leave(2, f"error: rank {place.rank} did not meet the others at {where}: {reason}", True)
-            if ranks is None or not ranks.lost_peer(error):
+            if (end := ending(error, ranks, environ, signals.advice)) is None:
                 raise
-            line = f"error: rank {ranks.rank} lost another rank, see its error; {signals.advice}"
-            signals.log(line, console=False)
-            return leave(1, line, True)
+            code, line, own = end
+            signals.say(line, own)
+            return code
         finally:
             signals.log.close()
+
+
+def ending(
+    error: BaseException, ranks: Ranks | None, environ: Mapping[str, str], advice: str
+) -> tuple[int, str, bool] | None:
+    """How this ends a run: the exit code, its one line, and whether that is this rank's own, or the main one says it
+    for all. None: a fault of the script, which is shown as it is."""
+    if isinstance(error, Interrupted):
+        return error.code, f"interrupted: {error}; {advice}", False
+    if isinstance(error, LimitError):
+        return 3, f"limit: {error}", False
+    if isinstance(error, UserError):
+        # Before the ranks met, all of them read the same environment; after that, an error may be one rank's own.
+        return 2, f"error: {error}", ranks is not None and not error.agreed
+    if not isinstance(error, RuntimeError | MemoryError) or (ranks is None and not is_of_ranks(error)):
+        return None
+    if ranks is None:
+        where = f"MASTER_ADDR={environ.get('MASTER_ADDR')} MASTER_PORT={environ.get('MASTER_PORT')}"
+        rank, reason = int(environ.get("RANK", 0)), str(error).splitlines()[0]
+        return 2, f"error: rank {rank} did not meet the others at {where}: {reason}", True
+    if isinstance(cause := getattr(error, "inner_exception", None), OSError):  # of torch.compile
+        return 2, f"error: torch.compile fails: {cause}; {advice}", True
+    on_gpu = isinstance(error, torch.OutOfMemoryError)  # torch has no such class for the CPU
+    if on_gpu or isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error):
+        names = "MICRO_BATCH_TOKENS (training), VAL_BATCH_SIZE (scoring) or TTT_BATCH_SEQS (a part of the method)"
+        return 2, f"error: out of {'GPU ' * on_gpu}memory; lower {names}; {advice}", True
+    if ranks.lost_peer(error):
+        return 1, f"error: rank {ranks.rank} lost another rank, see its error; {advice}", True
+    return None
 
 
 def show(argv: Sequence[str]) -> int:
@@ -5243,13 +5178,6 @@ def show(argv: Sequence[str]) -> int:
         return inspect_artifact(argv[1], len(argv) == 3)
     except BrokenPipeError:  # `| head`: who reads has enough
         return 0
-
-
-def leave(code: int, message: str, speak: bool) -> int:
-    """The exit code, after its one line."""
-    if speak:
-        complain(message)
-    return code
 
 
 if __name__ == "__main__":
