@@ -271,7 +271,7 @@ class Hyperparameters:
         return types.SimpleNamespace(**{name: f"{name.upper()}={text}" for name, text in texts.items()})
 
     def illegal_combinations(self) -> Iterator[tuple[Any, str]]:
-        """Pairs (is it broken, what to say). Lazy: a later rule may rely on the earlier ones."""
+        """Pairs (is it broken, what to say). Lazy: a later rule may rely on the earlier ones. n.x is X=value."""
         s, n, lora, last = self, self.named, self.ttt_params == "lora", self.num_layers - 1
         yield s.model_dim % s.num_heads, f"{n.num_heads} must divide {n.model_dim}"
         yield s.num_heads % s.num_kv_heads, f"{n.num_kv_heads} must divide {n.num_heads}"
@@ -496,7 +496,7 @@ COMMON_WORDS = frozenset(
 def unused_names(environ: Mapping[str, str]) -> list[str]:
     """Variables that no line of this script reads though they look like settings, in one note for the log, or none."""
     known = {f.name.upper() for f in dataclasses.fields(Hyperparameters)} | {*PUBLIC_NAMES, *NOT_HERE}
-    ours = {word for name in known for word in name_words(name)} - COMMON_WORDS
+    ours = set().union(*map(name_words, known)) - COMMON_WORDS
     names = [name for name in sorted(environ) if name not in known and re.fullmatch(r"[A-Z][A-Z0-9_]*", name)]
     names = [name for name in names if not is_foreign(name) and ours & name_words(name)]
     return [f"warning: no such settings, so not read: {', '.join(names)}"] if names else []
@@ -515,10 +515,9 @@ def is_foreign(name: str) -> bool:
 def comparable(text: str) -> float | str:
     """One spelling of a value: 0, 0.0 and False are the same."""
     text = text.strip().lower()
-    try:
+    with contextlib.suppress(ValueError):
         return float({"false": "0", "true": "1"}.get(text, text))
-    except ValueError:
-        return text
+    return text
 
 
 def shown(value: Any) -> str:
@@ -869,12 +868,16 @@ def open_locked(path: Path) -> io.FileIO:
             raise FileNotFoundError  # set aside between the two, by another start
     except (BlockingIOError, FileNotFoundError):
         file.close()
-        raise UserError(
-            f"RUN_ID={path.stem} is running now and holds {path}; choose another or wait for its end"
-        ) from None
+        running = f"RUN_ID={path.stem} is running now and holds {path}"
+        raise UserError(f"{running}; choose another or wait for its end") from None
     except (ImportError, OSError) as error:  # some network file systems
         complain(f"warning: {path} cannot be locked ({error}); do not use its RUN_ID twice")
     return file
+
+
+def output_paths(hp: Hyperparameters, run_id: str) -> tuple[Path, Path]:
+    """The log and the folder of results."""
+    return Path(hp.out_dir) / "logs" / f"{run_id}.txt", Path(hp.out_dir) / "runs" / run_id
 
 
 def progress_bar(total: int | None, label: str, log: Log, initial: int = 0):
@@ -936,9 +939,9 @@ class Signals:
 
     def __init__(self):
         self.patience = self.PATIENCE
-        self.caught, self.deferred, self.leaving = 0, False, False
+        self.caught, self.deferred, self.ending = 0, False, False
         self.advice = "there is no checkpoint to go on from"  # what to tell whoever ends the run
-        self.speaks, self.log = True, Log(None)
+        self.is_main, self.log = True, Log(None)
 
     def __enter__(self):
         self.before, self.pipe = {}, None
@@ -973,13 +976,13 @@ class Signals:
     def resume_from(self, checkpoint: Path) -> None:
         self.advice = f"go on with the same command and RESUME={checkpoint}"
 
-    def leave(self) -> None:
-        """The run ends, for whatever reason: one is enough."""
-        self.deferred = self.leaving = True
+    def run_ends(self) -> None:
+        """Whatever for: one reason is enough, and what comes now is ignored."""
+        self.deferred = self.ending = True
 
     def say(self, line: str, own: bool = False) -> None:
         """The last line, in the log and on the console: the main rank's or, where it has one of its own, any rank's."""
-        if self.speaks or own:
+        if self.is_main or own:
             complain(line)
         self.log(line, console=False)
 
@@ -1000,7 +1003,7 @@ class Signals:
                 if read[0] in numbers:
                     again = first and now - begun > self.REPEATED
                     first, begun = (first, begun) if first else (read[0], now)
-            if self.deferred and not self.leaving:
+            if self.deferred and not self.ending:
                 since = math.inf
                 if first and not announced and now - begun > 2:
                     announced = True
@@ -1008,7 +1011,7 @@ class Signals:
             elif first:
                 since = min(since, now)
             if again or now - since > self.patience:
-                if not self.leaving:
+                if not self.ending:
                     self.say(f"interrupted: {Interrupted(first)}; {self.advice}")
                 os._exit(128 + first)
 
@@ -1085,15 +1088,15 @@ class Clock:
         self.interrupted |= signalled > 0
         self.step += 1
         if problem:
-            self.ranks.agree(self._raise_problem)
+            self.ranks.agree(self.check_data)
         if broken:
+            before = f"the loss before it was {self.loss:.4f}"
             raise LimitError(
-                f"loss or gradient of step {self.step} is no longer finite; the loss before it was {self.loss:.4f}; "
-                f"a new run needs {LOWER_RATES}"
+                f"loss or gradient of step {self.step} is no longer finite; {before}; a new run needs {LOWER_RATES}"
             )
         self.loss = loss
 
-    def _raise_problem(self) -> None:
+    def check_data(self) -> None:
         if self.problem:
             raise UserError(self.problem)
 
@@ -1593,7 +1596,7 @@ def prepared_documents(folder: Path, tokenizer_sha256: str) -> list[tuple[int, s
         named = str(manifest["tokenizer"]["sha256"])
         entry = manifest.get("validation_documents")  # older data sets have none
         data = read_file(folder / entry["file"]) if entry else b""
-        whole = entry is None or hashlib.sha256(data).hexdigest() == entry["sha256"]
+        intact = entry is None or hashlib.sha256(data).hexdigest() == entry["sha256"]
         rows = [line.split("\t") for line in data.decode().splitlines()]
         documents = [(int(count), digest) for count, digest in rows]
     except FileNotFoundError as error:
@@ -1601,14 +1604,12 @@ def prepared_documents(folder: Path, tokenizer_sha256: str) -> list[tuple[int, s
             return None
         raise UserError(f"{path} names {error.filename}, which is missing; build the data set again") from None
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(
-            f"{path} cannot be used ({shown(repr(error))}); build the data set again, or move it away"
-        ) from None
+        advice = "build the data set again, or move it away"
+        raise UserError(f"{path} cannot be used ({shown(repr(error))}); {advice}") from None
     if named != tokenizer_sha256:
-        raise UserError(
-            f"the shards in {folder} were made with another tokenizer (sha256 {shown(named[:16])}…); see {path}"
-        )
-    if not whole:
+        other = f"another tokenizer (sha256 {shown(named[:16])}…)"
+        raise UserError(f"the shards in {folder} were made with {other}; see {path}")
+    if not intact:
         raise UserError(f"{folder / entry['file']} is not what {path} says; build the data set again")
     return documents if entry else None
 
@@ -4890,11 +4891,6 @@ def open_outputs(hp: Hyperparameters, run_id: str, ranks: Ranks, goes_on: bool) 
         raise UserError(f"cannot write to OUT_DIR={hp.out_dir}: {error.strerror} ({error.filename})") from None
 
 
-def output_paths(hp: Hyperparameters, run_id: str) -> tuple[Path, Path]:
-    """The log and the folder of results."""
-    return Path(hp.out_dir) / "logs" / f"{run_id}.txt", Path(hp.out_dir) / "runs" / run_id
-
-
 def count_weights(hp: Hyperparameters) -> int:
     """Of the model, without making it."""
     with torch.device("meta"):
@@ -4910,13 +4906,11 @@ def check_memory(hp: Hyperparameters, device: torch.device) -> None:
         memory = torch.cuda.get_device_properties(device).total_memory
     else:
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    count = count_weights(hp)
+    count, names = count_weights(hp), "MODEL_DIM, NUM_LAYERS, MLP_MULT or BIGRAM_VOCAB_SIZE"
     needed = 4 * count * (1 if hp.eval_only or hp.export_only else 2 + hp.ema_enabled)  # weights, gradients, averages
     if needed > memory:
-        raise UserError(
-            f"{count:,} weights take {needed >> 30} GiB at least and {device.type} has {memory >> 30}; "
-            "lower MODEL_DIM, NUM_LAYERS, MLP_MULT or BIGRAM_VOCAB_SIZE"
-        )
+        sizes = f"{count:,} weights take {needed >> 30} GiB at least and {device.type} has {memory >> 30}"
+        raise UserError(f"{sizes}; lower {names}")
 
 
 def bytes_to_write(hp: Hyperparameters) -> int:
@@ -4977,7 +4971,10 @@ def prepare(job: Job, ranks: Ranks, signals: Signals) -> Run:
         check_compiler(compile, device)
         attention, attend = choose_attention(hp, device, dtype)
         val = load_validation(hp)
-        check_data(job, val)
+        if job.tokenizer_sha256 not in (None, val.tokenizer_sha256):
+            made = "the tokenizer that the file was made with"
+            raise UserError(f"{val.tokenizer_path} is not {made}; set TOKENIZER_PATH")
+        check_chunks(hp, val.targets)
         stream = TokenStream(find_shards(hp, "train"), hp.vocab_size) if job.reads_training_text else None
         check_memory(hp, device)
         return attention, attend, val, stream, find_resumed(hp, source) if ranks.is_main else None
@@ -4994,13 +4991,6 @@ def prepare(job: Job, ranks: Ranks, signals: Signals) -> Run:
     run = Run(hp, ranks, log, phases, dtype, attend, compile, val, stream, folder, source, signals, checkpoint)
     log_run(run, attention, job.notes)
     return run
-
-
-def check_data(job: Job, val: Validation) -> None:
-    """Whether this validation split and tokenizer suit the settings and the file. Raises UserError."""
-    if job.tokenizer_sha256 not in (None, val.tokenizer_sha256):
-        raise UserError(f"{val.tokenizer_path} is not the tokenizer that the file was made with; set TOKENIZER_PATH")
-    check_chunks(job.hp, val.targets)
 
 
 def check_resumed(checkpoint: Checkpoint, stream: TokenStream, val: Validation, dtype: torch.dtype) -> None:
@@ -5057,22 +5047,20 @@ def run_job(run: Run, job: Job) -> int:
         for name, (passed, figure) in findings.items():
             log(f"audit:{name} {'pass' if passed else 'FAIL'} {figure}")
         facts["audit"] = {name: finding._asdict() for name, finding in findings.items()}
-    return write_results(run, facts, scores | evaluated, path, blob)
+    return report_result(run, facts, scores | evaluated, path, blob)
 
 
-def write_results(run: Run, facts: Mapping, scores: Mapping[str, Score], path: Path, blob: bytes) -> int:
+def report_result(run: Run, facts: Mapping, scores: Mapping[str, Score], path: Path, blob: bytes) -> int:
     """The `result` line and file, and the exit code: 3 where a limit is broken."""
     hp, log, val, seconds = run.hp, run.log, run.val, run.phases.seconds
     for name, spent in seconds.items():
         log(f"phase:{name} seconds:{spent:.2f}")
-    headline, code, size = list(scores)[-1], len(run.source), len(blob)
-    fingerprint = run.stream.fingerprint if run.stream is not None else None
-    digests = {"code_sha256": run.source, "artifact_sha256": blob}
+    headline, stream, code, size = list(scores)[-1], run.stream, len(run.source), len(blob)
+    code_sha256, artifact_sha256 = (hashlib.sha256(data).hexdigest() for data in (run.source, blob))
     result = dict(run_id=run.folder.name, **facts, seed=hp.seed, settings_hash=hp.settings_hash())
-    result |= {name: hashlib.sha256(data).hexdigest() for name, data in digests.items()}
-    result |= dict(
-        train_fingerprint=fingerprint, val_fingerprint=val.fingerprint, tokenizer_sha256=val.tokenizer_sha256
-    )
+    result |= dict(code_sha256=code_sha256, artifact_sha256=artifact_sha256)
+    result |= dict(train_fingerprint=stream.fingerprint if stream is not None else None)
+    result |= dict(val_fingerprint=val.fingerprint, tokenizer_sha256=val.tokenizer_sha256)
     result |= dict(world_size=run.ranks.size, device=device_name(run.ranks.device), torch=torch.__version__)
     result |= dict(dtype=str(run.dtype).removeprefix("torch."), phase_seconds=seconds)
     result |= dict(train_seconds=sum(seconds.get(phase, 0.0) for phase in TRAINING_PHASES))
@@ -5115,7 +5103,7 @@ def main(argv: Sequence[str], environ: Mapping[str, str]) -> int:
             if argv:
                 return show(argv)
             place = Place.from_env(environ)
-            signals.speaks = place.rank == 0
+            signals.is_main = place.rank == 0
             job = read_job(environ)
             if job.trains:
                 job.hp.micro_batch(place.size)
@@ -5126,10 +5114,10 @@ def main(argv: Sequence[str], environ: Mapping[str, str]) -> int:
             ranks.close()
             return code
         except BaseException as error:
-            signals.leave()
-            if (end := ending(error, ranks, environ, signals.advice)) is None:
+            signals.run_ends()
+            if (ended := ending(error, ranks, environ, signals.advice)) is None:
                 raise
-            code, line, own = end
+            code, line, own = ended
             signals.say(line, own)
             return code
         finally:
