@@ -103,7 +103,8 @@ def opt(
     off is what an artifact means that was made before there was this setting: the technique's absence, or any value
     where only an absent technique reads it. Each new setting of model and evaluation states it: files outlive settings.
     """
-    lo, hi = (lo, hi or LARGEST[type(default)]) if type(default) in LARGEST else (None, None)
+    largest = LARGEST.get(type(default))
+    lo, hi = (lo, largest if hi is None else hi) if largest else (None, None)
     meta = dict(section=section, doc=doc, lo=lo, hi=hi, choices=tuple(choices.split()), off=off)
     return dataclasses.field(default=default, metadata=meta)
 
