@@ -42,12 +42,12 @@ import sys
 import tempfile
 import threading
 import time
+import types
 import unicodedata
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
-from time import monotonic
 from typing import Any, NamedTuple
 
 if __name__ == "__main__":  # before the imports, which take seconds and open files
@@ -71,8 +71,6 @@ BOS_ID = 1  # every document starts with it; SentencePiece itself never emits it
 class Interrupted(BaseException):
     """SIGTERM, SIGINT or SIGHUP; the exit code is 128 plus its number."""
 
-    label = "interrupted"
-
     def __init__(self, number: int):
         super().__init__(signal.Signals(number).name)
         self.code = 128 + number
@@ -81,14 +79,11 @@ class Interrupted(BaseException):
 class UserError(Exception):
     """Something the user can fix. Printed as one `error:` line; exit code 2."""
 
-    label = "error"
     agreed = False  # raised on every rank alike: the main rank alone prints it
 
 
 class LimitError(Exception):
     """A limit of the challenge or of arithmetic was broken during the run. One `limit:` line; exit code 3."""
-
-    label = "limit"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -100,21 +95,16 @@ LARGEST = {int: 1 << 40, float: 1e12}
 
 
 def opt(
-    section: str,
-    default: Any,
-    doc: str,
-    lo: float | None = None,
-    hi: float | None = None,
-    choices: Sequence = (),
-    off: Any = None,
+    section: str, default: Any, doc: str, lo: float = 0, hi: float | None = None, choices: str = "", off: Any = None
 ):
-    """One setting: its type is its default's type; lo and hi are inclusive.
+    """One setting: its type is its default's type; lo and hi are a number's inclusive bounds, choices are words.
 
     off is what an artifact means that was made before there was this setting: the technique's absence, or any value
     where only an absent technique reads it. Each new setting of model and evaluation states it: files outlive settings.
     """
-    hi = LARGEST.get(type(default)) if hi is None else hi
-    meta = dict(section=section, doc=doc, lo=lo, hi=hi, choices=choices, off=off)
+    largest = LARGEST.get(type(default))
+    lo, hi = (lo, largest if hi is None else hi) if largest else (None, None)
+    meta = dict(section=section, doc=doc, lo=lo, hi=hi, choices=tuple(choices.split()), off=off)
     return dataclasses.field(default=default, metadata=meta)
 
 
@@ -126,21 +116,19 @@ class Hyperparameters:
     tokenizer_path: str = opt("run", "", "SentencePiece model; empty: the one .model in DATA_PATH")
     run_id: str = opt("run", "", "names the log and the folder of results; empty: date, time and seed")
     out_dir: str = opt("run", ".", "where logs/ and runs/ go")
-    seed: int = opt("run", 1337, "initial weights", lo=0, hi=(1 << 64) - 1)
-    device: str = opt("run", "auto", "where to run", choices=("auto", "cuda", "cpu"))
-    dtype: str = opt("run", "auto", "activations, Newton-Schulz, gradient banks", choices=("auto", "bf16", "fp32"))
-    compile: str = opt("run", "auto", "torch.compile; auto: on for CUDA, off for CPU", choices=("auto", "0", "1"))
-    attention: str = opt(
-        "run", "auto", "kernel; auto: the first that works", choices=("auto", "fa3", "fa2", "sdpa", "matmul")
-    )
-    train_log_every: int = opt("run", 500, "steps between training lines, after the first ten; 0: none", lo=0)
-    val_loss_every: int = opt("run", 4000, "steps between validations of the raw weights; 0: only after the last", lo=0)
+    seed: int = opt("run", 1337, "initial weights", hi=(1 << 64) - 1)
+    device: str = opt("run", "auto", "where to run", choices="auto cuda cpu")
+    dtype: str = opt("run", "auto", "activations, Newton-Schulz, gradient banks", choices="auto bf16 fp32")
+    compile: str = opt("run", "auto", "torch.compile; auto: on for CUDA, off for CPU", choices="auto 0 1")
+    attention: str = opt("run", "auto", "kernel; auto: the first that works", choices="auto fa3 fa2 sdpa matmul")
+    train_log_every: int = opt("run", 500, "steps between training lines, after the first ten; 0: none")
+    val_loss_every: int = opt("run", 4000, "steps between validations of the raw weights; 0: only after the last")
     eval_only: bool = opt("run", False, "score ARTIFACT_PATH again; needs no training data")
     artifact_path: str = opt("run", "", "the artifact that EVAL_ONLY reads")
-    checkpoint_every: float = opt("run", 0.0, "seconds of training between checkpoints; 0: none", lo=0)
+    checkpoint_every: float = opt("run", 0.0, "seconds of training between checkpoints; 0: none")
     resume: str = opt("run", "", "go on from a checkpoint: its path, or auto for the newest of RUN_ID")
     audit: bool = opt("run", False, "after the scores, prove on a slice of the split that they keep the rules")
-    audit_tokens: int = opt("run", 0, "targets of that slice; 0: a tenth of the split, at most 65,536", lo=0)
+    audit_tokens: int = opt("run", 0, "targets of that slice; 0: a tenth of the split, at most 65,536")
     save_weights: bool = opt("run", False, "also keep the averaged float weights (weights.pgolf)")
     export_only: bool = opt("run", False, "quantize, write and score WEIGHTS_PATH again, without training")
     weights_path: str = opt("run", "", "the saved weights that EXPORT_ONLY reads")
@@ -152,28 +140,24 @@ class Hyperparameters:
     num_kv_heads: int = opt("model", 4, "key/value heads (grouped-query attention)", lo=1)
     mlp_mult: float = opt("model", 3.0, "MLP hidden width, in multiples of D", lo=0.01, hi=64)
     mlp_kind: str = opt(
-        "model", "leaky_relu2", "MLP nonlinearity", choices=("leaky_relu2", "swiglu", "star_relu"), off="leaky_relu2"
+        "model", "leaky_relu2", "MLP nonlinearity", choices="leaky_relu2 swiglu star_relu", off="leaky_relu2"
     )
-    leaky_relu_slope: float = opt("model", 0.5, "leaky_relu2's negative slope; 0: relu squared", lo=0, hi=1, off=0.5)
+    leaky_relu_slope: float = opt("model", 0.5, "leaky_relu2's negative slope; 0: relu squared", hi=1, off=0.5)
     tie_embeddings: bool = opt("model", True, "the head is the token embedding")
     rope_base: float = opt("model", 10000.0, "rotary base frequency", lo=1)
-    rope_dims: int = opt("model", 16, "rotated dimensions of each head, even; 0: all K", lo=0)
+    rope_dims: int = opt("model", 16, "rotated dimensions of each head, even; 0: all K")
     logit_softcap: float = opt("model", 30.0, "logits pass c*tanh(z/c)", lo=1)
-    qk_gain_init: float = opt("model", 1.5, "initial gain of each query head", lo=0)
+    qk_gain_init: float = opt("model", 1.5, "initial gain of each query head")
     ln_scale: bool = opt("model", True, "block l scales its normalized inputs by 1/sqrt(l+1)", off=False)
     unet_skips: bool = opt("model", True, "second half adds the outputs of the first half in reverse order", off=False)
-    xsa_last_n: int = opt(
-        "model", 4, "last n layers remove the own value's direction from attention outputs", lo=0, off=0
-    )
+    xsa_last_n: int = opt("model", 4, "last n layers remove the own value's direction from attention outputs", off=0)
     value_residual: bool = opt("model", False, "later layers add a learned share of the first layer's value", off=False)
     gated_attention: bool = opt("model", False, "a learned gate of the input on each head's output", off=False)
-    num_loops: int = opt(
-        "model", 0, "extra passes over layers LOOP_START…LOOP_END with the same weights", lo=0, hi=16, off=0
-    )
-    loop_start: int = opt("model", 3, "first layer of the loop", lo=0, off=3)
-    loop_end: int = opt("model", 5, "last layer of the loop", lo=0, off=5)
+    num_loops: int = opt("model", 0, "extra passes over layers LOOP_START…LOOP_END with the same weights", hi=16, off=0)
+    loop_start: int = opt("model", 3, "first layer of the loop", off=3)
+    loop_end: int = opt("model", 5, "last layer of the loop", off=5)
     smear_gate_enabled: bool = opt("model", True, "blend each position's embedding with its predecessor's", off=False)
-    bigram_vocab_size: int = opt("model", 3072, "rows of the hashed bigram table; 0: none", lo=0, hi=1 << 24, off=0)
+    bigram_vocab_size: int = opt("model", 3072, "rows of the hashed bigram table; 0: none", hi=1 << 24, off=0)
     bigram_dim: int = opt("model", 128, "width of the bigram table", lo=1, hi=16384, off=128)
     ve_enabled: bool = opt("model", True, "value embeddings: a token table added to the values of VE_LAYERS", off=False)
     ve_dim: int = opt("model", 128, "width of the value table", lo=1, hi=16384, off=128)
@@ -181,42 +165,40 @@ class Hyperparameters:
     train_seq_len: int = opt("model", 2048, "training context; rotary frequencies belong to it", lo=2, hi=1 << 20)
 
     iterations: int = opt("training", 9000, "steps at most", lo=1)
-    max_wallclock_seconds: float = opt("training", 600.0, "training clock; 0: no limit", lo=0)
-    warmdown_iters: int = opt("training", 3500, "steps of linear learning-rate decay at the end", lo=0)
-    warmup_steps: int = opt("training", 20, "untimed steps per graph that compile and are undone", lo=0)
+    max_wallclock_seconds: float = opt("training", 600.0, "training clock; 0: no limit")
+    warmdown_iters: int = opt("training", 3500, "steps of linear learning-rate decay at the end")
+    warmup_steps: int = opt("training", 20, "untimed steps per graph that compile and are undone")
     train_batch_tokens: int = opt("training", 786432, "targets per step over all ranks", lo=2)
-    micro_batch_tokens: int = opt("training", 0, "targets per forward pass of a rank; 0: as many as fit 98,304", lo=0)
-    embed_lr: float = opt("training", 0.6, "AdamW, tables of an untied model", lo=0)
-    head_lr: float = opt("training", 0.008, "AdamW, untied head", lo=0)
-    tied_embed_lr: float = opt("training", 0.035, "AdamW, tables (token, bigram, value) of a tied model", lo=0)
-    tied_embed_init_std: float = opt("training", 0.005, "initial deviation of the token table", lo=0)
-    matrix_lr: float = opt("training", 0.025, "Muon, block matrices", lo=0)
-    decoder_lr_mult: float = opt("training", 1.0, "MATRIX_LR of the second half of the layers, times this", lo=0)
-    scalar_lr: float = opt("training", 0.025, "AdamW, gains, scales, gates and small projections", lo=0)
-    muon_momentum: float = opt("training", 0.99, "Muon's final momentum", lo=0, hi=0.9999)
-    muon_momentum_warmup_start: float = opt("training", 0.92, "Muon's first momentum", lo=0, hi=0.9999)
-    muon_momentum_warmup_steps: int = opt("training", 1500, "steps from the first to the final momentum", lo=0)
+    micro_batch_tokens: int = opt("training", 0, "targets per forward pass of a rank; 0: as many as fit 98,304")
+    embed_lr: float = opt("training", 0.6, "AdamW, tables of an untied model")
+    head_lr: float = opt("training", 0.008, "AdamW, untied head")
+    tied_embed_lr: float = opt("training", 0.035, "AdamW, tables (token, bigram, value) of a tied model")
+    tied_embed_init_std: float = opt("training", 0.005, "initial deviation of the token table")
+    matrix_lr: float = opt("training", 0.025, "Muon, block matrices")
+    decoder_lr_mult: float = opt("training", 1.0, "MATRIX_LR of the second half of the layers, times this")
+    scalar_lr: float = opt("training", 0.025, "AdamW, gains, scales, gates and small projections")
+    muon_momentum: float = opt("training", 0.99, "Muon's final momentum", hi=0.9999)
+    muon_momentum_warmup_start: float = opt("training", 0.92, "Muon's first momentum", hi=0.9999)
+    muon_momentum_warmup_steps: int = opt("training", 1500, "steps from the first to the final momentum")
     muon_backend_steps: int = opt("training", 5, "Newton-Schulz iterations", lo=1, hi=20)
     muon_row_normalize: bool = opt("training", False, "Muon sees rows of equal norm (MuonEq-R)")
-    muon_wd: float = opt("training", 0.04, "Muon's decoupled weight decay", lo=0)
-    adam_wd: float = opt("training", 0.04, "AdamW's weight decay", lo=0)
-    beta1: float = opt("training", 0.9, "AdamW", lo=0, hi=0.9999)
-    beta2: float = opt("training", 0.95, "AdamW", lo=0, hi=0.99999)
-    adam_eps: float = opt("training", 1e-8, "AdamW", lo=0)
-    grad_clip_norm: float = opt("training", 0.3, "norm of the averaged gradient; 0: no clipping", lo=0)
-    enable_looping_at: float = opt(
-        "training", 0.35, "share of the steps or of the clock after which loops run", lo=0, hi=0.9
-    )
+    muon_wd: float = opt("training", 0.04, "Muon's decoupled weight decay")
+    adam_wd: float = opt("training", 0.04, "AdamW's weight decay")
+    beta1: float = opt("training", 0.9, "AdamW", hi=0.9999)
+    beta2: float = opt("training", 0.95, "AdamW", hi=0.99999)
+    adam_eps: float = opt("training", 1e-8, "AdamW")
+    grad_clip_norm: float = opt("training", 0.3, "norm of the averaged gradient; 0: no clipping")
+    enable_looping_at: float = opt("training", 0.35, "share of the steps or of the clock after which loops run", hi=0.9)
 
     ema_enabled: bool = opt("averaging", True, "exponential moving average of all weights")
-    ema_decay: float = opt("averaging", 0.997, "reached through the ramp (1+t)/(10+t)", lo=0, hi=0.99999)
+    ema_decay: float = opt("averaging", 0.997, "reached through the ramp (1+t)/(10+t)", hi=0.99999)
     swa_enabled: bool = opt("averaging", False, "tight SWA: mean of snapshots while the rate scale is below 0.2")
     swa_every: int = opt("averaging", 50, "steps between snapshots", lo=1)
-    swa_source: str = opt("averaging", "raw", "what a snapshot takes: EMA or raw weights", choices=("raw", "ema"))
+    swa_source: str = opt("averaging", "raw", "what a snapshot takes: EMA or raw weights", choices="raw ema")
 
     qat_enabled: bool = opt("quantization", False, "fake quantization from the first step")
     late_qat: bool = opt("quantization", True, "fake quantization once the learning-rate scale is below the threshold")
-    late_qat_threshold: float = opt("quantization", 0.57, "learning-rate scale that switches late QAT on", lo=0, hi=1)
+    late_qat_threshold: float = opt("quantization", 0.57, "learning-rate scale that switches late QAT on", hi=1)
     attn_bits: int = opt("quantization", 6, "of the matrices q, k and v", lo=5, hi=8)
     attn_out_bits: int = opt("quantization", 6, "of the attention's output matrix", lo=5, hi=8)
     mlp_bits: int = opt("quantization", 6, "of the MLP's matrices", lo=5, hi=8)
@@ -225,7 +207,7 @@ class Hyperparameters:
         "quantization",
         "clip_search",
         "steps: of a clip search, of sigmas, or rate-distortion",
-        choices=("clip_search", "sdclip", "rd"),
+        choices="clip_search sdclip rd",
     )
     attn_clip_sigmas: float = opt("quantization", 12.85, "sdclip, rd: standard deviations to the last level", 0.1, 1e3)
     mlp_clip_sigmas: float = opt("quantization", 12.85, "the same of the MLP's matrices", lo=0.1, hi=1e3)
@@ -235,38 +217,34 @@ class Hyperparameters:
     )
     gptq_enabled: bool = opt("quantization", False, "full GPTQ of the block matrices, calibrated on training text")
     gptq_calibration_tokens: int = opt("quantization", 262_144, "training tokens for GPTQ and QUANT=rd", lo=2)
-    gptq_reserve_seconds: float = opt("quantization", 0.0, "of the training clock, for calibration; 0: measured", lo=0)
+    gptq_reserve_seconds: float = opt("quantization", 0.0, "of the training clock, for calibration; 0: measured")
     gptq_percdamp: float = opt("quantization", 0.01, "damping, in mean diagonals of the Hessian", lo=1e-6, hi=10)
     gptq_block_size: int = opt("quantization", 128, "columns between updates of all later ones", lo=1)
-    crown_q: float = opt("quantization", 0.0, "weight of CROWN-Q's penalty in the warmdown; 0: none", lo=0)
-    compressor: str = opt("quantization", "lzma", "of the artifact", choices=("lzma", "zstd", "ans"))
+    crown_q: float = opt("quantization", 0.0, "weight of CROWN-Q's penalty in the warmdown; 0: none")
+    compressor: str = opt("quantization", "lzma", "of the artifact", choices="lzma zstd ans")
     artifact_cap_bytes: int = opt("quantization", 16_000_000, "code plus artifact; above it the exit code is 3", lo=1)
 
     eval_seq_len: int = opt("evaluation", 2048, "context when scoring; beyond TRAIN_SEQ_LEN: NTK", lo=2, hi=1 << 20)
-    eval_stride: int = opt("evaluation", 64, "targets per sliding window; 0: no sliding pass", lo=0)
+    eval_stride: int = opt("evaluation", 64, "targets per sliding window; 0: no sliding pass")
     val_batch_size: int = opt("evaluation", 524288, "tokens per scoring batch over all ranks (a memory limit)", lo=1)
-    eval_max_seconds: float = opt(
-        "evaluation", 600.0, "evaluation clock; TTT stops adapting in time; 0: none", lo=0, off=0.0
-    )
+    eval_max_seconds: float = opt("evaluation", 600.0, "evaluation clock; TTT stops adapting in time; 0: none", off=0.0)
     ttt_enabled: bool = opt("evaluation", True, "score-first test-time training after the sliding pass", off=False)
     ttt_params: str = opt(
-        "evaluation", "all", "what adapts: weights, control tensors, LoRA", choices=("all", "scales", "lora"), off="all"
+        "evaluation", "all", "what adapts: weights, control tensors, LoRA", choices="all scales lora", off="all"
     )
-    ttt_optimizer: str = opt("evaluation", "sgd", "of test-time training", choices=("sgd", "adamw"), off="sgd")
-    ttt_lr: float = opt("evaluation", 0.002, "learning rate, cosine over the chunks (LoRA: constant)", lo=0)
-    ttt_warmup_chunks: int = opt("evaluation", 0, "chunks over which the learning rate first rises", lo=0, off=0)
-    ttt_max_chunks: int = opt(
-        "evaluation", 0, "chunks to learn from, then only score; 0: all but the last", lo=0, off=0
-    )
-    ttt_sam_rho: float = opt("evaluation", 0.0, "SAM: gradients are taken this far uphill; 0: none", lo=0, off=0.0)
+    ttt_optimizer: str = opt("evaluation", "sgd", "of test-time training", choices="sgd adamw", off="sgd")
+    ttt_lr: float = opt("evaluation", 0.002, "learning rate, cosine over the chunks (LoRA: constant)")
+    ttt_warmup_chunks: int = opt("evaluation", 0, "chunks over which the learning rate first rises", off=0)
+    ttt_max_chunks: int = opt("evaluation", 0, "chunks to learn from, then only score; 0: all but the last", off=0)
+    ttt_sam_rho: float = opt("evaluation", 0.0, "SAM: gradients are taken this far uphill; 0: none", off=0.0)
     ttt_epochs: int = opt("evaluation", 3, "passes over each scored chunk", lo=1)
     ttt_chunk_tokens: int = opt("evaluation", 32768, "scored targets per chunk, at least", lo=1)
-    ttt_freeze_blocks: int = opt("evaluation", 0, "first blocks that stay fixed", lo=0, off=0)
-    ttt_momentum: float = opt("evaluation", 0.9, "SGD's momentum or AdamW's beta1, carried", lo=0, hi=0.9999)
+    ttt_freeze_blocks: int = opt("evaluation", 0, "first blocks that stay fixed", off=0)
+    ttt_momentum: float = opt("evaluation", 0.9, "SGD's momentum or AdamW's beta1, carried", hi=0.9999)
     ttt_batch_seqs: int = opt("evaluation", 32, "sequences per step over all ranks", lo=1)
-    ttt_grad_clip: float = opt("evaluation", 1.0, "gradient norm of a step (LoRA: per document); 0: none", lo=0)
+    ttt_grad_clip: float = opt("evaluation", 1.0, "gradient norm of a step (LoRA: per document); 0: none")
     ttt_lora_rank: int = opt("evaluation", 8, "of the adapters on q, v and the head", lo=1, hi=1024, off=8)
-    ttt_lora_alpha: float = opt("evaluation", 8.0, "adapters are scaled by alpha/rank", lo=0, off=8.0)
+    ttt_lora_alpha: float = opt("evaluation", 8.0, "adapters are scaled by alpha/rank", off=8.0)
     ttt_lora_chunk: int = opt("evaluation", 256, "targets of a document per step", lo=1, off=256)
     ttt_lora_reset: bool = opt("evaluation", True, "new adapters for each document; 0: carried, one by one", off=True)
     ttt_temperature: bool = opt(
@@ -275,7 +253,7 @@ class Hyperparameters:
     hedge_enabled: bool = opt(
         "evaluation", False, "mix the model with n-grams of scored text (no ruling covers it)", off=False
     )
-    hedge_eta: float = opt("evaluation", 0.3, "learning rate of the mixture's weights", lo=0, hi=100, off=0.3)
+    hedge_eta: float = opt("evaluation", 0.3, "learning rate of the mixture's weights", hi=100, off=0.3)
     hedge_alpha: float = opt("evaluation", 4.0, "n-grams: counts that the shorter context is worth", lo=1e-6, off=4.0)
     hedge_temperature: float = opt("evaluation", 1.5, "of the model's second vote", lo=0.1, hi=10, off=1.5)
 
@@ -286,86 +264,64 @@ class Hyperparameters:
             if broken:
                 raise UserError(message)
 
-    def illegal_combinations(self) -> Iterator[tuple[bool, str]]:
-        """Pairs (is it broken, what to say). Lazy: a later rule may rely on the earlier ones."""
-        s = self
-        yield s.model_dim % s.num_heads != 0, f"NUM_HEADS={s.num_heads} must divide MODEL_DIM={s.model_dim}"
-        yield s.num_heads % s.num_kv_heads != 0, f"NUM_KV_HEADS={s.num_kv_heads} must divide NUM_HEADS={s.num_heads}"
-        yield s.head_dim % 2 != 0 or s.head_dim < 4, f"MODEL_DIM/NUM_HEADS={s.head_dim} must be even and at least 4"
-        yield (
-            s.rope_dims != 0 and not (4 <= s.rope_dims <= s.head_dim and s.rope_dims % 2 == 0),
-            f"ROPE_DIMS={s.rope_dims} must be 0 or an even number from 4 to the head width {s.head_dim}",
-        )
-        yield s.bigram_vocab_size == 1, "BIGRAM_VOCAB_SIZE=1 leaves no row to hash into; use 0 (none) or at least 2"
-        yield s.xsa_last_n > s.num_layers, f"XSA_LAST_N={s.xsa_last_n} exceeds NUM_LAYERS={s.num_layers}"
-        yield (
-            s.num_loops > 0 and not s.loop_start <= s.loop_end < s.num_layers,
-            f"LOOP_START={s.loop_start} and LOOP_END={s.loop_end} must be layers in order, the last at most "
-            f"{s.num_layers - 1} (NUM_LAYERS={s.num_layers})",
-        )
-        yield s.num_loops > s.model_dim, f"NUM_LOOPS={s.num_loops} exceeds MODEL_DIM={s.model_dim}"
-        yield (
-            s.ve_enabled and not re.fullmatch(r"\s*\d{1,3}\s*(,\s*\d{1,3}\s*)*", s.ve_layers[:1024]),
-            f"VE_LAYERS={s.ve_layers[:32]!r} must be layer numbers separated by commas, such as 9,10",
-        )
-        yield (
-            s.ve_enabled and (len(s.ve_layers) > 1024 or max(s.ve_layer_ids) >= s.num_layers),
-            f"VE_LAYERS={shown(s.ve_layers)} names a layer beyond the last, {s.num_layers - 1} "
-            f"(NUM_LAYERS={s.num_layers})",
-        )
-        yield (
-            s.swa_enabled and s.swa_source == "ema" and not s.ema_enabled,
-            "SWA_SOURCE=ema needs EMA_ENABLED=1; use SWA_SOURCE=raw or SWA_ENABLED=0",
-        )
-        yield 8 < s.embed_bits < 16, f"EMBED_BITS={s.embed_bits} must be from 5 to 8, or 16"
-        yield (
-            s.calibrates and s.gptq_reserve_seconds >= s.max_wallclock_seconds > 0,
-            f"GPTQ_RESERVE_SECONDS={s.gptq_reserve_seconds:g} leaves nothing of "
-            f"MAX_WALLCLOCK_SECONDS={s.max_wallclock_seconds:g} to train in",
-        )
-        yield (
-            s.calibrates and s.gptq_calibration_tokens < s.train_seq_len,
-            f"GPTQ_CALIBRATION_TOKENS={s.gptq_calibration_tokens} is less than one sequence, "
-            f"TRAIN_SEQ_LEN={s.train_seq_len}",
-        )
-        yield s.eval_stride > s.eval_seq_len, f"EVAL_STRIDE={s.eval_stride} exceeds EVAL_SEQ_LEN={s.eval_seq_len}"
+    @property
+    def named(self) -> types.SimpleNamespace:
+        """Every setting as messages write it: named.num_heads is NUM_HEADS=8."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        texts = {name: f"{v:g}" if isinstance(v, float) else str(v) for name, v in values.items()}
+        return types.SimpleNamespace(**{name: f"{name.upper()}={text}" for name, text in texts.items()})
+
+    def illegal_combinations(self) -> Iterator[tuple[Any, str]]:
+        """Pairs (is it broken, what to say). Lazy: a later rule may rely on the earlier ones. n.x is X=value."""
+        s, n, lora, last = self, self.named, self.ttt_params == "lora", self.num_layers - 1
+        yield s.model_dim % s.num_heads, f"{n.num_heads} must divide {n.model_dim}"
+        yield s.num_heads % s.num_kv_heads, f"{n.num_kv_heads} must divide {n.num_heads}"
+        yield s.head_dim % 2 or s.head_dim < 4, f"MODEL_DIM/NUM_HEADS={s.head_dim} must be even and at least 4"
+        rotated = s.rope_dims % 2 == 0 and 4 <= s.rope_dims <= s.head_dim
+        says = f"{n.rope_dims} must be 0 or an even number from 4 to the head width {s.head_dim}"
+        yield s.rope_dims and not rotated, says
+        yield s.bigram_vocab_size == 1, f"{n.bigram_vocab_size} leaves no row to hash into; use 0 (none) or at least 2"
+        yield s.xsa_last_n > s.num_layers, f"{n.xsa_last_n} exceeds {n.num_layers}"
+        says = f"{n.loop_start} and {n.loop_end} must be layers in order, the last at most {last} ({n.num_layers})"
+        yield s.num_loops and not s.loop_start <= s.loop_end <= last, says
+        yield s.num_loops > s.model_dim, f"{n.num_loops} exceeds {n.model_dim}"
+        listed = re.fullmatch(r"\s*\d{1,3}\s*(,\s*\d{1,3}\s*)*", s.ve_layers[:1024])
+        says = f"VE_LAYERS={s.ve_layers[:32]!r} must be layer numbers separated by commas, such as 9,10"
+        yield s.ve_enabled and not listed, says
+        says = f"VE_LAYERS={shown(s.ve_layers)} names a layer beyond the last, {last} ({n.num_layers})"
+        yield s.ve_enabled and (len(s.ve_layers) > 1024 or max(s.ve_layer_ids) > last), says
+        says = "SWA_SOURCE=ema needs EMA_ENABLED=1; use SWA_SOURCE=raw or SWA_ENABLED=0"
+        yield s.swa_enabled and s.swa_source == "ema" and not s.ema_enabled, says
+        yield 8 < s.embed_bits < 16, f"{n.embed_bits} must be from 5 to 8, or 16"
+        says = f"{n.gptq_reserve_seconds} leaves nothing of {n.max_wallclock_seconds} to train in"
+        yield s.calibrates and s.gptq_reserve_seconds >= s.max_wallclock_seconds > 0, says
+        says = f"{n.gptq_calibration_tokens} is less than one sequence, {n.train_seq_len}"
+        yield s.calibrates and s.gptq_calibration_tokens < s.train_seq_len, says
+        yield s.eval_stride > s.eval_seq_len, f"{n.eval_stride} exceeds {n.eval_seq_len}"
         yield s.ttt_enabled and s.eval_stride == 0, "TTT_ENABLED=1 needs sliding windows: EVAL_STRIDE of 1 or more"
-        yield (
-            s.ttt_freeze_blocks > s.num_layers,
-            f"TTT_FREEZE_BLOCKS={s.ttt_freeze_blocks} exceeds NUM_LAYERS={s.num_layers}",
-        )
-        yield (
-            not s.ttt_enabled and (s.ttt_params != "all" or s.ttt_temperature or s.hedge_enabled),
-            "TTT_PARAMS, TTT_TEMPERATURE and HEDGE_ENABLED belong to test-time training: TTT_ENABLED=1",
-        )
-        yield (
-            s.ttt_params == "lora"
-            and bool(s.ttt_sam_rho or s.ttt_warmup_chunks or s.ttt_max_chunks or s.ttt_freeze_blocks),
+        yield s.ttt_freeze_blocks > s.num_layers, f"{n.ttt_freeze_blocks} exceeds {n.num_layers}"
+        says = "TTT_PARAMS, TTT_TEMPERATURE and HEDGE_ENABLED belong to test-time training: TTT_ENABLED=1"
+        yield not s.ttt_enabled and (s.ttt_params != "all" or s.ttt_temperature or s.hedge_enabled), says
+        says = (
             "TTT_PARAMS=lora takes one plain step per piece of a document; leave out TTT_SAM_RHO, TTT_WARMUP_CHUNKS, "
-            "TTT_MAX_CHUNKS and TTT_FREEZE_BLOCKS",
         )
-        yield (
-            s.ttt_params == "lora" and (s.ttt_temperature or s.hedge_enabled),
-            "TTT_PARAMS=lora scores documents side by side; TTT_TEMPERATURE and HEDGE_ENABLED need the stream's order",
+        says += "TTT_MAX_CHUNKS and TTT_FREEZE_BLOCKS"
+        yield lora and (s.ttt_sam_rho or s.ttt_warmup_chunks or s.ttt_max_chunks or s.ttt_freeze_blocks), says
+        says = (
+            "TTT_PARAMS=lora scores documents side by side; TTT_TEMPERATURE and HEDGE_ENABLED need the stream's order"
         )
-        yield (
-            s.ttt_params == "lora" and s.eval_seq_len % s.ttt_lora_chunk != 0,
-            f"TTT_LORA_CHUNK={s.ttt_lora_chunk} must divide EVAL_SEQ_LEN={s.eval_seq_len}",
-        )
+        yield lora and (s.ttt_temperature or s.hedge_enabled), says
+        yield lora and s.eval_seq_len % s.ttt_lora_chunk, f"{n.ttt_lora_chunk} must divide {n.eval_seq_len}"
         yield s.eval_only and s.export_only, "EVAL_ONLY=1 and EXPORT_ONLY=1 exclude each other"
         yield s.eval_only and not s.artifact_path, "EVAL_ONLY=1 needs ARTIFACT_PATH"
         yield s.export_only and not s.weights_path, "EXPORT_ONLY=1 needs WEIGHTS_PATH (what SAVE_WEIGHTS=1 wrote)"
-        yield (
-            bool(s.resume) and (s.eval_only or s.export_only),
-            "RESUME goes on with training; leave out EVAL_ONLY and EXPORT_ONLY",
-        )
+        says = "RESUME goes on with training; leave out EVAL_ONLY and EXPORT_ONLY"
+        yield s.resume and (s.eval_only or s.export_only), says
         yield s.resume == "auto" and not s.run_id, "RESUME=auto needs the RUN_ID to go on with"
-        yield bool(s.artifact_path) and not s.eval_only, "ARTIFACT_PATH is read only with EVAL_ONLY=1"
-        yield bool(s.weights_path) and not s.export_only, "WEIGHTS_PATH is read only with EXPORT_ONLY=1"
-        yield (
-            not re.fullmatch(r"[\w.-]{0,128}", s.run_id) or s.run_id.startswith("."),
-            f"RUN_ID={shown(s.run_id)!r} must be a file name of letters, digits, '_', '-' and '.'",
-        )
+        yield s.artifact_path and not s.eval_only, "ARTIFACT_PATH is read only with EVAL_ONLY=1"
+        yield s.weights_path and not s.export_only, "WEIGHTS_PATH is read only with EXPORT_ONLY=1"
+        is_name = re.fullmatch(r"[\w.-]{0,128}", s.run_id) and not s.run_id.startswith(".")
+        yield not is_name, f"RUN_ID={shown(s.run_id)!r} must be a file name of letters, digits, '_', '-' and '.'"
 
     @property
     def head_dim(self) -> int:
@@ -405,48 +361,37 @@ class Hyperparameters:
 
         Apart from the other rules because an artifact is scored at any world size, whatever batch trained it.
         """
+        named, per_rank = self.named, self.train_batch_tokens // world_size
         if self.train_batch_tokens % (world_size * self.train_seq_len):
-            raise UserError(
-                f"TRAIN_BATCH_TOKENS={self.train_batch_tokens} must be a multiple of WORLD_SIZE={world_size} "
-                f"x TRAIN_SEQ_LEN={self.train_seq_len}"
-            )
-        per_rank = self.train_batch_tokens // world_size
+            batch, length = named.train_batch_tokens, named.train_seq_len
+            raise UserError(f"{batch} must be a multiple of WORLD_SIZE={world_size} x {length}")
         if self.micro_batch_tokens % self.train_seq_len:
-            raise UserError(
-                f"MICRO_BATCH_TOKENS={self.micro_batch_tokens} must be a multiple of TRAIN_SEQ_LEN={self.train_seq_len}"
-            )
-        if self.micro_batch_tokens:
-            if per_rank % self.micro_batch_tokens:
-                raise UserError(f"MICRO_BATCH_TOKENS={self.micro_batch_tokens} must divide a rank's {per_rank} tokens")
-            return self.micro_batch_tokens
+            raise UserError(f"{named.micro_batch_tokens} must be a multiple of {named.train_seq_len}")
+        if self.micro_batch_tokens and per_rank % self.micro_batch_tokens:
+            raise UserError(f"{named.micro_batch_tokens} must divide a rank's {per_rank} tokens")
         sequences = per_rank // self.train_seq_len
-        largest = max(1, min(sequences, 98_304 // self.train_seq_len))
-        return next(n for n in range(largest, 0, -1) if sequences % n == 0) * self.train_seq_len
+        most = max(1, min(sequences, 98_304 // self.train_seq_len))
+        automatic = next(n for n in range(most, 0, -1) if sequences % n == 0) * self.train_seq_len
+        return self.micro_batch_tokens or automatic
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str], base: Mapping[str, Any] | None = None) -> "Hyperparameters":
         """Read the environment over `base` (an artifact's own settings), over the defaults. Raises UserError."""
         known = {f.name.upper(): f for f in dataclasses.fields(cls)}
-        values = dict(base or {})
-        given: dict[str, str] = {}
-        refused: dict[str, str] = {}
+        values, given, refused = dict(base or {}), {}, {}
         for name, text in sorted(environ.items()):
             if name in NOT_HERE:
                 accepted, advice = NOT_HERE[name]
                 if comparable(text) not in map(comparable, accepted):
                     instead = "leave it out" + (f" or set {accepted[0]}" if accepted else "")
                     refused[name] = f"{name}={shown(text)} is not offered here: {advice}; {instead}"
-                continue
-            target = PUBLIC_NAMES.get(name, name)
-            if target not in known:
-                if close := near_miss(name, known):
-                    raise UserError(f"unknown setting {shown(name)}; did you mean {close}?")
-                continue
-            if given.setdefault(target, text) != text:
-                raise UserError(
-                    f"{name}={shown(text)} contradicts another spelling of {target}={shown(given[target])}; keep one"
-                )
-            values[known[target].name] = parse_value(known[target], text)
+            elif (target := PUBLIC_NAMES.get(name, name)) in known:
+                if given.setdefault(target, text) != text:
+                    other = f"{target}={shown(given[target])}"
+                    raise UserError(f"{name}={shown(text)} contradicts another spelling of {other}; keep one")
+                values[known[target].name] = parse_value(known[target], text)
+            elif close := near_miss(name, known):
+                raise UserError(f"unknown setting {shown(name)}; did you mean {close}?")
         if refused:
             first, *others = refused
             raise UserError(refused[first] + (f". Nor are {', '.join(others)}" if others else ""))
@@ -551,7 +496,7 @@ COMMON_WORDS = frozenset(
 def unused_names(environ: Mapping[str, str]) -> list[str]:
     """Variables that no line of this script reads though they look like settings, in one note for the log, or none."""
     known = {f.name.upper() for f in dataclasses.fields(Hyperparameters)} | {*PUBLIC_NAMES, *NOT_HERE}
-    ours = {word for name in known for word in name_words(name)} - COMMON_WORDS
+    ours = set().union(*map(name_words, known)) - COMMON_WORDS
     names = [name for name in sorted(environ) if name not in known and re.fullmatch(r"[A-Z][A-Z0-9_]*", name)]
     names = [name for name in names if not is_foreign(name) and ours & name_words(name)]
     return [f"warning: no such settings, so not read: {', '.join(names)}"] if names else []
@@ -570,10 +515,9 @@ def is_foreign(name: str) -> bool:
 def comparable(text: str) -> float | str:
     """One spelling of a value: 0, 0.0 and False are the same."""
     text = text.strip().lower()
-    try:
+    with contextlib.suppress(ValueError):
         return float({"false": "0", "true": "1"}.get(text, text))
-    except ValueError:
-        return text
+    return text
 
 
 def shown(value: Any) -> str:
@@ -590,16 +534,16 @@ def limit_text(limit: float) -> str:
 
 def parse_value(f: dataclasses.Field, text: str) -> Any:
     """Text of the environment to the type of the setting's default."""
-    kind, text = type(f.default), text.strip()
-    if kind is bool:
+    wanted, text = type(f.default), text.strip()
+    if wanted is bool:
         if text.lower() not in ("0", "1", "true", "false"):
             raise UserError(f"{f.name.upper()}={shown(text)} must be 0, 1, true or false")
         return text.lower() in ("1", "true")
     try:
-        return kind(text)
+        return wanted(text)
     except ValueError:
-        wanted = {int: "a whole number", float: "a number"}[kind]
-        raise UserError(f"{f.name.upper()}={shown(text)} must be {wanted}") from None
+        words = {int: "a whole number", float: "a number"}[wanted]
+        raise UserError(f"{f.name.upper()}={shown(text)} must be {words}") from None
 
 
 def check_value(f: dataclasses.Field, value: Any) -> None:
@@ -689,12 +633,10 @@ class Place(NamedTuple):
         number = functools.partial(torchrun_number, environ)
         rank, size, local_rank = number("RANK", 0), number("WORLD_SIZE", 1), number("LOCAL_RANK", 0)
         local_size = number("LOCAL_WORLD_SIZE", local_rank + 1)
-        for lower, value, upper, limit in (
-            ("RANK", rank, "WORLD_SIZE", size),
-            ("LOCAL_RANK", local_rank, "LOCAL_WORLD_SIZE", local_size),
-        ):
-            if value >= limit:
-                raise UserError(f"{lower}={value} must be less than {upper}={limit}; start the processes with torchrun")
+        for local, own, count in (("", rank, size), ("LOCAL_", local_rank, local_size)):
+            if own >= count:
+                problem = f"{local}RANK={own} must be less than {local}WORLD_SIZE={count}"
+                raise UserError(f"{problem}; start the processes with torchrun")
         return cls(rank, size, local_rank, local_size)
 
 
@@ -706,6 +648,9 @@ def torchrun_number(environ: Mapping[str, str], name: str, default: int) -> int:
     return int(text)
 
 
+NOTHING_TO_WAIT_FOR = types.SimpleNamespace(wait=lambda: None)  # the handle of what one rank need not send
+
+
 class Ranks:
     """This process among all of torchrun's. Every collective call of the project goes through here.
 
@@ -714,23 +659,22 @@ class Ranks:
 
     def __init__(self, hp: Hyperparameters, environ: Mapping[str, str]):
         self.rank, self.size, local_rank, local_size = Place.from_env(environ)
-        wants_cuda = hp.device == "cuda" or (hp.device == "auto" and torch.cuda.is_available())
-        if wants_cuda and not torch.cuda.is_available():
+        cuda = hp.device == "cuda" or (hp.device == "auto" and torch.cuda.is_available())
+        if cuda and not torch.cuda.is_available():
             raise UserError("DEVICE=cuda, but torch sees no CUDA device; use DEVICE=cpu or a CUDA build of torch")
-        if wants_cuda and local_size > torch.cuda.device_count():
-            count = torch.cuda.device_count()
-            raise UserError(f"{local_size} processes on a host with {count} GPUs; lower --nproc_per_node to {count}")
+        if cuda and local_size > (gpus := torch.cuda.device_count()):
+            raise UserError(f"{local_size} processes on a host with {gpus} GPUs; lower --nproc_per_node to {gpus}")
         if self.size > 1 and not environ.get("MASTER_ADDR"):
             raise UserError(f"WORLD_SIZE={self.size} processes need MASTER_ADDR to meet; start them with torchrun")
         if self.size > 1 and not 0 < torchrun_number(environ, "MASTER_PORT", 0) < 1 << 16:
             raise UserError(f"WORLD_SIZE={self.size} processes need MASTER_PORT, 1 to 65535, to meet; use torchrun")
-        self.device = torch.device("cuda", local_rank) if wants_cuda else torch.device("cpu")
-        if wants_cuda:
+        self.device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+        if cuda:
             torch.cuda.set_device(self.device)
         if self.size > 1:
-            backend, store = "nccl" if wants_cuda else "gloo", fresh_store(self.rank, self.size)
+            backend, store = "nccl" if cuda else "gloo", fresh_store(self.rank, self.size)
             dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.size)
-            if wants_cuda:
+            if cuda:
                 dist.barrier(device_ids=[local_rank])  # the communicator is built here, not in the first timed step
         # torch 2.13 renames the flat collectives; older versions know only the first names.
         self._gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -747,7 +691,7 @@ class Ranks:
 
     def start_sum(self, x: Tensor):
         """Start summing x over ranks in place; returns a handle whose wait() completes it."""
-        return dist.all_reduce(x, dist.ReduceOp.SUM, async_op=True) if self.size > 1 else _Done()
+        return dist.all_reduce(x, dist.ReduceOp.SUM, async_op=True) if self.size > 1 else NOTHING_TO_WAIT_FOR
 
     def largest(self, x: float) -> float:
         """The largest x of all ranks."""
@@ -765,11 +709,11 @@ class Ranks:
 
     def start_reduce_scatter(self, shard: Tensor, full: Tensor):
         """shard (n/size, …) ← this rank's rows of the sum of full (n, …) over ranks; returns a handle."""
-        return self._scatter(shard, full, op=dist.ReduceOp.SUM, async_op=True) if self.size > 1 else _Done()
+        return self._scatter(shard, full, op=dist.ReduceOp.SUM, async_op=True) if self.size > 1 else NOTHING_TO_WAIT_FOR
 
     def start_all_gather(self, full: Tensor, shard: Tensor):
         """full (n, …) ← every rank's shard (n/size, …); returns a handle."""
-        return self._gather(full, shard, async_op=True) if self.size > 1 else _Done()
+        return self._gather(full, shard, async_op=True) if self.size > 1 else NOTHING_TO_WAIT_FOR
 
     def broadcast_object(self, x: Any) -> Any:
         """The main rank's object, on every rank."""
@@ -781,16 +725,15 @@ class Ranks:
 
     def agree(self, work: Callable[[], Any]) -> Any:
         """Run `work` on every rank; a UserError on any rank is raised on all, so that none waits for another."""
-        result, problem = None, None
+        result = problem = None
         try:
             result = work()
         except UserError as error:
             problem = str(error)
+        problems = [problem] * self.size
         if self.size > 1:
-            problems = [None] * self.size
             dist.all_gather_object(problems, problem)
-            problem = next((p for p in problems if p), None)
-        if problem:
+        if problem := next(filter(None, problems), None):
             error = UserError(problem)
             error.agreed = True
             raise error
@@ -832,13 +775,6 @@ def fresh_store(rank: int, size: int) -> dist.Store:
         time.sleep(0.02)
     store.set(f"{keys[0]}/met{rank}", "")
     return dist.PrefixStore(keys[0], store)
-
-
-class _Done:
-    """The handle of a communication that one rank need not make."""
-
-    def wait(self) -> None:
-        pass
 
 
 PROGRESS_SECONDS = 30.0  # between lines of progress
@@ -932,12 +868,16 @@ def open_locked(path: Path) -> io.FileIO:
             raise FileNotFoundError  # set aside between the two, by another start
     except (BlockingIOError, FileNotFoundError):
         file.close()
-        raise UserError(
-            f"RUN_ID={path.stem} is running now and holds {path}; choose another or wait for its end"
-        ) from None
+        running = f"RUN_ID={path.stem} is running now and holds {path}"
+        raise UserError(f"{running}; choose another or wait for its end") from None
     except (ImportError, OSError) as error:  # some network file systems
         complain(f"warning: {path} cannot be locked ({error}); do not use its RUN_ID twice")
     return file
+
+
+def output_paths(hp: Hyperparameters, run_id: str) -> tuple[Path, Path]:
+    """The log and the folder of results."""
+    return Path(hp.out_dir) / "logs" / f"{run_id}.txt", Path(hp.out_dir) / "runs" / run_id
 
 
 def progress_bar(total: int | None, label: str, log: Log, initial: int = 0):
@@ -999,9 +939,9 @@ class Signals:
 
     def __init__(self):
         self.patience = self.PATIENCE
-        self.caught, self.deferred, self.leaving = 0, False, False
+        self.caught, self.deferred, self.ending = 0, False, False
         self.advice = "there is no checkpoint to go on from"  # what to tell whoever ends the run
-        self.speaks, self.log = True, Log(None)
+        self.is_main, self.log = True, Log(None)
 
     def __enter__(self):
         self.before, self.pipe = {}, None
@@ -1036,9 +976,15 @@ class Signals:
     def resume_from(self, checkpoint: Path) -> None:
         self.advice = f"go on with the same command and RESUME={checkpoint}"
 
-    def leave(self) -> None:
-        """The run ends, for whatever reason: one is enough."""
-        self.deferred = self.leaving = True
+    def run_ends(self) -> None:
+        """Whatever for: one reason is enough, and what comes now is ignored."""
+        self.deferred = self.ending = True
+
+    def say(self, line: str, own: bool = False) -> None:
+        """The last line, in the log and on the console: the main rank's or, where it has one of its own, any rank's."""
+        if self.is_main or own:
+            complain(line)
+        self.log(line, console=False)
 
     def handle(self, number: int, _) -> None:
         first, self.caught = not self.caught, self.caught or number
@@ -1047,9 +993,9 @@ class Signals:
 
     def watch(self, pipe: int, numbers: Sequence[int]) -> None:
         """End the process where the main thread does not; reads the numbers of signals until the pipe is closed."""
-        first, begun, since, told, again = 0, 0.0, math.inf, False, False
+        first, begun, since, announced, again = 0, 0.0, math.inf, False, False
         while True:
-            ready, now = select.select([pipe], [], [], 0.1 if first else None)[0], monotonic()
+            ready, now = select.select([pipe], [], [], 0.1 if first else None)[0], time.monotonic()
             if ready:
                 read = os.read(pipe, 1)
                 if not read:
@@ -1057,19 +1003,16 @@ class Signals:
                 if read[0] in numbers:
                     again = first and now - begun > self.REPEATED
                     first, begun = (first, begun) if first else (read[0], now)
-            if self.deferred and not self.leaving:
+            if self.deferred and not self.ending:
                 since = math.inf
-                if first and not told and now - begun > 2:
-                    told = True
+                if first and not announced and now - begun > 2:
+                    announced = True
                     self.log(f"signal:{Interrupted(first)} the step ends, then the run; another signal ends it at once")
             elif first:
                 since = min(since, now)
             if again or now - since > self.patience:
-                if not self.leaving:
-                    line = f"interrupted: {Interrupted(first)}; {self.advice}"
-                    if self.speaks:
-                        complain(line)
-                    self.log(line, console=False)
+                if not self.ending:
+                    self.say(f"interrupted: {Interrupted(first)}; {self.advice}")
                 os._exit(128 + first)
 
 
@@ -1124,12 +1067,12 @@ class Clock:
         loss is this rank's part of the mean, the norm that of the averaged gradient; both are () on the device.
         """
         self.collect()
-        told = torch.zeros(4 + self.ranks.size, dtype=torch.float64)
-        told[2], told[3] = self.problem is not None, self.signals.caught != 0
-        told[4 + self.ranks.rank] = self.local_ms()
-        told = told.to(loss.device, non_blocking=True)
-        told[0], told[1] = loss.detach(), ~(loss.detach() + gradient_norm).isfinite()
-        self._pending = start_read(self.ranks.sum_(told))
+        message = torch.zeros(4 + self.ranks.size, dtype=torch.float64)
+        message[2], message[3] = self.problem is not None, self.signals.caught != 0
+        message[4 + self.ranks.rank] = self.local_ms()
+        message = message.to(loss.device, non_blocking=True)
+        message[0], message[1] = loss.detach(), ~(loss.detach() + gradient_norm).isfinite()
+        self._pending = start_read(self.ranks.sum_(message))
 
     def collect(self) -> None:
         """Wait for the posted step and adopt it.
@@ -1145,15 +1088,15 @@ class Clock:
         self.interrupted |= signalled > 0
         self.step += 1
         if problem:
-            self.ranks.agree(self._raise_problem)
+            self.ranks.agree(self.check_data)
         if broken:
+            before = f"the loss before it was {self.loss:.4f}"
             raise LimitError(
-                f"loss or gradient of step {self.step} is no longer finite; the loss before it was {self.loss:.4f}; "
-                f"a new run needs {LOWER_RATES}"
+                f"loss or gradient of step {self.step} is no longer finite; {before}; a new run needs {LOWER_RATES}"
             )
         self.loss = loss
 
-    def _raise_problem(self) -> None:
+    def check_data(self) -> None:
         if self.problem:
             raise UserError(self.problem)
 
@@ -1197,12 +1140,8 @@ def peak_memory_mib(device: torch.device) -> tuple[int, int]:
 def activation_dtype(name: str, device: torch.device) -> torch.dtype:
     """DTYPE=auto is bf16 where the device has instructions for it."""
     if name == "auto":
-        fast = (
-            torch.cuda.is_bf16_supported(including_emulation=False)
-            if device.type == "cuda"
-            else torch.cpu._is_avx512_bf16_supported()
-        )
-        name = "bf16" if fast else "fp32"
+        cuda, cpu = functools.partial(torch.cuda.is_bf16_supported, False), torch.cpu._is_avx512_bf16_supported
+        name = "bf16" if (cuda if device.type == "cuda" else cpu)() else "fp32"
     return {"bf16": torch.bfloat16, "fp32": torch.float32}[name]
 
 
@@ -1309,28 +1248,25 @@ def read_checkpoint(path: Path) -> Checkpoint:
         blob = read_file(path, CHECKPOINT_MAGIC)
     except OSError as error:
         raise UserError(f"cannot read the checkpoint {path}: {error.strerror}") from None
-    older = [p for p in find_checkpoints(path.parent) if p != path]
-    advice = f"; RESUME={older[-1]} is another one" if older else "; there is no other one"
-    start = len(CHECKPOINT_MAGIC) + 8
+    others = [p for p in find_checkpoints(path.parent) if p != path]
+    advice = f"; RESUME={others[-1]} is another one" if others else "; there is no other one"
     foreign = UserError(f"{path} is no checkpoint of this script{advice}")
-    if blob[: len(CHECKPOINT_MAGIC)] != CHECKPOINT_MAGIC or len(blob) < start + 32:
+    body, start = memoryview(blob)[:-32], len(CHECKPOINT_MAGIC) + 8
+    if not blob.startswith(CHECKPOINT_MAGIC) or len(body) < start:
         raise foreign
-    view = memoryview(blob)
-    if hashlib.sha256(view[:-32]).digest() != blob[-32:]:
+    if hashlib.sha256(body).digest() != blob[-32:]:
         raise UserError(f"the checkpoint {path} is damaged or not whole: its checksum does not match{advice}")
-    end = start + int.from_bytes(blob[start - 8 : start], "little")
+    end = start + int.from_bytes(body[start - 8 : start], "little")
     try:
-        meta, tensors = json.loads(blob[start:end]), {}
+        meta, tensors = json.loads(bytes(body[start:end])), {}
         for name, shape, dtype in meta.pop("tensors"):
             if not all(type(n) is int and n >= 0 for n in shape):
                 raise foreign
-            size = math.prod(shape) * np.dtype(dtype).itemsize
-            data = np.frombuffer(view[end : min(end + size, len(blob) - 32)], dtype)
-            tensors[name] = torch.from_numpy(data.reshape(shape).copy())
-            end += size
+            start, end = end, end + math.prod(shape) * np.dtype(dtype).itemsize
+            tensors[name] = torch.from_numpy(np.frombuffer(body[start:end], dtype).reshape(shape).copy())
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         raise foreign from None
-    if end != len(blob) - 32 or {k: type(v) for k, v in meta.items()} != CHECKPOINT_META:
+    if end != len(body) or {k: type(v) for k, v in meta.items()} != CHECKPOINT_META:
         raise foreign
     return Checkpoint(path, meta, tensors)
 
@@ -1350,11 +1286,11 @@ def find_resumed(hp: Hyperparameters, source: bytes) -> Checkpoint | None:
         return None
     path = Path(hp.resume)
     if hp.resume == "auto":
-        folder = Path(hp.out_dir) / "runs" / hp.run_id
+        log, folder = output_paths(hp, hp.run_id)
         try:
             if (folder / "result.json").exists():
                 raise UserError(f"RUN_ID={hp.run_id} has ended: {folder / 'result.json'}; there is nothing to resume")
-            if (log := log_path(hp, hp.run_id)).exists():
+            if log.exists():
                 open_locked(log).close()  # beside a run that is alive, its checkpoints come and go
             found = find_checkpoints(folder)
         except OSError as error:
@@ -1368,13 +1304,10 @@ def find_resumed(hp: Hyperparameters, source: bytes) -> Checkpoint | None:
     settings, theirs = dataclasses.asdict(hp), checkpoint.meta["settings"]
     if settings.keys() != theirs.keys() or not re.fullmatch(r"\w[\w.-]{0,127}", checkpoint.meta["run_id"]):
         raise UserError(f"{path} is no checkpoint of this script")
-    different = [
-        f"{name.upper()}={settings[name]} here, {value} there"
-        for name, value in theirs.items()
-        if name not in MAY_CHANGE and settings[name] != value
-    ]
-    if different:
-        raise UserError(f"{path} was made with other settings: {'; '.join(different)}")
+    changed = [name for name in theirs if name not in MAY_CHANGE and settings[name] != theirs[name]]
+    if changed:
+        differences = "; ".join(f"{name.upper()}={settings[name]} here, {theirs[name]} there" for name in changed)
+        raise UserError(f"{path} was made with other settings: {differences}")
     return checkpoint
 
 
@@ -1416,18 +1349,13 @@ def find_shards(hp: Hyperparameters, split: str) -> list[Path]:
         names = []
     except OSError as error:
         raise UserError(f"cannot read DATA_PATH={folder}: {error.strerror}") from None
-    paths = sorted(folder / name for name in names if fnmatch(name, f"fineweb_{split}_*.bin"))
     if sidecars := sorted(folder / name for name in names if fnmatch(name, "fineweb_*_bytes_*.bin")):
-        raise UserError(
-            f"{sidecars[0]} is a byte sidecar: these shards hold transformed text (CaseOps), whose bytes this script "
-            "does not count; use shards of plain text"
-        )
-    if not paths:
-        raise UserError(
-            f"no fineweb_{split}_*.bin in DATA_PATH={folder}; prepare data first: `python data/prepare.py fineweb` "
-            "(published shards) or `python data/prepare.py offline` (no download), then set DATA_PATH"
-        )
-    return paths
+        text = "these shards hold transformed text (CaseOps), whose bytes this script does not count"
+        raise UserError(f"{sidecars[0]} is a byte sidecar: {text}; use shards of plain text")
+    if paths := sorted(folder / name for name in names if fnmatch(name, f"fineweb_{split}_*.bin")):
+        return paths
+    ways = "`python data/prepare.py fineweb` (published shards) or `python data/prepare.py offline` (no download)"
+    raise UserError(f"no fineweb_{split}_*.bin in DATA_PATH={folder}; prepare data first: {ways}, then set DATA_PATH")
 
 
 def data_fingerprint(paths: Sequence[Path]) -> str:
@@ -1475,11 +1403,9 @@ class TokenStream:
             raise UserError(f"cannot read shard {path} any more: {error.strerror}; put it back") from None
         if len(tokens) < count:
             raise UserError(f"shard {path} became shorter while it was in use; fetch or build it again")
-        if (largest := int(tokens.max())) >= self.vocab_size:
-            raise UserError(
-                f"{path} holds token id {largest}, but VOCAB_SIZE={self.vocab_size}; "
-                "set VOCAB_SIZE to the tokenizer's size or use shards made with it"
-            )
+        if (token := int(tokens.max())) >= self.vocab_size:
+            advice = "set VOCAB_SIZE to the tokenizer's size or use shards made with it"
+            raise UserError(f"{path} holds token id {token}, but VOCAB_SIZE={self.vocab_size}; {advice}")
         return tokens
 
 
@@ -1561,28 +1487,27 @@ class TokenBytes:
         is_byte = np.array([model.is_byte(i) for i in range(n)])
         self.boundary = np.array([model.is_control(i) or model.is_unknown(i) or model.is_unused(i) for i in range(n)])
         ordinary = ~(is_byte | self.boundary)
-        if not any(p == "▁" and ordinary[i] for i, p in enumerate(pieces)):
-            raise UserError(f"tokenizer {path} has no `▁` piece of its own: a space would become three byte tokens")
-        if int(is_byte.sum()) != 256:
-            raise UserError(
-                f"tokenizer {path} has no byte fallback: rare characters become a lossy <unk>; train it with one"
-            )
-        if not (pieces[BOS_ID] and model.is_control(BOS_ID)):
-            raise UserError(f"tokenizer {path} has no control token with id {BOS_ID} to start a document")
         self.unknown_id = model.unk_id()
         self.leading_space = np.array([p.startswith("▁") for p in pieces]) & ordinary
         lengths = [len(p.removeprefix("▁").replace("▁", " ").encode()) for p in pieces]
         self.base = np.where(is_byte, 1, np.where(ordinary, lengths, 0)).astype(np.int64)
         self.sha256 = hashlib.sha256(serialized).hexdigest()
-        if problem := self.misspelling(model, pieces):
-            raise UserError(f"tokenizer {path} {problem}; bits per byte of the text cannot be known from its ids")
+        if "▁" not in (piece for piece, spelled in zip(pieces, ordinary, strict=True) if spelled):
+            problem = "has no `▁` piece of its own: a space would become three byte tokens"
+        elif is_byte.sum() != 256:
+            problem = "has no byte fallback: rare characters become a lossy <unk>; train it with one"
+        elif not (pieces[BOS_ID] and model.is_control(BOS_ID)):
+            problem = f"has no control token with id {BOS_ID} to start a document"
+        elif problem := self.misspelling(model, pieces):
+            problem += "; bits per byte of the text cannot be known from its ids"
+        if problem:
+            raise UserError(f"tokenizer {path} {problem}")
 
     def misspelling(self, model: Any, pieces: list[str]) -> str | None:
         """Why this tokenizer's pieces do not spell the text that it was given, or None."""
-        if own := [
-            p for p, kind in zip(pieces, piece_types(model.serialized_model_proto()), strict=False) if kind == 4
-        ]:
-            return f"has user-defined symbols ({', '.join(map(ascii, own[:4]))}), which a transform of the text may use"
+        typed = zip(pieces, piece_types(model.serialized_model_proto()), strict=False)
+        if own := [ascii(piece) for piece, number in typed if number == 4]:
+            return f"has user-defined symbols ({', '.join(own[:4])}), which a transform of the text may use"
         # NFKC and folded spaces are the challenge's own; its tokenizers keep every letter's case and accents.
         letters = "".join(c for c in map(chr, range(0x21, 0x530)) if c.isalpha() or c < "\x7f")
         normal = model.normalize(letters).replace("▁", " ").strip()
@@ -1612,27 +1537,17 @@ def piece_types(model: bytes) -> list[int]:
 
 def protobuf_fields(message: bytes) -> Iterator[tuple[int, Any]]:
     """(number, value) of each field in protobuf's wire format: whole numbers for varints, else the field's bytes."""
-    place = 0
+    data = io.BytesIO(message)
 
-    def varint() -> int:
-        nonlocal place
-        value = shift = 0
-        while True:
-            byte, place = message[place], place + 1
-            value, shift = value | (byte & 127) << shift, shift + 7
-            if byte < 128:
-                return value
+    def varint() -> int:  # seven bits a byte, the lowest first, until a byte below 128
+        (byte,) = data.read(1)
+        return byte if byte < 128 else byte - 128 | varint() << 7
 
-    while place < len(message):
+    while data.tell() < len(message):
         number, wire = divmod(varint(), 8)
-        if wire == 0:
-            yield number, varint()
-            continue
-        if wire not in (1, 2, 5):
+        if wire not in (0, 1, 2, 5):
             raise UserError("the tokenizer's protobuf has a group, which SentencePiece does not write; use another")
-        size = {1: 8, 5: 4}[wire] if wire != 2 else varint()
-        yield number, message[place : place + size]
-        place += size
+        yield number, varint() if wire == 0 else data.read({1: 8, 5: 4}[wire] if wire != 2 else varint())
 
 
 class Validation(NamedTuple):
@@ -1662,9 +1577,8 @@ def load_validation(hp: Hyperparameters) -> Validation:
     }
     for problem, found in problems.items():
         if found:
-            raise UserError(
-                f"the validation split in DATA_PATH={hp.data_path} {problem}; build it with data/prepare.py"
-            )
+            split = f"the validation split in DATA_PATH={hp.data_path}"
+            raise UserError(f"{split} {problem}; build it with data/prepare.py")
     documents = prepared_documents(Path(hp.data_path), counter.sha256)
     return Validation(tokens, counter.count(tokens), stream.fingerprint, path, counter.sha256, documents)
 
@@ -1682,7 +1596,7 @@ def prepared_documents(folder: Path, tokenizer_sha256: str) -> list[tuple[int, s
         named = str(manifest["tokenizer"]["sha256"])
         entry = manifest.get("validation_documents")  # older data sets have none
         data = read_file(folder / entry["file"]) if entry else b""
-        whole = entry is None or hashlib.sha256(data).hexdigest() == entry["sha256"]
+        intact = entry is None or hashlib.sha256(data).hexdigest() == entry["sha256"]
         rows = [line.split("\t") for line in data.decode().splitlines()]
         documents = [(int(count), digest) for count, digest in rows]
     except FileNotFoundError as error:
@@ -1690,14 +1604,12 @@ def prepared_documents(folder: Path, tokenizer_sha256: str) -> list[tuple[int, s
             return None
         raise UserError(f"{path} names {error.filename}, which is missing; build the data set again") from None
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(
-            f"{path} cannot be used ({shown(repr(error))}); build the data set again, or move it away"
-        ) from None
+        advice = "build the data set again, or move it away"
+        raise UserError(f"{path} cannot be used ({shown(repr(error))}); {advice}") from None
     if named != tokenizer_sha256:
-        raise UserError(
-            f"the shards in {folder} were made with another tokenizer (sha256 {shown(named[:16])}…); see {path}"
-        )
-    if not whole:
+        other = f"another tokenizer (sha256 {shown(named[:16])}…)"
+        raise UserError(f"the shards in {folder} were made with {other}; see {path}")
+    if not intact:
         raise UserError(f"{folder / entry['file']} is not what {path} says; build the data set again")
     return documents if entry else None
 
@@ -5039,7 +4951,7 @@ def open_outputs(hp: Hyperparameters, run_id: str, ranks: Ranks, goes_on: bool) 
 
     A log of a run that left no checkpoint to go on from is set aside: a log is of one run.
     """
-    path, folder = log_path(hp, run_id), Path(hp.out_dir) / "runs" / run_id
+    path, folder = output_paths(hp, run_id)
     if not ranks.is_main:
         return Log(None), folder
     try:
@@ -5048,8 +4960,8 @@ def open_outputs(hp: Hyperparameters, run_id: str, ranks: Ranks, goes_on: bool) 
             raise UserError(f"RUN_ID={run_id} has a log already; choose another or move {path} away")
         if (folder / "result.json").exists():
             raise UserError(f"RUN_ID={run_id} has ended already: {folder / 'result.json'}; choose another RUN_ID")
-        for needed in (path.parent, folder):
-            needed.mkdir(parents=True, exist_ok=True)
+        for parent in (path.parent, folder):
+            parent.mkdir(parents=True, exist_ok=True)
         written = [p.stat().st_size for p in (path, *find_checkpoints(folder)) if p.exists()]  # by the run that goes on
         free = shutil.disk_usage(folder).free + sum(written)
         needed = bytes_to_write(hp)
@@ -5067,10 +4979,6 @@ def open_outputs(hp: Hyperparameters, run_id: str, ranks: Ranks, goes_on: bool) 
         raise UserError(f"cannot write to OUT_DIR={hp.out_dir}: {error.strerror} ({error.filename})") from None
 
 
-def log_path(hp: Hyperparameters, run_id: str) -> Path:
-    return Path(hp.out_dir) / "logs" / f"{run_id}.txt"
-
-
 def count_weights(hp: Hyperparameters) -> int:
     """Of the model, without making it."""
     with torch.device("meta"):
@@ -5086,13 +4994,11 @@ def check_memory(hp: Hyperparameters, device: torch.device) -> None:
         memory = torch.cuda.get_device_properties(device).total_memory
     else:
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    count = count_weights(hp)
+    count, names = count_weights(hp), "MODEL_DIM, NUM_LAYERS, MLP_MULT or BIGRAM_VOCAB_SIZE"
     needed = 4 * count * (1 if hp.eval_only or hp.export_only else 2 + hp.ema_enabled)  # weights, gradients, averages
     if needed > memory:
-        raise UserError(
-            f"{count:,} weights take {needed >> 30} GiB at least and {device.type} has {memory >> 30}; "
-            "lower MODEL_DIM, NUM_LAYERS, MLP_MULT or BIGRAM_VOCAB_SIZE"
-        )
+        sizes = f"{count:,} weights take {needed >> 30} GiB at least and {device.type} has {memory >> 30}"
+        raise UserError(f"{sizes}; lower {names}")
 
 
 def bytes_to_write(hp: Hyperparameters) -> int:
@@ -5102,15 +5008,6 @@ def bytes_to_write(hp: Hyperparameters) -> int:
     averages = hp.ema_enabled + hp.swa_enabled
     checkpoints = 3 * (3 + averages) * weights * (hp.checkpoint_every > 0)
     return (1 << 20) + artifact + weights * hp.save_weights + checkpoints
-
-
-def log_source(run: Run) -> None:
-    """All settings and the source that runs, in the file alone. Both are the same when a run goes on."""
-    log = run.log
-    log(f"settings {json.dumps(dataclasses.asdict(run.hp))}", console=False)
-    log(f"===== source begin bytes:{len(run.source)} =====", console=False)
-    log(run.source.decode(), console=False)
-    log("===== source end =====", console=False)
 
 
 def log_run(run: Run, attention: str, notes: Sequence[str]) -> None:
@@ -5125,8 +5022,11 @@ def log_run(run: Run, attention: str, notes: Sequence[str]) -> None:
         log(f"setting:{name}={int(value) if isinstance(value, bool) else value}")
     for note in notes:
         log(note)
-    if log.fresh:
-        log_source(run)
+    if log.fresh:  # in the file alone; both are the same when a run goes on
+        log(f"settings {json.dumps(dataclasses.asdict(hp))}", console=False)
+        log(f"===== source begin bytes:{len(run.source)} =====", console=False)
+        log(run.source.decode(), console=False)
+        log("===== source end =====", console=False)
     log(f"seed:{hp.seed}")
     log(f"val_bpb:enabled tokenizer_kind=sentencepiece tokenizer_path={val.tokenizer_path}")
     if stream is not None:
@@ -5150,87 +5050,59 @@ def write_result(run: Run, path: Path, data: bytes) -> Path:
 
 def prepare(job: Job, ranks: Ranks, signals: Signals) -> Run:
     """All that can go wrong before any work goes wrong here, on all ranks alike. Raises UserError."""
-    hp = job.hp
-    dtype = activation_dtype(hp.dtype, ranks.device)
-    compile = hp.compile == "1" or (hp.compile == "auto" and ranks.device.type == "cuda")
-    ranks.agree(lambda: check_compiler(compile, ranks.device))
-    attention, attend = ranks.agree(lambda: choose_attention(hp, ranks.device, dtype))
-    val = ranks.agree(lambda: load_validation(hp))
-    ranks.agree(lambda: check_data(job, val))
-    stream = None
-    if job.reads_training_text:
-        stream = ranks.agree(lambda: TokenStream(find_shards(hp, "train"), hp.vocab_size))
-    ranks.agree(lambda: check_memory(hp, ranks.device))
-    source = Path(__file__).read_bytes()
-    checkpoint = ranks.agree(lambda: find_resumed(hp, source) if ranks.is_main else None)
+    hp, device, source = job.hp, ranks.device, Path(__file__).read_bytes()
+    dtype = activation_dtype(hp.dtype, device)
+    compile = hp.compile == "1" or (hp.compile == "auto" and device.type == "cuda")
+
+    def check() -> tuple[str, Callable, Validation, TokenStream | None, Checkpoint | None]:
+        """What each rank does by itself: none may wait for another in here."""
+        check_compiler(compile, device)
+        attention, attend = choose_attention(hp, device, dtype)
+        val = load_validation(hp)
+        if job.tokenizer_sha256 not in (None, val.tokenizer_sha256):
+            made = "the tokenizer that the file was made with"
+            raise UserError(f"{val.tokenizer_path} is not {made}; set TOKENIZER_PATH")
+        check_chunks(hp, val.targets)
+        stream = TokenStream(find_shards(hp, "train"), hp.vocab_size) if job.reads_training_text else None
+        check_memory(hp, device)
+        return attention, attend, val, stream, find_resumed(hp, source) if ranks.is_main else None
+
+    attention, attend, val, stream, checkpoint = ranks.agree(check)
     shared = ranks.broadcast_object(checkpoint and checkpoint._replace(tensors={}))
-    checkpoint = checkpoint or shared
-    if checkpoint is not None:
+    if checkpoint := checkpoint or shared:
         ranks.agree(lambda: check_resumed(checkpoint, stream, val, dtype))
         signals.resume_from(checkpoint.path)
     stamp = f"{time.strftime('%Y%m%d-%H%M%S')}-seed{hp.seed}-{os.urandom(2).hex()}"
     run_id = ranks.broadcast_object(hp.run_id or (checkpoint.meta["run_id"] if checkpoint else stamp))
     log, folder = ranks.agree(lambda: open_outputs(hp, run_id, ranks, checkpoint is not None))
-    phases, signals.log = Phases(ranks.device), log
+    phases, signals.log = Phases(device), log
     run = Run(hp, ranks, log, phases, dtype, attend, compile, val, stream, folder, source, signals, checkpoint)
     log_run(run, attention, job.notes)
     return run
 
 
-def check_data(job: Job, val: Validation) -> None:
-    """Whether this validation split and tokenizer suit the settings and the file. Raises UserError."""
-    if job.tokenizer_sha256 not in (None, val.tokenizer_sha256):
-        raise UserError(f"{val.tokenizer_path} is not the tokenizer that the file was made with; set TOKENIZER_PATH")
-    check_chunks(job.hp, val.targets)
-
-
 def check_resumed(checkpoint: Checkpoint, stream: TokenStream, val: Validation, dtype: torch.dtype) -> None:
     """Whether the run goes on with the data and arithmetic it began with. Raises UserError."""
     meta, data = checkpoint.meta, [stream.fingerprint, val.fingerprint, val.tokenizer_sha256]
-    for what, here, there in zip(
-        ("training shards", "validation shards", "tokenizer"), data, meta["data"], strict=True
-    ):
+    names = ("training shards", "validation shards", "tokenizer")
+    for name, here, there in zip(names, data, meta["data"], strict=True):
         if here != there:
-            raise UserError(
-                f"{checkpoint.path} was made with other {what} (fingerprint {there[:16]}, here {here[:16]})"
-            )
+            fingerprints = f"fingerprint {there[:16]}, here {here[:16]}"
+            raise UserError(f"{checkpoint.path} was made with other {name} ({fingerprints})")
     if meta["dtype"] != str(dtype):
         raise UserError(f"{checkpoint.path} was made with {meta['dtype']}, here it would be {dtype}; set DTYPE")
 
 
-def run_job(job: Job, ranks: Ranks, signals: Signals) -> int:
-    """The whole run after the settings are known. Returns the exit code."""
-    run = prepare(job, ranks, signals)
-    try:
-        try:
-            return carry_out(run, job)
-        except (RuntimeError, MemoryError) as error:
-            if isinstance(cause := getattr(error, "inner_exception", None), OSError):  # of torch.compile
-                raise UserError(f"torch.compile fails: {cause}; {signals.advice}") from None
-            on_gpu = isinstance(error, torch.OutOfMemoryError)  # torch has no such class for the CPU
-            if not (on_gpu or isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error)):
-                raise
-            names = "MICRO_BATCH_TOKENS (training), VAL_BATCH_SIZE (scoring) or TTT_BATCH_SEQS (a part of the method)"
-            raise UserError(f"out of {'GPU ' * on_gpu}memory; lower {names}; {signals.advice}") from None
-    except (LimitError, UserError, Interrupted) as end:
-        signals.leave()
-        run.log(f"{end.label}: {end}" + (f"; {signals.advice}" if isinstance(end, Interrupted) else ""), console=False)
-        raise
-
-
-def carry_out(run: Run, job: Job) -> int:
+def run_job(run: Run, job: Job) -> int:
     """Train or take up what is there, export, read back, score. Returns the exit code."""
-    hp, log = run.hp, run.log
-    result: dict[str, Any] = dict(
-        run_id=run.folder.name, mode="train", steps=None, train_tokens=None, exported=None, audit=None
-    )
-    trainer = None
+    hp, log, trainer, mode = run.hp, run.log, None, "train"
+    facts: dict[str, Any] = dict(steps=None, train_tokens=None, exported=None, audit=None)  # of the result
     if hp.eval_only:
-        result["mode"], path, blob = "eval_only", Path(hp.artifact_path), job.blob
+        mode, path, blob = "eval_only", Path(hp.artifact_path), job.blob
         run.signals.advice = scored_again(path)
     elif hp.export_only:
+        mode = "export_only"
         log(f"export_only: weights from {hp.weights_path}; this is no timed run")
-        result["mode"] = "export_only"
         path, blob = export(run, {name: stored.dequantize() for name, stored in job.tensors.items()})
     else:
         trainer = Trainer(run)
@@ -5241,8 +5113,8 @@ def carry_out(run: Run, job: Job) -> int:
         with run.phases("average"):
             source, weights = trainer.exported_weights()
         log(f"export_weights:{source} swa_samples:{trainer.averages.swa_samples}")
-        result |= dict(steps=trainer.step, train_tokens=trainer.step * hp.train_batch_tokens, exported=source)
-        result["resumed_at"] = trainer.resumed_at
+        facts |= dict(steps=trainer.step, train_tokens=trainer.step * hp.train_batch_tokens, exported=source)
+        facts["resumed_at"] = trainer.resumed_at
         if hp.save_weights and run.ranks.is_main:
             save_weights(run, weights)
         path, blob = export(run, weights)  # before any diagnostic: a run that dies later has its artifact
@@ -5255,65 +5127,36 @@ def carry_out(run: Run, job: Job) -> int:
     trainer = None  # frees its memory before the evaluation
     evaluation = Evaluation(run, tensors)
     evaluated = evaluation.score_all()
-    result |= dict(eval_seconds=run.ranks.largest(evaluation.elapsed()), eval_cut=evaluation.cut)
+    facts |= dict(mode=mode, eval_seconds=run.ranks.largest(evaluation.elapsed()), eval_cut=evaluation.cut)
     if hp.audit:
-        ledger = run.phases.seconds | dict(evaluation=result["eval_seconds"])
+        ledger = run.phases.seconds | dict(evaluation=facts["eval_seconds"])
         with run.phases("audit"):
             findings = Audit(evaluation).check(evaluated, (len(run.source), len(blob)), ledger)
         for name, (passed, figure) in findings.items():
             log(f"audit:{name} {'pass' if passed else 'FAIL'} {figure}")
-        result["audit"] = {name: finding._asdict() for name, finding in findings.items()}
-    scores |= evaluated
-    return finish(run, result, scores, path, blob)
+        facts["audit"] = {name: finding._asdict() for name, finding in findings.items()}
+    return report_result(run, facts, scores | evaluated, path, blob)
 
 
-def limits_broken(hp: Hyperparameters, size: int, result: Mapping, headline: Score) -> Iterator[str]:
-    """What makes the exit code 3, in words."""
-    if size > hp.artifact_cap_bytes:
-        over = size - hp.artifact_cap_bytes
-        yield f"code and artifact are {size} bytes, {over} over ARTIFACT_CAP_BYTES={hp.artifact_cap_bytes}"
-    if result["train_seconds"] > hp.max_wallclock_seconds > 0:
-        spent, cap = result["train_seconds"], hp.max_wallclock_seconds
-        yield f"training and averaging took {spent:.1f} s, more than MAX_WALLCLOCK_SECONDS={cap:g}"
-    if result["eval_seconds"] > hp.eval_max_seconds > 0:
-        yield f"the evaluation took {result['eval_seconds']:.1f} s, more than EVAL_MAX_SECONDS={hp.eval_max_seconds:g}"
-    if not math.isfinite(headline.nats):
-        yield "the headline is not finite; lower TTT_LR if the scores before it are"
-    for name, finding in (result["audit"] or {}).items():
-        if not finding["passed"]:
-            yield f"audit:{name} failed: {finding['figure']}"
-
-
-def finish(run: Run, result: dict, scores: Mapping[str, Score], path: Path, blob: bytes) -> int:
-    """The `result` line and file, and the exit code: 3 where code and artifact exceed the cap."""
+def report_result(run: Run, facts: Mapping, scores: Mapping[str, Score], path: Path, blob: bytes) -> int:
+    """The `result` line and file, and the exit code: 3 where a limit is broken."""
     hp, log, val, seconds = run.hp, run.log, run.val, run.phases.seconds
     for name, spent in seconds.items():
         log(f"phase:{name} seconds:{spent:.2f}")
-    headline = list(scores)[-1]
-    size = len(blob) + len(run.source)
-    result |= dict(
-        seed=hp.seed,
-        settings_hash=hp.settings_hash(),
-        code_sha256=hashlib.sha256(run.source).hexdigest(),
-        artifact_sha256=hashlib.sha256(blob).hexdigest(),
-        train_fingerprint=run.stream.fingerprint if run.stream is not None else None,
-        val_fingerprint=val.fingerprint,
-        tokenizer_sha256=val.tokenizer_sha256,
-        world_size=run.ranks.size,
-        device=device_name(run.ranks.device),
-        torch=torch.__version__,
-        dtype=str(run.dtype).removeprefix("torch."),
-        train_seconds=sum(seconds.get(phase, 0.0) for phase in TRAINING_PHASES),
-        phase_seconds=seconds,
-        peak_memory_mib=peak_memory_mib(run.ranks.device)[0],
-        bytes_code=len(run.source),
-        bytes_artifact=len(blob),
-        bytes_total=size,
-        bytes_cap=hp.artifact_cap_bytes,
-        scores={k: s.as_json() | dict(tokens=s.tokens, bytes=s.bytes) for k, s in scores.items()},
-        headline=dict(label=headline) | scores[headline].as_json(),
-    )
-    broken, line = list(limits_broken(hp, size, result, scores[headline])), json.dumps(result)
+    headline, stream, code, size = list(scores)[-1], run.stream, len(run.source), len(blob)
+    code_sha256, artifact_sha256 = (hashlib.sha256(data).hexdigest() for data in (run.source, blob))
+    result = dict(run_id=run.folder.name, **facts, seed=hp.seed, settings_hash=hp.settings_hash())
+    result |= dict(code_sha256=code_sha256, artifact_sha256=artifact_sha256)
+    result |= dict(train_fingerprint=stream.fingerprint if stream is not None else None)
+    result |= dict(val_fingerprint=val.fingerprint, tokenizer_sha256=val.tokenizer_sha256)
+    result |= dict(world_size=run.ranks.size, device=device_name(run.ranks.device), torch=torch.__version__)
+    result |= dict(dtype=str(run.dtype).removeprefix("torch."), phase_seconds=seconds)
+    result |= dict(train_seconds=sum(seconds.get(phase, 0.0) for phase in TRAINING_PHASES))
+    result |= dict(peak_memory_mib=peak_memory_mib(run.ranks.device)[0])
+    result |= dict(bytes_code=code, bytes_artifact=size, bytes_total=code + size, bytes_cap=hp.artifact_cap_bytes)
+    result |= dict(scores={k: s.as_json() | dict(tokens=s.tokens, bytes=s.bytes) for k, s in scores.items()})
+    result |= dict(headline=dict(label=headline) | scores[headline].as_json())
+    broken, line = list(limits_broken(hp, result)), json.dumps(result)
     if run.ranks.is_main:
         file = write_result(run, run.folder / "result.json", (line + "\n").encode())
         remove([*find_checkpoints(run.folder), *run.folder.glob("*.partial")], log)
@@ -5324,47 +5167,78 @@ def finish(run: Run, result: dict, scores: Mapping[str, Score], path: Path, blob
     return 3 if broken else 0
 
 
+def limits_broken(hp: Hyperparameters, result: Mapping) -> Iterator[str]:
+    """What makes the exit code 3, in words."""
+    size, train, evaluation = (result[name] for name in ("bytes_total", "train_seconds", "eval_seconds"))
+    if size > hp.artifact_cap_bytes:
+        yield f"code and artifact are {size} bytes, {size - hp.artifact_cap_bytes} over {hp.named.artifact_cap_bytes}"
+    if train > hp.max_wallclock_seconds > 0:
+        yield f"training and averaging took {train:.1f} s, more than {hp.named.max_wallclock_seconds}"
+    if evaluation > hp.eval_max_seconds > 0:
+        yield f"the evaluation took {evaluation:.1f} s, more than {hp.named.eval_max_seconds}"
+    if result["headline"]["val_loss"] is None:
+        yield "the headline is not finite; lower TTT_LR if the scores before it are"
+    for name, finding in (result["audit"] or {}).items():
+        if not finding["passed"]:
+            yield f"audit:{name} failed: {finding['figure']}"
+
+
 def main(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     """Exit code of a run with this environment."""
-    ranks, is_main = None, True
+    ranks = None
     with Signals() as signals:
         try:
             if argv:
                 return show(argv)
             place = Place.from_env(environ)
-            is_main = signals.speaks = place.rank == 0
+            signals.is_main = place.rank == 0
             job = read_job(environ)
             if job.trains:
                 job.hp.micro_batch(place.size)
             load_compressor(job.hp.compressor)
             with signals.waiting():
                 ranks = Ranks(job.hp, environ)
-            code = run_job(job, ranks, signals)
+            code = run_job(prepare(job, ranks, signals), job)
             ranks.close()
             return code
-        except UserError as error:
-            signals.leave()
-            # Before the ranks met, all of them read the same environment; after that, an error may be one rank's own.
-            return leave(2, f"error: {error}", is_main or (ranks is not None and not error.agreed))
-        except LimitError as error:
-            signals.leave()
-            return leave(3, f"limit: {error}", is_main)
-        except Interrupted as interrupt:
-            signals.leave()
-            return leave(interrupt.code, f"interrupted: {interrupt}; {signals.advice}", is_main)
-        except RuntimeError as error:
-            signals.leave()
-            if ranks is None and is_of_ranks(error):
-                where = f"MASTER_ADDR={environ.get('MASTER_ADDR')} MASTER_PORT={environ.get('MASTER_PORT')}"
-                reason = str(error).splitlines()[0]
-                return leave(2, f"error: rank {place.rank} did not meet the others at {where}: {reason}", True)
-            if ranks is None or not ranks.lost_peer(error):
+        except BaseException as error:
+            signals.run_ends()
+            if (ended := ending(error, ranks, environ, signals.advice)) is None:
                 raise
-            line = f"error: rank {ranks.rank} lost another rank, see its error; {signals.advice}"
-            signals.log(line, console=False)
-            return leave(1, line, True)
+            code, line, own = ended
+            signals.say(line, own)
+            return code
         finally:
             signals.log.close()
+
+
+def ending(
+    error: BaseException, ranks: Ranks | None, environ: Mapping[str, str], advice: str
+) -> tuple[int, str, bool] | None:
+    """How this ends a run: the exit code, its one line, and whether that is this rank's own, or the main one says it
+    for all. None: a fault of the script, which is shown as it is."""
+    if isinstance(error, Interrupted):
+        return error.code, f"interrupted: {error}; {advice}", False
+    if isinstance(error, LimitError):
+        return 3, f"limit: {error}", False
+    if isinstance(error, UserError):
+        # Before the ranks met, all of them read the same environment; after that, an error may be one rank's own.
+        return 2, f"error: {error}", ranks is not None and not error.agreed
+    if not isinstance(error, RuntimeError | MemoryError) or (ranks is None and not is_of_ranks(error)):
+        return None
+    if ranks is None:
+        where = f"MASTER_ADDR={environ.get('MASTER_ADDR')} MASTER_PORT={environ.get('MASTER_PORT')}"
+        rank, reason = int(environ.get("RANK", 0)), str(error).splitlines()[0]
+        return 2, f"error: rank {rank} did not meet the others at {where}: {reason}", True
+    if isinstance(cause := getattr(error, "inner_exception", None), OSError):  # of torch.compile
+        return 2, f"error: torch.compile fails: {cause}; {advice}", True
+    on_gpu = isinstance(error, torch.OutOfMemoryError)  # torch has no such class for the CPU
+    if on_gpu or isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error):
+        names = "MICRO_BATCH_TOKENS (training), VAL_BATCH_SIZE (scoring) or TTT_BATCH_SEQS (a part of the method)"
+        return 2, f"error: out of {'GPU ' * on_gpu}memory; lower {names}; {advice}", True
+    if ranks.lost_peer(error):
+        return 1, f"error: rank {ranks.rank} lost another rank, see its error; {advice}", True
+    return None
 
 
 def show(argv: Sequence[str]) -> int:
@@ -5378,13 +5252,6 @@ def show(argv: Sequence[str]) -> int:
         raise UserError(f"unknown argument {argv[0]}; settings are environment variables: `--settings`")
     except BrokenPipeError:  # `| head`: who reads has enough
         return 0
-
-
-def leave(code: int, message: str, speak: bool) -> int:
-    """The exit code, after its one line."""
-    if speak:
-        complain(message)
-    return code
 
 
 if __name__ == "__main__":

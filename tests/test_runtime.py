@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from broken import at_call
 from conftest import ROOT, TINY_ENV, Ran, clean_environ, run_here
+from helpers import single_rank
 
 import train_gpt as pg
 
@@ -254,6 +255,57 @@ def test_a_full_memory_is_one_line_that_names_the_settings(tiny_data, tmp_path, 
     monkeypatch.setattr(pg, "accumulate_gradients", at_call(pg.accumulate_gradients, 2, fill))
     ran = run_here(tmp_path, tiny_data, **QUICK)
     assert ran.code == 2 and said(ran.err).startswith("error: out of memory; lower MICRO_BATCH_TOKENS (training), ")
+
+
+def test_a_memory_that_is_full_before_training_is_one_line_too(tiny_data, tmp_path, monkeypatch):
+    def fill(*_) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(pg, "load_validation", fill)
+    ran = run_here(tmp_path, tiny_data, **QUICK)
+    assert ran.code == 2 and said(ran.err).startswith("error: out of memory; lower MICRO_BATCH_TOKENS (training), ")
+
+
+# -----------------------------------------------------------------------------
+# HOW A RUN ENDS
+# -----------------------------------------------------------------------------
+
+COMPILER = RuntimeError("backend failed")
+COMPILER.inner_exception = OSError(28, "No space left on device")
+AGREED = pg.UserError("bad data")
+AGREED.agreed = True
+LOWER = "lower MICRO_BATCH_TOKENS (training), VAL_BATCH_SIZE (scoring) or TTT_BATCH_SEQS (a part of the method)"
+LOST = RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer")
+ENDS = [  # the exception, the exit code, the line, and whether each rank that meets it says so
+    (pg.Interrupted(signal.SIGTERM), 143, "interrupted: SIGTERM; go on", False),
+    (pg.LimitError("no longer finite"), 3, "limit: no longer finite", False),
+    (pg.UserError("bad data"), 2, "error: bad data", True),
+    (AGREED, 2, "error: bad data", False),
+    (COMPILER, 2, "error: torch.compile fails: [Errno 28] No space left on device; go on", True),
+    (torch.OutOfMemoryError("CUDA"), 2, f"error: out of GPU memory; {LOWER}; go on", True),
+    (RuntimeError("DefaultCPUAllocator: not enough memory"), 2, f"error: out of memory; {LOWER}; go on", True),
+    (LOST, 1, "error: rank 1 lost another rank, see its error; go on", True),
+]
+
+
+@pytest.mark.parametrize("error, code, line, own", ENDS, ids=lambda x: type(x).__name__)
+def test_every_end_has_its_code_and_one_line(error, code, line, own):
+    ranks = single_rank()
+    ranks.rank, ranks.size = 1, 2
+    assert pg.ending(error, ranks, {}, "go on") == (code, line, own)
+
+
+def test_before_the_ranks_met_the_main_one_speaks_unless_they_could_not_meet():
+    environ = dict(RANK="1", MASTER_ADDR="nowhere", MASTER_PORT="29500")
+    assert pg.ending(pg.UserError("bad setting"), None, environ, "") == (2, "error: bad setting", False)
+    where = "MASTER_ADDR=nowhere MASTER_PORT=29500"
+    line = f"error: rank 1 did not meet the others at {where}: {LOST}"
+    assert pg.ending(LOST, None, environ, "") == (2, line, True)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("a mistake of ours"), ZeroDivisionError(), SystemExit(1)], ids=repr)
+def test_a_fault_of_the_script_is_shown_as_it_is(error):
+    assert pg.ending(error, single_rank(), {}, "") is None and pg.ending(error, None, {}, "") is None
 
 
 # -----------------------------------------------------------------------------
