@@ -598,7 +598,7 @@ def near_miss(name: str, known: Mapping[str, Any]) -> str | None:
 
 
 def settings_table() -> str:
-    """The Markdown table that README holds; `python train_gpt.py --settings` prints it."""
+    """The Markdown table that SETTINGS.md holds; `python train_gpt.py --settings` prints it."""
     lines, section = [], None
     for f in dataclasses.fields(Hyperparameters):
         meta = f.metadata
