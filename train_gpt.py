@@ -201,6 +201,7 @@ class Hyperparameters:
     muon_row_normalize: bool = opt("training", False, "Muon sees rows of equal norm (MuonEq-R)")
     muon_wd: float = opt("training", 0.04, "Muon's decoupled weight decay", lo=0)
     adam_wd: float = opt("training", 0.04, "AdamW's weight decay", lo=0)
+    embed_wd: float = opt("training", -1.0, "AdamW's weight decay of tables; -1: ADAM_WD", lo=-1)
     beta1: float = opt("training", 0.9, "AdamW", lo=0, hi=0.9999)
     beta2: float = opt("training", 0.95, "AdamW", lo=0, hi=0.99999)
     adam_eps: float = opt("training", 1e-8, "AdamW", lo=0)
@@ -495,7 +496,6 @@ NOT_HERE = {
         # training
         "use WARMDOWN_ITERS, in steps": "WARMDOWN_FRAC",
         "the warmdown ends at 0": "MIN_LR=0",
-        "ADAM_WD is the weight decay of tables too": "EMBED_WD",
         "Muon keeps no second moment (public scripts declare it and never read it)": "MUON_BETA2=0.95",
         "use SWA_ENABLED=1 with SWA_SOURCE=raw": "LAWA_ENABLED=0",
         "use SWA_ENABLED=1": "LAWA_K=0,10",
@@ -2384,9 +2384,10 @@ class OptimizerRow(NamedTuple):
 
 def optimizer_rows(hp: Hyperparameters) -> dict[str, OptimizerRow]:
     """By the keys that PARAMETERS names."""
+    table_lr = hp.tied_embed_lr if hp.tie_embeddings else hp.embed_lr
     return dict(
         matrix=OptimizerRow("muon", hp.matrix_lr, hp.muon_wd),
-        table=OptimizerRow("adamw", hp.tied_embed_lr if hp.tie_embeddings else hp.embed_lr, hp.adam_wd),
+        table=OptimizerRow("adamw", table_lr, hp.adam_wd if hp.embed_wd < 0 else hp.embed_wd),
         scalar=OptimizerRow("adamw", hp.scalar_lr, hp.adam_wd),
         head=OptimizerRow("adamw", hp.head_lr, hp.adam_wd),
     )

@@ -163,10 +163,19 @@ ROWS = [
 ]
 
 
-@pytest.mark.parametrize("tied", [True, False])
-def test_everything_else_follows_torchs_adamw_on_clipped_gradients(tied):
+@pytest.mark.parametrize("tied, table_wd", [(True, -1.0), (False, -1.0), (True, 0.3)])
+def test_everything_else_follows_torchs_adamw_on_clipped_gradients(tied, table_wd):
     rates = dict(tied_embed_lr=0.01, embed_lr=0.02, head_lr=0.03, scalar_lr=0.04)
-    hp = tiny_hp(tie_embeddings=tied, adam_wd=0.1, beta1=0.8, beta2=0.9, adam_eps=1e-6, grad_clip_norm=0.3, **rates)
+    hp = tiny_hp(
+        tie_embeddings=tied,
+        adam_wd=0.1,
+        beta1=0.8,
+        beta2=0.9,
+        adam_eps=1e-6,
+        grad_clip_norm=0.3,
+        embed_wd=table_wd,
+        **rates,
+    )
     model, twin = build_model(hp), build_model(hp)
     optimizers = optimizers_for(model, hp)
     groups = []
@@ -174,7 +183,8 @@ def test_everything_else_follows_torchs_adamw_on_clipped_gradients(tied):
         if is_muon(name):
             continue
         named = [tied_lr if tied else untied_lr for names, tied_lr, untied_lr in ROWS if name in names]
-        groups.append(dict(params=[p], base=rates[named[0] if named else "scalar_lr"]))
+        own_decay = dict(weight_decay=table_wd) if name in ROWS[0][0] and table_wd >= 0 else {}
+        groups.append(dict(params=[p], base=rates[named[0] if named else "scalar_lr"], **own_decay))
     adam = torch.optim.AdamW(groups, lr=1.0, betas=(0.8, 0.9), eps=1e-6, weight_decay=0.1)
     for step, scale in enumerate((1.0, 0.7, 0.1)):
         gradients = give_gradients(model, step, 0.1)

@@ -432,9 +432,9 @@ def test_advice_names_settings_that_exist():
 
 
 def test_all_that_is_not_here_is_said_at_once():
-    message = refusal(WARMDOWN_FRAC=0.85, MIN_LR=0.1, EMBED_WD=0.085, LQER_ENABLED=0)
+    message = refusal(WARMDOWN_FRAC=0.85, MIN_LR=0.1, DTG_ENABLED=1, LQER_ENABLED=0)
     assert message == (
-        "EMBED_WD=0.085 is not offered here: ADAM_WD is the weight decay of tables too; leave it out. "
+        "DTG_ENABLED=1 is not offered here: there is no dynamic token gate; leave it out or set 0. "
         "Nor are MIN_LR, WARMDOWN_FRAC"
     )
 
@@ -778,6 +778,7 @@ TRAINED = dict(
     muon_row_normalize=(True, {}),
     muon_wd=(0.9, {}),
     adam_wd=(0.9, {}),
+    embed_wd=(0.9, {}),
     beta1=(0.5, {}),
     beta2=(0.5, {}),
     adam_eps=(1e-2, {}),
