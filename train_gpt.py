@@ -184,6 +184,8 @@ class Hyperparameters:
     iterations: int = opt("training", 9000, "steps at most", lo=1)
     max_wallclock_seconds: float = opt("training", 600.0, "training clock; 0: no limit", lo=0)
     warmdown_iters: int = opt("training", 3500, "steps of linear learning-rate decay at the end", lo=0)
+    warmdown_frac: float = opt("training", 0.0, "share of steps or clock that decays; 0: WARMDOWN_ITERS", lo=0, hi=1)
+    min_lr: float = opt("training", 0.0, "the decay ends at this share of each learning rate", lo=0, hi=1)
     warmup_steps: int = opt("training", 20, "untimed steps per graph that compile and are undone", lo=0)
     train_batch_tokens: int = opt("training", 786432, "targets per step over all ranks", lo=2)
     micro_batch_tokens: int = opt("training", 0, "targets per forward pass of a rank; 0: as many as fit 98,304", lo=0)
@@ -494,8 +496,6 @@ NOT_HERE = {
         "GATED_ATTN_INIT_STD GATED_ATTN_QUANT_GATE=0 ATTN_OUT_GATE_ENABLED=0 ATTN_OUT_GATE_SRC "
         "SPARSE_ATTN_GATE_ENABLED=0 SPARSE_ATTN_GATE_INIT_STD SPARSE_ATTN_GATE_SCALE",
         # training
-        "use WARMDOWN_ITERS, in steps": "WARMDOWN_FRAC",
-        "the warmdown ends at 0": "MIN_LR=0",
         "Muon keeps no second moment (public scripts declare it and never read it)": "MUON_BETA2=0.95",
         "use SWA_ENABLED=1 with SWA_SOURCE=raw": "LAWA_ENABLED=0",
         "use SWA_ENABLED=1": "LAWA_K=0,10",
@@ -2483,14 +2483,19 @@ class Optimizers:
 
 
 def lr_scale(step: int, hp: Hyperparameters, elapsed_ms: float, step_ms: float | None) -> float:
-    """min(1, steps left / WARMDOWN_ITERS, time left / their time): whichever end comes first rules."""
-    if hp.warmdown_iters == 0:
-        return 1.0
-    scale = min(1.0, (hp.iterations - step) / hp.warmdown_iters)
-    if hp.max_wallclock_seconds and step_ms:
-        left_ms = max(0.0, 1000 * hp.max_wallclock_seconds - elapsed_ms)
-        scale = min(scale, left_ms / (hp.warmdown_iters * step_ms))
-    return scale
+    """What multiplies all learning rates: 1, then linear down to 0 at the end of steps or of time, whichever comes
+    first, but no further than MIN_LR. The decay takes WARMDOWN_ITERS steps or a share of the whole, WARMDOWN_FRAC.
+    """
+    left, cap_ms, scale = hp.iterations - step, 1000 * hp.max_wallclock_seconds, 1.0
+    left_ms = max(0.0, cap_ms - elapsed_ms)
+    if hp.warmdown_frac:
+        share = min(left / hp.iterations, left_ms / cap_ms if cap_ms else 1.0)
+        scale = min(1.0, share / hp.warmdown_frac)
+    elif hp.warmdown_iters:
+        scale = min(1.0, left / hp.warmdown_iters)
+        if cap_ms and step_ms:
+            scale = min(scale, left_ms / (hp.warmdown_iters * step_ms))
+    return max(scale, hp.min_lr)
 
 
 def muon_momentum(step: int, hp: Hyperparameters) -> float:
@@ -2581,7 +2586,7 @@ def warn_of_warmdown(hp: Hyperparameters, clock: Clock, log: Log) -> None:
     steps = hp.iterations
     if hp.max_wallclock_seconds and clock.step_ms:
         steps = min(steps, int(1000 * hp.max_wallclock_seconds / clock.step_ms))
-    if hp.warmdown_iters >= steps:
+    if hp.warmdown_iters >= steps and not hp.warmdown_frac:
         fits = max(1, int(0.4 * steps))
         log(f"warning: WARMDOWN_ITERS={hp.warmdown_iters} covers all {steps} steps; WARMDOWN_ITERS={fits} would fit")
 

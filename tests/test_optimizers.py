@@ -1,6 +1,7 @@
 """Muon over banks, AdamW, schedules and weight averages against plain references."""
 
 import contextlib
+import dataclasses
 import math
 
 import numpy as np
@@ -342,6 +343,21 @@ def test_the_clock_brings_the_warmdown_forward():
     assert pg.lr_scale(5, hp, 10_500.0, 50.0) == 0.0
     assert pg.lr_scale(990, hp, 0.0, 50.0) == pytest.approx(0.25), "whichever end comes first"
     assert pg.lr_scale(990, hp, 9_900.0, 50.0) == pytest.approx(0.05)
+
+
+def test_a_warmdown_of_a_share_follows_steps_and_clock_and_a_floor_ends_it():
+    hp = tiny_hp(iterations=100, warmdown_iters=40, warmdown_frac=0.8, min_lr=0.1)
+    expected = [max(0.1, min(1.0, (1 - i / 100) / 0.8)) for i in range(101)]
+    assert [pg.lr_scale(i, hp, 0.0, None) for i in range(101)] == pytest.approx(expected)
+    assert expected[20] == 1 and expected[21] < 1 and expected[92] == expected[100] == 0.1
+    timed = dataclasses.replace(hp, iterations=100_000, max_wallclock_seconds=10.0)
+    assert pg.lr_scale(7, timed, 6_000.0, None) == pytest.approx(0.5, abs=1e-3), (
+        "a share of the clock needs no step time"
+    )
+    assert pg.lr_scale(7, timed, 1_900.0, 50.0) == 1.0 and pg.lr_scale(7, timed, 11_000.0, 50.0) == 0.1
+    assert pg.lr_scale(90_000, timed, 100.0, 50.0) == pytest.approx(0.125), "whichever end comes first"
+    falling = dataclasses.replace(hp, warmdown_frac=0.0)
+    assert pg.lr_scale(98, falling, 0.0, None) == 0.1 and pg.lr_scale(80, falling, 0.0, None) == pytest.approx(0.5)
 
 
 def test_step_time_is_the_median_of_the_last_twenty():

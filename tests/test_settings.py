@@ -432,10 +432,10 @@ def test_advice_names_settings_that_exist():
 
 
 def test_all_that_is_not_here_is_said_at_once():
-    message = refusal(WARMDOWN_FRAC=0.85, MIN_LR=0.1, DTG_ENABLED=1, LQER_ENABLED=0)
+    message = refusal(ROPE_YARN=1, TRIGRAM=1, DTG_ENABLED=1, LQER_ENABLED=0)
     assert message == (
         "DTG_ENABLED=1 is not offered here: there is no dynamic token gate; leave it out or set 0. "
-        "Nor are MIN_LR, WARMDOWN_FRAC"
+        "Nor are ROPE_YARN, TRIGRAM"
     )
 
 
@@ -510,8 +510,7 @@ def test_the_second_published_command_is_accepted():
 
 
 def test_a_command_of_another_system_is_refused_in_one_line_that_names_all_it_lacks():
-    lacking = "GATE_WINDOW LQER_ENABLED MIN_LR PARALLEL_START_LAYER PHASED_TTT_ENABLED SPARSE_ATTN_GATE_ENABLED "
-    lacking += "WARMDOWN_FRAC"
+    lacking = "GATE_WINDOW LQER_ENABLED PARALLEL_START_LAYER PHASED_TTT_ENABLED SPARSE_ATTN_GATE_ENABLED"
     message = refusal(**words(APRIL))
     assert message.startswith("CASEOPS_ENABLED=1 is not offered here: texts in CaseOps are not supported; leave it out")
     assert message.endswith(f"Nor are {', '.join(lacking.split())}")
@@ -763,6 +762,8 @@ TRAINED = dict(
     train_seq_len=(32, {}),
     iterations=(7, dict(warmdown_iters=0)),
     warmdown_iters=(0, {}),
+    warmdown_frac=(1.0, {}),
+    min_lr=(0.5, {}),
     train_batch_tokens=(128, {}),
     embed_lr=(0.1, UNTIED),
     head_lr=(0.1, UNTIED),
