@@ -163,6 +163,7 @@ class Hyperparameters:
     qk_gain_init: float = opt("model", 1.5, "initial gain of each query head", lo=0)
     ln_scale: bool = opt("model", True, "block l scales its normalized inputs by 1/sqrt(l+1)", off=False)
     unet_skips: bool = opt("model", True, "second half adds the outputs of the first half in reverse order", off=False)
+    skip_gates_enabled: bool = opt("model", False, "skips are blended in by a learned gate per channel", off=False)
     xsa_last_n: int = opt(
         "model", 4, "last n layers remove the own value's direction from attention outputs", lo=0, off=0
     )
@@ -301,6 +302,7 @@ class Hyperparameters:
             f"ROPE_DIMS={s.rope_dims} must be 0 or an even number from 4 to the head width {s.head_dim}",
         )
         yield s.bigram_vocab_size == 1, "BIGRAM_VOCAB_SIZE=1 leaves no row to hash into; use 0 (none) or at least 2"
+        yield s.skip_gates_enabled and not s.unet_skips, "SKIP_GATES_ENABLED=1 needs skips to gate: UNET_SKIPS=1"
         yield s.xsa_last_n > s.num_layers, f"XSA_LAST_N={s.xsa_last_n} exceeds NUM_LAYERS={s.num_layers}"
         yield (
             s.num_loops > 0 and not s.loop_start <= s.loop_end < s.num_layers,
@@ -488,7 +490,6 @@ NOT_HERE = {
         "RECUR_START_STEP",
         "there are no parallel lanes": "PARALLEL_START_LAYER PARALLEL_FINAL_LANE PARALLEL_RESIDUAL=0 "
         "PARALLEL_RESIDUAL_START",
-        "UNET_SKIPS have weights and no gates": "SKIP_GATES_ENABLED=0",
         "embeddings are MODEL_DIM wide": "EMBEDDING_DIM",
         "rotary frequencies belong to TRAIN_SEQ_LEN, extended by NTK": "ROPE_YARN=0 ROPE_TRAIN_SEQ_LEN",
         "SMEAR_GATE_ENABLED is a gate per channel, of no window": "GATE_WINDOW",
@@ -2038,6 +2039,7 @@ class GPT(nn.Module):
         self.unet_skips = hp.unet_skips
         skips = len(self.looped) // 2 if hp.unet_skips else 0
         self.skip_weights = nn.Parameter(torch.empty(skips, dim)) if skips else None
+        self.skip_gates = nn.Parameter(torch.empty(skips, dim)) if skips and hp.skip_gates_enabled else None
         self.lm_head = None if hp.tie_embeddings else CastedLinear(dim, hp.vocab_size)
         self.softcap, self.dtype = hp.logit_softcap, dtype
         for name, _ in self.named_parameters():
@@ -2065,7 +2067,7 @@ class GPT(nn.Module):
         for place, (layer, loop) in enumerate(passes):
             block = self.blocks[layer]
             if place >= encoder and skips:  # each weight belongs to the output that it scales
-                x = x + self.skip_weights[len(skips) - 1].to(x.dtype) * skips.pop()
+                x = self.add_skip(x, len(skips) - 1, skips.pop())
             if loop is not None:
                 x = x + self.loop_vectors[loop].to(x.dtype)
             x = block.mix(x, stream)
@@ -2077,6 +2079,11 @@ class GPT(nn.Module):
             if place < encoder:
                 skips.append(x)
         return rms_norm(x)
+
+    def add_skip(self, x: Tensor, index: int, pushed: Tensor) -> Tensor:
+        """x (B, T, D) and the output that was pushed as number `index`, weighted: their sum or, gated, a blend."""
+        skip = self.skip_weights[index].to(x.dtype) * pushed
+        return x + skip if self.skip_gates is None else skip.lerp(x, self.skip_gates[index].sigmoid().to(x.dtype))
 
     def unembed(self, x: Tensor) -> Tensor:
         """(B, T, D) -> softcapped logits (B, T, V) fp32."""
@@ -2177,6 +2184,7 @@ PARAMETERS = (
     parameter_row(r"value_embedding\.scale", constant(0.1), "scalar", "control"),
     parameter_row(r"smear\.gate", constant(0), "scalar", "control"),
     parameter_row(r"skip_weights", constant(1), "scalar", "control"),
+    parameter_row(r"skip_gates", constant(0), "scalar", "control"),
     parameter_row(r"loop_vectors", orthogonal, "scalar", "control"),
     parameter_row(r"#.resid_mix", first_of_two, "scalar", "control"),
     parameter_row(r"#.(attn_scale|mlp_scale)", constant(1), "scalar", "control"),

@@ -117,7 +117,8 @@ def ref_logits(tokens, hp, weights, context: int):
         name = f"blocks.{layer}"
         if place >= half and stack:
             pushed_at, pushed = stack.pop()
-            x = x + w["skip_weights"][pushed_at] * pushed
+            skip, gate = w["skip_weights"][pushed_at] * pushed, w.get("skip_gates")
+            x = x + skip if gate is None else skip + (x - skip) / (1 + torch.exp(-gate[pushed_at]))
         if loop is not None:
             x = x + w["loop_vectors"][loop]
         scale = 1 / math.sqrt(layer + 1) if hp.ln_scale else 1.0
@@ -137,9 +138,13 @@ NOTHING = dict(
 )
 
 
+FRONTIER = dict(num_layers=7, num_loops=2, loop_start=1, loop_end=2, skip_gates_enabled=True)
+
+
 @pytest.mark.parametrize(
     "changes, context",
     [
+        (FRONTIER, 16),
         (dict(), 16),
         (NOTHING, 16),
         (dict(num_layers=5, xsa_last_n=3, ve_layers="0,3", num_kv_heads=1, logit_softcap=2.0), 16),
@@ -152,9 +157,10 @@ NOTHING = dict(
         (dict(num_loops=2, loop_start=1, loop_end=1), 16),
         (dict(num_loops=1, loop_start=0, loop_end=2, value_residual=True), 16),
         (dict(num_layers=5, num_loops=3, loop_start=1, loop_end=3, unet_skips=False), 16),
+        (dict(num_layers=5, num_loops=2, loop_start=1, loop_end=2, skip_gates_enabled=True), 16),
     ],
-    ids="all nothing five-layers untied ntk one-layer values-and-gates swiglu star-relu loop-of-one loop-of-all "
-    "loop-without-skips".split(),
+    ids="""frontier all nothing five-layers untied ntk one-layer values-and-gates swiglu star-relu loop-of-one
+    loop-of-all loop-without-skips gated-skips""".split(),
 )
 def test_model_equals_plain_reference(changes, context):
     hp = tiny_hp(**changes)
@@ -428,10 +434,19 @@ def test_a_tied_head_is_the_token_table_and_both_read_the_same_quantized_weight(
 
 # Initial values
 
-EVERYTHING = [dict(), dict(tie_embeddings=False), NOTHING, dict(num_layers=12), dict(PUBLISHED, mlp_kind="swiglu")]
+EVERYTHING = [
+    dict(),
+    dict(tie_embeddings=False),
+    NOTHING,
+    dict(num_layers=12),
+    dict(PUBLISHED, mlp_kind="swiglu"),
+    FRONTIER,
+]
 
 
-@pytest.mark.parametrize("changes", EVERYTHING, ids=["all", "untied", "nothing", "twelve-layers", "published"])
+@pytest.mark.parametrize(
+    "changes", EVERYTHING, ids=["all", "untied", "nothing", "twelve-layers", "published", "frontier"]
+)
 def test_every_parameter_has_one_initial_value_one_class_and_one_optimizer_row(changes):
     hp = tiny_hp(**changes)
     model = pg.GPT(hp, 16, pg.sdpa, torch.float32)
@@ -517,7 +532,7 @@ def test_initial_values_are_those_of_the_formulas():
     assert w["bigram.scale"] == pytest.approx(0.05) and w["value_embedding.scale"] == pytest.approx(0.1)
 
 
-@pytest.mark.parametrize("changes", [dict(), dict(PUBLISHED, mlp_kind="swiglu")], ids=["core", "published"])
+@pytest.mark.parametrize("changes", [dict(), dict(PUBLISHED, mlp_kind="swiglu"), FRONTIER], ids=["core", "published"])
 def test_every_parameter_learns_by_the_second_step(changes):
     hp = tiny_hp(grad_clip_norm=0.0, **changes)
     model = build_model(hp, seed=None)

@@ -752,6 +752,7 @@ TRAINED = dict(
     qk_gain_init=(1.0, {}),
     ln_scale=(False, {}),
     unet_skips=(False, {}),
+    skip_gates_enabled=(True, {}),
     xsa_last_n=(0, {}),
     smear_gate_enabled=(False, {}),
     bigram_vocab_size=(0, {}),
