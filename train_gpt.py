@@ -169,6 +169,9 @@ class Hyperparameters:
     )
     value_residual: bool = opt("model", False, "later layers add a learned share of the first layer's value", off=False)
     gated_attention: bool = opt("model", False, "a learned gate of the input on each head's output", off=False)
+    sparse_attn_gate_enabled: bool = opt("model", False, "a gate of few inputs on each head's output", off=False)
+    sparse_attn_gate_scale: float = opt("model", 1.0, "what those inputs' product is multiplied with", lo=0, off=1.0)
+    gate_window: int = opt("model", 12, "first channels that such gates and a token's SmearGate read", lo=1, off=12)
     num_loops: int = opt(
         "model", 0, "extra passes over layers LOOP_START…LOOP_END with the same weights", lo=0, hi=16, off=0
     )
@@ -302,6 +305,7 @@ class Hyperparameters:
             f"ROPE_DIMS={s.rope_dims} must be 0 or an even number from 4 to the head width {s.head_dim}",
         )
         yield s.bigram_vocab_size == 1, "BIGRAM_VOCAB_SIZE=1 leaves no row to hash into; use 0 (none) or at least 2"
+        yield s.gate_window > s.model_dim, f"GATE_WINDOW={s.gate_window} exceeds MODEL_DIM={s.model_dim}"
         yield s.skip_gates_enabled and not s.unet_skips, "SKIP_GATES_ENABLED=1 needs skips to gate: UNET_SKIPS=1"
         yield s.xsa_last_n > s.num_layers, f"XSA_LAST_N={s.xsa_last_n} exceeds NUM_LAYERS={s.num_layers}"
         yield (
@@ -492,10 +496,9 @@ NOT_HERE = {
         "PARALLEL_RESIDUAL_START",
         "embeddings are MODEL_DIM wide": "EMBEDDING_DIM",
         "rotary frequencies belong to TRAIN_SEQ_LEN, extended by NTK": "ROPE_YARN=0 ROPE_TRAIN_SEQ_LEN",
-        "SMEAR_GATE_ENABLED is a gate per channel, of no window": "GATE_WINDOW",
         "GATED_ATTENTION=1 is another gate: of the whole input, and 1 at the start": "GATED_ATTN_ENABLED=0 "
         "GATED_ATTN_INIT_STD GATED_ATTN_QUANT_GATE=0 ATTN_OUT_GATE_ENABLED=0 ATTN_OUT_GATE_SRC "
-        "SPARSE_ATTN_GATE_ENABLED=0 SPARSE_ATTN_GATE_INIT_STD SPARSE_ATTN_GATE_SCALE",
+        "SPARSE_ATTN_GATE_INIT_STD=0",
         # training
         "Muon keeps no second moment (public scripts declare it and never read it)": "MUON_BETA2=0.95",
         "use SWA_ENABLED=1 with SWA_SOURCE=raw": "LAWA_ENABLED=0",
@@ -1912,6 +1915,8 @@ class Attention(nn.Module):
         # Not in the first layer, whose value it is: a parameter without a gradient.
         self.first_share = nn.Parameter(torch.empty(())) if hp.value_residual and layer else None
         self.gate = HeadGate(hp.model_dim, hp.num_heads) if hp.gated_attention else None
+        self.sparse_gate = CastedLinear(hp.gate_window, hp.num_heads) if hp.sparse_attn_gate_enabled else None
+        self.gate_scale = hp.sparse_attn_gate_scale
         self.exclude_self = layer >= hp.num_layers - hp.xsa_last_n
         self.head_dim, self.rotary, self.attend = hp.head_dim, rotary, attend
 
@@ -1934,6 +1939,9 @@ class Attention(nn.Module):
             y = exclude_own_value(y, v)
         if self.gate is not None:
             y = y * self.gate(x)[..., None]
+        if self.sparse_gate is not None:  # one half at the start (public pull request 1787)
+            window = x[..., : self.sparse_gate.weight.size(1)]
+            y = y * torch.sigmoid(self.gate_scale * self.sparse_gate(window))[..., None]
         return self.out(y.reshape(x.shape)), own_value
 
 
@@ -2192,6 +2200,7 @@ PARAMETERS = (
     parameter_row(r"#.attn\.ve_scale", constant(1), "scalar", "control"),
     parameter_row(r"#.attn\.first_share", constant(0), "scalar", "control"),
     parameter_row(r"#.attn\.gate\.proj\.weight", constant(0), "scalar", "gate"),
+    parameter_row(r"#.attn\.sparse_gate\.weight", constant(0), "scalar", "projection"),
     parameter_row(r"#.attn\.gate\.bias", constant(0), "scalar", "control"),
 )
 

@@ -76,6 +76,9 @@ def ref_attention(x, ve, first, layer: int, hp, w, context: int):
             if hp.gated_attention:
                 gate = x[t] @ w[f"{name}.gate.proj.weight"][h] + w[f"{name}.gate.bias"][h]
                 out = out * 2 / (1 + torch.exp(-gate))
+            if f"{name}.sparse_gate.weight" in w:
+                gate = x[t, : hp.gate_window] @ w[f"{name}.sparse_gate.weight"][h]
+                out = out / (1 + torch.exp(-hp.sparse_attn_gate_scale * gate))
             y[t, h] = out
     return y.flatten(1) @ w[f"{name}.out.weight"].T, own
 
@@ -138,7 +141,9 @@ NOTHING = dict(
 )
 
 
-FRONTIER = dict(num_layers=7, num_loops=2, loop_start=1, loop_end=2, skip_gates_enabled=True)
+FRONTIER = dict(
+    sparse_attn_gate_enabled=True, num_layers=7, num_loops=2, loop_start=1, loop_end=2, skip_gates_enabled=True
+)
 
 
 @pytest.mark.parametrize(
@@ -158,9 +163,10 @@ FRONTIER = dict(num_layers=7, num_loops=2, loop_start=1, loop_end=2, skip_gates_
         (dict(num_loops=1, loop_start=0, loop_end=2, value_residual=True), 16),
         (dict(num_layers=5, num_loops=3, loop_start=1, loop_end=3, unet_skips=False), 16),
         (dict(num_layers=5, num_loops=2, loop_start=1, loop_end=2, skip_gates_enabled=True), 16),
+        (dict(sparse_attn_gate_enabled=True, sparse_attn_gate_scale=0.5, gate_window=5), 16),
     ],
     ids="""frontier all nothing five-layers untied ntk one-layer values-and-gates swiglu star-relu loop-of-one
-    loop-of-all loop-without-skips gated-skips""".split(),
+    loop-of-all loop-without-skips gated-skips sparse-gate""".split(),
 )
 def test_model_equals_plain_reference(changes, context):
     hp = tiny_hp(**changes)
@@ -532,7 +538,9 @@ def test_initial_values_are_those_of_the_formulas():
     assert w["bigram.scale"] == pytest.approx(0.05) and w["value_embedding.scale"] == pytest.approx(0.1)
 
 
-@pytest.mark.parametrize("changes", [dict(), dict(PUBLISHED, mlp_kind="swiglu"), FRONTIER], ids=["core", "published"])
+@pytest.mark.parametrize(
+    "changes", [dict(), dict(PUBLISHED, mlp_kind="swiglu"), FRONTIER], ids=["core", "published", "frontier"]
+)
 def test_every_parameter_learns_by_the_second_step(changes):
     hp = tiny_hp(grad_clip_norm=0.0, **changes)
     model = build_model(hp, seed=None)

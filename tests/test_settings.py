@@ -510,7 +510,7 @@ def test_the_second_published_command_is_accepted():
 
 
 def test_a_command_of_another_system_is_refused_in_one_line_that_names_all_it_lacks():
-    lacking = "GATE_WINDOW LQER_ENABLED PARALLEL_START_LAYER PHASED_TTT_ENABLED SPARSE_ATTN_GATE_ENABLED"
+    lacking = "LQER_ENABLED PARALLEL_START_LAYER PHASED_TTT_ENABLED"
     message = refusal(**words(APRIL))
     assert message.startswith("CASEOPS_ENABLED=1 is not offered here: texts in CaseOps are not supported; leave it out")
     assert message.endswith(f"Nor are {', '.join(lacking.split())}")
@@ -753,6 +753,9 @@ TRAINED = dict(
     ln_scale=(False, {}),
     unet_skips=(False, {}),
     skip_gates_enabled=(True, {}),
+    sparse_attn_gate_enabled=(True, {}),
+    sparse_attn_gate_scale=(0.5, dict(sparse_attn_gate_enabled=True)),
+    gate_window=(5, dict(sparse_attn_gate_enabled=True)),
     xsa_last_n=(0, {}),
     smear_gate_enabled=(False, {}),
     bigram_vocab_size=(0, {}),
