@@ -178,6 +178,9 @@ class Hyperparameters:
     loop_start: int = opt("model", 3, "first layer of the loop", lo=0, off=3)
     loop_end: int = opt("model", 5, "last layer of the loop", lo=0, off=5)
     smear_gate_enabled: bool = opt("model", True, "blend each position's embedding with its predecessor's", off=False)
+    smear_gate_kind: str = opt(
+        "model", "channel", "that share: one per channel, or one per token", choices=("channel", "token"), off="channel"
+    )
     bigram_vocab_size: int = opt("model", 3072, "rows of the hashed bigram table; 0: none", lo=0, hi=1 << 24, off=0)
     bigram_dim: int = opt("model", 128, "width of the bigram table", lo=1, hi=16384, off=128)
     ve_enabled: bool = opt("model", True, "value embeddings: a token table added to the values of VE_LAYERS", off=False)
@@ -1853,6 +1856,22 @@ class SmearGate(nn.Module):
         return torch.where(starts[..., None], x, torch.lerp(x, previous, self.gate.sigmoid().to(x.dtype)))
 
 
+class TokenSmearGate(nn.Module):
+    """x_i + strength · sigmoid(w · x_i's first channels) x_{i-1}; nothing crosses into the first position or a BOS.
+
+    Of raw embeddings, and the identity at the start (public pull requests 1667 and 1787).
+    """
+
+    def __init__(self, window: int):
+        super().__init__()
+        self.proj = CastedLinear(window, 1)
+        self.strength = nn.Parameter(torch.empty(()))
+
+    def forward(self, x: Tensor, starts: Tensor) -> Tensor:
+        share = self.strength.to(x.dtype) * self.proj(x[..., : self.proj.weight.size(1)]).sigmoid()
+        return torch.where(starts[..., None], x, x + share * F.pad(x, (0, 0, 1, -1)))
+
+
 class ValueEmbedding(nn.Module):
     """A second token table whose vectors are added to the values of some layers."""
 
@@ -2035,7 +2054,9 @@ class GPT(nn.Module):
         dim = hp.model_dim
         self.tok_emb = CastedLinear(dim, hp.vocab_size)
         self.bigram = BigramHash(hp.bigram_vocab_size, hp.bigram_dim, dim) if hp.bigram_vocab_size else None
-        self.smear = SmearGate(dim) if hp.smear_gate_enabled else None
+        smears = hp.smear_gate_kind if hp.smear_gate_enabled else None
+        self.smear = SmearGate(dim) if smears == "channel" else None
+        self.token_smear = TokenSmearGate(hp.gate_window) if smears == "token" else None
         self.value_embedding = None
         if hp.ve_enabled:
             self.value_embedding = ValueEmbedding(hp.vocab_size, hp.ve_dim, hp.num_kv_heads * hp.head_dim)
@@ -2065,6 +2086,8 @@ class GPT(nn.Module):
         x = self.tok_emb.look_up(tokens).to(self.dtype)
         if self.bigram is not None:
             x = x + self.bigram(tokens, starts, self.dtype)
+        if self.token_smear is not None:
+            x = self.token_smear(x, starts)
         x = rms_norm(x)
         if self.smear is not None:
             x = self.smear(x, starts)
@@ -2191,6 +2214,7 @@ PARAMETERS = (
     parameter_row(r"bigram\.scale", constant(0.05), "scalar", "control"),
     parameter_row(r"value_embedding\.scale", constant(0.1), "scalar", "control"),
     parameter_row(r"smear\.gate", constant(0), "scalar", "control"),
+    parameter_row(r"token_smear\.(proj\.weight|strength)", constant(0), "scalar", "control"),
     parameter_row(r"skip_weights", constant(1), "scalar", "control"),
     parameter_row(r"skip_gates", constant(0), "scalar", "control"),
     parameter_row(r"loop_vectors", orthogonal, "scalar", "control"),

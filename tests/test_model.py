@@ -99,8 +99,12 @@ def ref_logits(tokens, hp, weights, context: int):
     if hp.bigram_vocab_size:
         rows = [ref_bigram_row(tokens, i, hp.bigram_vocab_size) for i in range(len(tokens))]
         x = x + w["bigram.scale"] * (w["bigram.table.weight"][rows] @ w["bigram.proj.weight"].T)
+    if "token_smear.strength" in w:
+        gates = 1 / (1 + torch.exp(-x[:, : hp.gate_window] @ w["token_smear.proj.weight"][0]))
+        shares = [0 if i == 0 or tokens[i] == 1 else w["token_smear.strength"] * gates[i] for i in range(len(tokens))]
+        x = torch.stack([x[i] + shares[i] * x[i - 1] for i in range(len(tokens))])
     x = ref_rms(x)
-    if hp.smear_gate_enabled:
+    if "smear.gate" in w:
         share = 1 / (1 + torch.exp(-w["smear.gate"]))
         keep = [i == 0 or tokens[i] == 1 for i in range(len(tokens))]
         x = torch.stack([x[i] if keep[i] else x[i] + share * (x[i - 1] - x[i]) for i in range(len(tokens))])
@@ -142,7 +146,13 @@ NOTHING = dict(
 
 
 FRONTIER = dict(
-    sparse_attn_gate_enabled=True, num_layers=7, num_loops=2, loop_start=1, loop_end=2, skip_gates_enabled=True
+    smear_gate_kind="token",
+    sparse_attn_gate_enabled=True,
+    num_layers=7,
+    num_loops=2,
+    loop_start=1,
+    loop_end=2,
+    skip_gates_enabled=True,
 )
 
 
@@ -164,9 +174,10 @@ FRONTIER = dict(
         (dict(num_layers=5, num_loops=3, loop_start=1, loop_end=3, unet_skips=False), 16),
         (dict(num_layers=5, num_loops=2, loop_start=1, loop_end=2, skip_gates_enabled=True), 16),
         (dict(sparse_attn_gate_enabled=True, sparse_attn_gate_scale=0.5, gate_window=5), 16),
+        (dict(smear_gate_kind="token", gate_window=7), 16),
     ],
     ids="""frontier all nothing five-layers untied ntk one-layer values-and-gates swiglu star-relu loop-of-one
-    loop-of-all loop-without-skips gated-skips sparse-gate""".split(),
+    loop-of-all loop-without-skips gated-skips sparse-gate token-smear""".split(),
 )
 def test_model_equals_plain_reference(changes, context):
     hp = tiny_hp(**changes)

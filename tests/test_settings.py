@@ -758,6 +758,7 @@ TRAINED = dict(
     gate_window=(5, dict(sparse_attn_gate_enabled=True)),
     xsa_last_n=(0, {}),
     smear_gate_enabled=(False, {}),
+    smear_gate_kind=("token", {}),
     bigram_vocab_size=(0, {}),
     bigram_dim=(4, {}),
     ve_enabled=(False, {}),
