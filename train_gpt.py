@@ -177,6 +177,9 @@ class Hyperparameters:
     )
     loop_start: int = opt("model", 3, "first layer of the loop", lo=0, off=3)
     loop_end: int = opt("model", 5, "last layer of the loop", lo=0, off=5)
+    parallel_start_layer: int = opt(
+        "model", 0, "from this layer on attention and MLP have a residual stream each; 0: one for both", lo=0, off=0
+    )
     smear_gate_enabled: bool = opt("model", True, "blend each position's embedding with its predecessor's", off=False)
     smear_gate_kind: str = opt(
         "model", "channel", "that share: one per channel, or one per token", choices=("channel", "token"), off="channel"
@@ -308,7 +311,17 @@ class Hyperparameters:
             f"ROPE_DIMS={s.rope_dims} must be 0 or an even number from 4 to the head width {s.head_dim}",
         )
         yield s.bigram_vocab_size == 1, "BIGRAM_VOCAB_SIZE=1 leaves no row to hash into; use 0 (none) or at least 2"
-        yield s.gate_window > s.model_dim, f"GATE_WINDOW={s.gate_window} exceeds MODEL_DIM={s.model_dim}"
+        first = max(s.num_layers // 2, 1, s.loop_end + 1 if s.num_loops else 0)
+        yield (
+            s.parallel_start_layer > 0 and not first <= s.parallel_start_layer < s.num_layers,
+            f"PARALLEL_START_LAYER={s.parallel_start_layer} must be 0 (none) or a layer of the second half, behind all "
+            f"loops: {first} to {s.num_layers - 1}",
+        )
+        token_smear = s.smear_gate_enabled and s.smear_gate_kind == "token"
+        yield (
+            (s.sparse_attn_gate_enabled or token_smear) and s.gate_window > s.model_dim,
+            f"GATE_WINDOW={s.gate_window} exceeds MODEL_DIM={s.model_dim}",
+        )
         yield s.skip_gates_enabled and not s.unet_skips, "SKIP_GATES_ENABLED=1 needs skips to gate: UNET_SKIPS=1"
         yield s.xsa_last_n > s.num_layers, f"XSA_LAST_N={s.xsa_last_n} exceeds NUM_LAYERS={s.num_layers}"
         yield (
@@ -495,8 +508,8 @@ NOT_HERE = {
         "use QK_GAIN_INIT": "QK_GAIN",
         "NUM_LOOPS, LOOP_START, LOOP_END and ENABLE_LOOPING_AT do it": "SHARE_START SHARE_LOOPS RECUR_LAYERS "
         "RECUR_START_STEP",
-        "there are no parallel lanes": "PARALLEL_START_LAYER PARALLEL_FINAL_LANE PARALLEL_RESIDUAL=0 "
-        "PARALLEL_RESIDUAL_START",
+        "lanes end in their mean": "PARALLEL_FINAL_LANE=mean",
+        "use PARALLEL_START_LAYER": "PARALLEL_RESIDUAL=0 PARALLEL_RESIDUAL_START",
         "embeddings are MODEL_DIM wide": "EMBEDDING_DIM",
         "rotary frequencies belong to TRAIN_SEQ_LEN, extended by NTK": "ROPE_YARN=0 ROPE_TRAIN_SEQ_LEN",
         "GATED_ATTENTION=1 is another gate: of the whole input, and 1 at the start": "GATED_ATTN_ENABLED=0 "
@@ -540,9 +553,10 @@ NOT_HERE = {
 
 # Other programs' variables, never taken for a misspelt setting.
 FOREIGN_PREFIXES = tuple(
-    """ACCELERATE AIP_ AWS_ AZ CI_ COLAB CONDA CUDA DET_ DOCKER FLASH_ATTENTION_ GIT GLOO GOMP_ GOOGLE HF_ JUPYTER
-    KAGGLE KMP_ KUBERNETES LC_ LSB_ MKL_ MLFLOW MPI NCCL NPM_ NV OMPI_ OMP_ PARALLEL_ PBS_ PIP_ PL_ PYTEST PYTHON
-    PYTORCH RAY_ RUNPOD SLURM SM_ SSH_ TF_ TOKENIZERS_ TORCH TRANSFORMERS TRITON VLLM WANDB XDG_ XLA_""".split()
+    """ACCELERATE AIP_ AWS_ AZ CI_ COLAB CONDA CUDA DET_ DOCKER FLASH_ATTENTION_ GIT GLOO GOMP_ GOOGLE HF_
+    JUPYTER KAGGLE KMP_ KUBERNETES LC_ LSB_ MKL_ MLFLOW MPI NCCL NPM_ NV OMPI_ OMP_ PARALLEL_HOME PARALLEL_JOB
+    PARALLEL_PID PARALLEL_SEQ PARALLEL_SSH PARALLEL_TMUX PBS_ PIP_ PL_ PYTEST PYTHON PYTORCH RAY_ RUNPOD SLURM
+    SM_ SSH_ TF_ TOKENIZERS_ TORCH TRANSFORMERS TRITON VLLM WANDB XDG_ XLA_""".split()
 )
 # Words of other programs' names that lie one or two slips from ours.
 FOREIGN_WORDS = frozenset("AUDIO BETA COMPILER DIR DST FEED ID JAVA NEED OPT ROOT SPEED SRC TMP TYPE".split())
@@ -2016,6 +2030,8 @@ class Block(nn.Module):
         self.attn_scale = nn.Parameter(torch.empty(hp.model_dim))
         self.mlp_scale = nn.Parameter(torch.empty(hp.model_dim))
         self.norm_scale = 1 / math.sqrt(layer + 1) if hp.ln_scale else 1.0
+        in_lanes = 0 < hp.parallel_start_layer <= layer
+        self.lane_weights = nn.Parameter(torch.empty(2, 3)) if in_lanes else None
 
     def mix(self, x: Tensor, stream: Stream) -> Tensor:
         mix = self.resid_mix.to(x.dtype)
@@ -2029,6 +2045,11 @@ class Block(nn.Module):
     def feed(self, x: Tensor) -> Tensor:
         """What the MLP adds to x (B, T, D)."""
         return self.mlp_scale.to(x.dtype) * self.mlp(rms_norm(x) * self.norm_scale)
+
+    def route(self, lanes: tuple[Tensor, Tensor], attended: Tensor, fed: Tensor) -> tuple[Tensor, Tensor]:
+        """Both lanes after this layer: each its own weighted sum of itself and of what the two halves add."""
+        weights = self.lane_weights.to(fed.dtype)
+        return tuple(w[0] * lane + w[1] * attended + w[2] * fed for w, lane in zip(weights, lanes, strict=True))
 
 
 def layer_passes(hp: Hyperparameters, loops: int) -> tuple[tuple[int, int | None], ...]:
@@ -2095,21 +2116,27 @@ class GPT(nn.Module):
         stream, skips = Stream(x, ve), []
         passes = self.looped if self.looping else self.plain
         encoder = len(passes) // 2 if self.unet_skips else 0
+        lane = None  # the MLPs' own residual stream; x is then attention's (public pull request 1529)
         for place, (layer, loop) in enumerate(passes):
             block = self.blocks[layer]
+            if lane is None and block.lane_weights is not None:
+                lane = x
             if place >= encoder and skips:  # each weight belongs to the output that it scales
                 x = self.add_skip(x, len(skips) - 1, skips.pop())
             if loop is not None:
                 x = x + self.loop_vectors[loop].to(x.dtype)
-            x = block.mix(x, stream)
-            y, own_value = block.attend(x, stream)
-            x = x + y
-            x = x + block.feed(x)
+            mixed = block.mix(x, stream)
+            y, own_value = block.attend(mixed, stream)
+            if lane is None:
+                x = mixed + y
+                x = x + block.feed(x)
+            else:
+                x, lane = block.route((x, lane), y, block.feed(lane))
             if place == 0:
                 stream = dataclasses.replace(stream, first_value=own_value)
             if place < encoder:
                 skips.append(x)
-        return rms_norm(x)
+        return rms_norm(x if lane is None else 0.5 * (x + lane))
 
     def add_skip(self, x: Tensor, index: int, pushed: Tensor) -> Tensor:
         """x (B, T, D) and the output that was pushed as number `index`, weighted: their sum or, gated, a blend."""
@@ -2154,6 +2181,11 @@ def constant(value: float | str) -> Callable:
 
 def setting_or(value: float | str, hp: Hyperparameters) -> float:
     return getattr(hp, value) if isinstance(value, str) else value
+
+
+def lane_weights(w: Tensor, hp: Hyperparameters, generator: torch.Generator) -> None:
+    """(lane, of itself | attention | MLP): a lane that keeps a little more than itself and takes all."""
+    w.copy_(torch.tensor([1.1, 1.0, 1.0]).expand_as(w))
 
 
 def first_of_two(w: Tensor, hp: Hyperparameters, generator: torch.Generator) -> None:
@@ -2219,6 +2251,7 @@ PARAMETERS = (
     parameter_row(r"skip_gates", constant(0), "scalar", "control"),
     parameter_row(r"loop_vectors", orthogonal, "scalar", "control"),
     parameter_row(r"#.resid_mix", first_of_two, "scalar", "control"),
+    parameter_row(r"#.lane_weights", lane_weights, "scalar", "control"),
     parameter_row(r"#.(attn_scale|mlp_scale)", constant(1), "scalar", "control"),
     parameter_row(r"#.attn\.q_gain", constant("qk_gain_init"), "scalar", "control"),
     parameter_row(r"#.attn\.ve_scale", constant(1), "scalar", "control"),

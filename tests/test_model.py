@@ -120,8 +120,11 @@ def ref_logits(tokens, hp, weights, context: int):
             passes += [(middle[0], loop)] + [(layer, None) for layer in middle[1:]]
         passes += [(layer, None) for layer in range(hp.loop_end + 1, hp.num_layers)]
     x0, stack, half, first = x, [], len(passes) // 2 if hp.unet_skips else 0, None
+    lane = None
     for place, (layer, loop) in enumerate(passes):
         name = f"blocks.{layer}"
+        if hp.parallel_start_layer and layer == hp.parallel_start_layer:
+            lane = x
         if place >= half and stack:
             pushed_at, pushed = stack.pop()
             skip, gate = w["skip_weights"][pushed_at] * pushed, w.get("skip_gates")
@@ -132,10 +135,17 @@ def ref_logits(tokens, hp, weights, context: int):
         u = w[f"{name}.resid_mix"][0] * x + w[f"{name}.resid_mix"][1] * x0
         y, own = ref_attention(ref_rms(u) * scale, ve, first, layer, hp, w, context)
         first = own if first is None else first
-        u = u + w[f"{name}.attn_scale"] * y
-        x = u + w[f"{name}.mlp_scale"] * ref_mlp(ref_rms(u) * scale, layer, hp, w)
+        y = w[f"{name}.attn_scale"] * y
+        u = u + y
+        m = w[f"{name}.mlp_scale"] * ref_mlp(ref_rms(u if lane is None else lane) * scale, layer, hp, w)
+        if lane is None:
+            x = u + m
+        else:
+            (r0, a0, m0), (r1, a1, m1) = w[f"{name}.lane_weights"]
+            x, lane = r0 * x + a0 * y + m0 * m, r1 * lane + a1 * y + m1 * m
         if place < half:
             stack.append((place, x))
+    x = x if lane is None else (x + lane) / 2
     z = ref_rms(x) @ (w["tok_emb.weight"] if hp.tie_embeddings else w["lm_head.weight"]).T
     return hp.logit_softcap * torch.tanh(z / hp.logit_softcap)
 
@@ -146,6 +156,7 @@ NOTHING = dict(
 
 
 FRONTIER = dict(
+    parallel_start_layer=4,
     smear_gate_kind="token",
     sparse_attn_gate_enabled=True,
     num_layers=7,
@@ -175,9 +186,10 @@ FRONTIER = dict(
         (dict(num_layers=5, num_loops=2, loop_start=1, loop_end=2, skip_gates_enabled=True), 16),
         (dict(sparse_attn_gate_enabled=True, sparse_attn_gate_scale=0.5, gate_window=5), 16),
         (dict(smear_gate_kind="token", gate_window=7), 16),
+        (dict(num_layers=5, parallel_start_layer=3), 16),
     ],
     ids="""frontier all nothing five-layers untied ntk one-layer values-and-gates swiglu star-relu loop-of-one
-    loop-of-all loop-without-skips gated-skips sparse-gate token-smear""".split(),
+    loop-of-all loop-without-skips gated-skips sparse-gate token-smear lanes""".split(),
 )
 def test_model_equals_plain_reference(changes, context):
     hp = tiny_hp(**changes)
