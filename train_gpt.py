@@ -150,13 +150,21 @@ class Hyperparameters:
     qk_gain_init: float = opt("model", 1.5, "initial gain of each query head")
     ln_scale: bool = opt("model", True, "block l scales its normalized inputs by 1/sqrt(l+1)", off=False)
     unet_skips: bool = opt("model", True, "second half adds the outputs of the first half in reverse order", off=False)
+    skip_gates_enabled: bool = opt("model", False, "skips are blended in by a learned gate per channel", off=False)
     xsa_last_n: int = opt("model", 4, "last n layers remove the own value's direction from attention outputs", off=0)
     value_residual: bool = opt("model", False, "later layers add a learned share of the first layer's value", off=False)
     gated_attention: bool = opt("model", False, "a learned gate of the input on each head's output", off=False)
+    sparse_attn_gate_enabled: bool = opt("model", False, "a gate of few inputs on each head's output", off=False)
+    sparse_attn_gate_scale: float = opt("model", 1.0, "what those inputs' product is multiplied with", off=1.0)
+    gate_window: int = opt("model", 12, "first channels that such gates and a token's SmearGate read", lo=1, off=12)
     num_loops: int = opt("model", 0, "extra passes over layers LOOP_START…LOOP_END with the same weights", hi=16, off=0)
     loop_start: int = opt("model", 3, "first layer of the loop", off=3)
     loop_end: int = opt("model", 5, "last layer of the loop", off=5)
+    parallel_start_layer: int = opt("model", 0, "first layer of two lanes, attention's and the MLP's; 0: none", off=0)
     smear_gate_enabled: bool = opt("model", True, "blend each position's embedding with its predecessor's", off=False)
+    smear_gate_kind: str = opt(
+        "model", "channel", "its share: per channel or token", choices="channel token", off="channel"
+    )
     bigram_vocab_size: int = opt("model", 3072, "rows of the hashed bigram table; 0: none", hi=1 << 24, off=0)
     bigram_dim: int = opt("model", 128, "width of the bigram table", lo=1, hi=16384, off=128)
     ve_enabled: bool = opt("model", True, "value embeddings: a token table added to the values of VE_LAYERS", off=False)
@@ -167,6 +175,8 @@ class Hyperparameters:
     iterations: int = opt("training", 9000, "steps at most", lo=1)
     max_wallclock_seconds: float = opt("training", 600.0, "training clock; 0: no limit")
     warmdown_iters: int = opt("training", 3500, "steps of linear learning-rate decay at the end")
+    warmdown_frac: float = opt("training", 0.0, "share of steps or clock that decays; 0: WARMDOWN_ITERS", hi=1)
+    min_lr: float = opt("training", 0.0, "the decay ends at this share of each learning rate", hi=1)
     warmup_steps: int = opt("training", 20, "untimed steps per graph that compile and are undone")
     train_batch_tokens: int = opt("training", 786432, "targets per step over all ranks", lo=2)
     micro_batch_tokens: int = opt("training", 0, "targets per forward pass of a rank; 0: as many as fit 98,304")
@@ -184,6 +194,7 @@ class Hyperparameters:
     muon_row_normalize: bool = opt("training", False, "Muon sees rows of equal norm (MuonEq-R)")
     muon_wd: float = opt("training", 0.04, "Muon's decoupled weight decay")
     adam_wd: float = opt("training", 0.04, "AdamW's weight decay")
+    embed_wd: float = opt("training", -1.0, "AdamW's weight decay of tables; -1: ADAM_WD", lo=-1)
     beta1: float = opt("training", 0.9, "AdamW", hi=0.9999)
     beta2: float = opt("training", 0.95, "AdamW", hi=0.99999)
     adam_eps: float = opt("training", 1e-8, "AdamW")
@@ -281,6 +292,12 @@ class Hyperparameters:
         says = f"{n.rope_dims} must be 0 or an even number from 4 to the head width {s.head_dim}"
         yield s.rope_dims and not rotated, says
         yield s.bigram_vocab_size == 1, f"{n.bigram_vocab_size} leaves no row to hash into; use 0 (none) or at least 2"
+        first = max(s.num_layers // 2, 1, s.loop_end + 1 if s.num_loops else 0)
+        says = f"{n.parallel_start_layer} must be 0 (none) or a layer of the second half, behind all loops: "
+        yield s.parallel_start_layer and not first <= s.parallel_start_layer <= last, f"{says}{first} to {last}"
+        windowed = s.sparse_attn_gate_enabled or (s.smear_gate_enabled and s.smear_gate_kind == "token")
+        yield windowed and s.gate_window > s.model_dim, f"{n.gate_window} exceeds {n.model_dim}"
+        yield s.skip_gates_enabled and not s.unet_skips, "SKIP_GATES_ENABLED=1 needs skips to gate: UNET_SKIPS=1"
         yield s.xsa_last_n > s.num_layers, f"{n.xsa_last_n} exceeds {n.num_layers}"
         says = f"{n.loop_start} and {n.loop_end} must be layers in order, the last at most {last} ({n.num_layers})"
         yield s.num_loops and not s.loop_start <= s.loop_end <= last, says
@@ -427,19 +444,14 @@ NOT_HERE = {
         "use QK_GAIN_INIT": "QK_GAIN",
         "NUM_LOOPS, LOOP_START, LOOP_END and ENABLE_LOOPING_AT do it": "SHARE_START SHARE_LOOPS RECUR_LAYERS "
         "RECUR_START_STEP",
-        "there are no parallel lanes": "PARALLEL_START_LAYER PARALLEL_FINAL_LANE PARALLEL_RESIDUAL=0 "
-        "PARALLEL_RESIDUAL_START",
-        "UNET_SKIPS have weights and no gates": "SKIP_GATES_ENABLED=0",
+        "lanes end in their mean": "PARALLEL_FINAL_LANE=mean",
+        "use PARALLEL_START_LAYER": "PARALLEL_RESIDUAL=0 PARALLEL_RESIDUAL_START",
         "embeddings are MODEL_DIM wide": "EMBEDDING_DIM",
         "rotary frequencies belong to TRAIN_SEQ_LEN, extended by NTK": "ROPE_YARN=0 ROPE_TRAIN_SEQ_LEN",
-        "SMEAR_GATE_ENABLED is a gate per channel, of no window": "GATE_WINDOW",
         "GATED_ATTENTION=1 is another gate: of the whole input, and 1 at the start": "GATED_ATTN_ENABLED=0 "
         "GATED_ATTN_INIT_STD GATED_ATTN_QUANT_GATE=0 ATTN_OUT_GATE_ENABLED=0 ATTN_OUT_GATE_SRC "
-        "SPARSE_ATTN_GATE_ENABLED=0 SPARSE_ATTN_GATE_INIT_STD SPARSE_ATTN_GATE_SCALE",
+        "SPARSE_ATTN_GATE_INIT_STD=0",
         # training
-        "use WARMDOWN_ITERS, in steps": "WARMDOWN_FRAC",
-        "the warmdown ends at 0": "MIN_LR=0",
-        "ADAM_WD is the weight decay of tables too": "EMBED_WD",
         "Muon keeps no second moment (public scripts declare it and never read it)": "MUON_BETA2=0.95",
         "use SWA_ENABLED=1 with SWA_SOURCE=raw": "LAWA_ENABLED=0",
         "use SWA_ENABLED=1": "LAWA_K=0,10",
@@ -477,9 +489,10 @@ NOT_HERE = {
 
 # Other programs' variables, never taken for a misspelt setting.
 FOREIGN_PREFIXES = tuple(
-    """ACCELERATE AIP_ AWS_ AZ CI_ COLAB CONDA CUDA DET_ DOCKER FLASH_ATTENTION_ GIT GLOO GOMP_ GOOGLE HF_ JUPYTER
-    KAGGLE KMP_ KUBERNETES LC_ LSB_ MKL_ MLFLOW MPI NCCL NPM_ NV OMPI_ OMP_ PARALLEL_ PBS_ PIP_ PL_ PYTEST PYTHON
-    PYTORCH RAY_ RUNPOD SLURM SM_ SSH_ TF_ TOKENIZERS_ TORCH TRANSFORMERS TRITON VLLM WANDB XDG_ XLA_""".split()
+    """ACCELERATE AIP_ AWS_ AZ CI_ COLAB CONDA CUDA DET_ DOCKER FLASH_ATTENTION_ GIT GLOO GOMP_ GOOGLE HF_
+    JUPYTER KAGGLE KMP_ KUBERNETES LC_ LSB_ MKL_ MLFLOW MPI NCCL NPM_ NV OMPI_ OMP_ PARALLEL_HOME PARALLEL_JOB
+    PARALLEL_PID PARALLEL_SEQ PARALLEL_SSH PARALLEL_TMUX PBS_ PIP_ PL_ PYTEST PYTHON PYTORCH RAY_ RUNPOD SLURM
+    SM_ SSH_ TF_ TOKENIZERS_ TORCH TRANSFORMERS TRITON VLLM WANDB XDG_ XLA_""".split()
 )
 # Words of other programs' names that lie one or two slips from ours.
 FOREIGN_WORDS = frozenset("AUDIO BETA COMPILER DIR DST FEED ID JAVA NEED OPT ROOT SPEED SRC TMP TYPE".split())
@@ -1760,6 +1773,22 @@ class SmearGate(nn.Module):
         return torch.where(starts[..., None], x, torch.lerp(x, previous, self.gate.sigmoid().to(x.dtype)))
 
 
+class TokenSmearGate(nn.Module):
+    """x_i + strength · sigmoid(w · x_i's first channels) x_{i-1}; nothing crosses into the first position or a BOS.
+
+    Of raw embeddings, and the identity at the start (public pull requests 1667 and 1787).
+    """
+
+    def __init__(self, window: int):
+        super().__init__()
+        self.proj = CastedLinear(window, 1)
+        self.strength = nn.Parameter(torch.empty(()))
+
+    def forward(self, x: Tensor, starts: Tensor) -> Tensor:
+        share = self.strength.to(x.dtype) * self.proj(x[..., : self.proj.weight.size(1)]).sigmoid()
+        return torch.where(starts[..., None], x, x + share * F.pad(x, (0, 0, 1, -1)))
+
+
 class ValueEmbedding(nn.Module):
     """A second token table whose vectors are added to the values of some layers."""
 
@@ -1822,6 +1851,8 @@ class Attention(nn.Module):
         # Not in the first layer, whose value it is: a parameter without a gradient.
         self.first_share = nn.Parameter(torch.empty(())) if hp.value_residual and layer else None
         self.gate = HeadGate(hp.model_dim, hp.num_heads) if hp.gated_attention else None
+        self.sparse_gate = CastedLinear(hp.gate_window, hp.num_heads) if hp.sparse_attn_gate_enabled else None
+        self.gate_scale = hp.sparse_attn_gate_scale
         self.exclude_self = layer >= hp.num_layers - hp.xsa_last_n
         self.head_dim, self.rotary, self.attend = hp.head_dim, rotary, attend
 
@@ -1844,6 +1875,9 @@ class Attention(nn.Module):
             y = exclude_own_value(y, v)
         if self.gate is not None:
             y = y * self.gate(x)[..., None]
+        if self.sparse_gate is not None:  # one half at the start (public pull request 1787)
+            window = x[..., : self.sparse_gate.weight.size(1)]
+            y = y * torch.sigmoid(self.gate_scale * self.sparse_gate(window))[..., None]
         return self.out(y.reshape(x.shape)), own_value
 
 
@@ -1899,6 +1933,8 @@ class Block(nn.Module):
         self.attn_scale = nn.Parameter(torch.empty(hp.model_dim))
         self.mlp_scale = nn.Parameter(torch.empty(hp.model_dim))
         self.norm_scale = 1 / math.sqrt(layer + 1) if hp.ln_scale else 1.0
+        in_lanes = 0 < hp.parallel_start_layer <= layer
+        self.lane_weights = nn.Parameter(torch.empty(2, 3)) if in_lanes else None
 
     def mix(self, x: Tensor, stream: Stream) -> Tensor:
         mix = self.resid_mix.to(x.dtype)
@@ -1912,6 +1948,11 @@ class Block(nn.Module):
     def feed(self, x: Tensor) -> Tensor:
         """What the MLP adds to x (B, T, D)."""
         return self.mlp_scale.to(x.dtype) * self.mlp(rms_norm(x) * self.norm_scale)
+
+    def route(self, lanes: tuple[Tensor, Tensor], attended: Tensor, fed: Tensor) -> tuple[Tensor, Tensor]:
+        """Both lanes after this layer: each its own weighted sum of itself and of what the two halves add."""
+        weights = self.lane_weights.to(fed.dtype)
+        return tuple(w[0] * lane + w[1] * attended + w[2] * fed for w, lane in zip(weights, lanes, strict=True))
 
 
 def layer_passes(hp: Hyperparameters, loops: int) -> tuple[tuple[int, int | None], ...]:
@@ -1937,7 +1978,9 @@ class GPT(nn.Module):
         dim = hp.model_dim
         self.tok_emb = CastedLinear(dim, hp.vocab_size)
         self.bigram = BigramHash(hp.bigram_vocab_size, hp.bigram_dim, dim) if hp.bigram_vocab_size else None
-        self.smear = SmearGate(dim) if hp.smear_gate_enabled else None
+        smears = hp.smear_gate_kind if hp.smear_gate_enabled else None
+        self.smear = SmearGate(dim) if smears == "channel" else None
+        self.token_smear = TokenSmearGate(hp.gate_window) if smears == "token" else None
         self.value_embedding = None
         if hp.ve_enabled:
             self.value_embedding = ValueEmbedding(hp.vocab_size, hp.ve_dim, hp.num_kv_heads * hp.head_dim)
@@ -1949,6 +1992,7 @@ class GPT(nn.Module):
         self.unet_skips = hp.unet_skips
         skips = len(self.looped) // 2 if hp.unet_skips else 0
         self.skip_weights = nn.Parameter(torch.empty(skips, dim)) if skips else None
+        self.skip_gates = nn.Parameter(torch.empty(skips, dim)) if skips and hp.skip_gates_enabled else None
         self.lm_head = None if hp.tie_embeddings else CastedLinear(dim, hp.vocab_size)
         self.softcap, self.dtype = hp.logit_softcap, dtype
         for name, _ in self.named_parameters():
@@ -1966,6 +2010,8 @@ class GPT(nn.Module):
         x = self.tok_emb.look_up(tokens).to(self.dtype)
         if self.bigram is not None:
             x = x + self.bigram(tokens, starts, self.dtype)
+        if self.token_smear is not None:
+            x = self.token_smear(x, starts)
         x = rms_norm(x)
         if self.smear is not None:
             x = self.smear(x, starts)
@@ -1973,21 +2019,32 @@ class GPT(nn.Module):
         stream, skips = Stream(x, ve), []
         passes = self.looped if self.looping else self.plain
         encoder = len(passes) // 2 if self.unet_skips else 0
+        lane = None  # the MLPs' own residual stream; x is then attention's (public pull request 1529)
         for place, (layer, loop) in enumerate(passes):
             block = self.blocks[layer]
+            if lane is None and block.lane_weights is not None:
+                lane = x
             if place >= encoder and skips:  # each weight belongs to the output that it scales
-                x = x + self.skip_weights[len(skips) - 1].to(x.dtype) * skips.pop()
+                x = self.add_skip(x, len(skips) - 1, skips.pop())
             if loop is not None:
                 x = x + self.loop_vectors[loop].to(x.dtype)
-            x = block.mix(x, stream)
-            y, own_value = block.attend(x, stream)
-            x = x + y
-            x = x + block.feed(x)
+            mixed = block.mix(x, stream)
+            y, own_value = block.attend(mixed, stream)
+            if lane is None:
+                x = mixed + y
+                x = x + block.feed(x)
+            else:
+                x, lane = block.route((x, lane), y, block.feed(lane))
             if place == 0:
                 stream = dataclasses.replace(stream, first_value=own_value)
             if place < encoder:
                 skips.append(x)
-        return rms_norm(x)
+        return rms_norm(x if lane is None else 0.5 * (x + lane))
+
+    def add_skip(self, x: Tensor, index: int, pushed: Tensor) -> Tensor:
+        """x (B, T, D) and the output that was pushed as number `index`, weighted: their sum or, gated, a blend."""
+        skip = self.skip_weights[index].to(x.dtype) * pushed
+        return x + skip if self.skip_gates is None else skip.lerp(x, self.skip_gates[index].sigmoid().to(x.dtype))
 
     def unembed(self, x: Tensor) -> Tensor:
         """(B, T, D) -> softcapped logits (B, T, V) fp32."""
@@ -2027,6 +2084,11 @@ def constant(value: float | str) -> Callable:
 
 def setting_or(value: float | str, hp: Hyperparameters) -> float:
     return getattr(hp, value) if isinstance(value, str) else value
+
+
+def lane_weights(w: Tensor, hp: Hyperparameters, generator: torch.Generator) -> None:
+    """(lane, of itself | attention | MLP): a lane that keeps a little more than itself and takes all."""
+    w.copy_(torch.tensor([1.1, 1.0, 1.0]).expand_as(w))
 
 
 def first_of_two(w: Tensor, hp: Hyperparameters, generator: torch.Generator) -> None:
@@ -2087,14 +2149,18 @@ PARAMETERS = (
     parameter_row(r"bigram\.scale", constant(0.05), "scalar", "control"),
     parameter_row(r"value_embedding\.scale", constant(0.1), "scalar", "control"),
     parameter_row(r"smear\.gate", constant(0), "scalar", "control"),
+    parameter_row(r"token_smear\.(proj\.weight|strength)", constant(0), "scalar", "control"),
     parameter_row(r"skip_weights", constant(1), "scalar", "control"),
+    parameter_row(r"skip_gates", constant(0), "scalar", "control"),
     parameter_row(r"loop_vectors", orthogonal, "scalar", "control"),
     parameter_row(r"#.resid_mix", first_of_two, "scalar", "control"),
+    parameter_row(r"#.lane_weights", lane_weights, "scalar", "control"),
     parameter_row(r"#.(attn_scale|mlp_scale)", constant(1), "scalar", "control"),
     parameter_row(r"#.attn\.q_gain", constant("qk_gain_init"), "scalar", "control"),
     parameter_row(r"#.attn\.ve_scale", constant(1), "scalar", "control"),
     parameter_row(r"#.attn\.first_share", constant(0), "scalar", "control"),
     parameter_row(r"#.attn\.gate\.proj\.weight", constant(0), "scalar", "gate"),
+    parameter_row(r"#.attn\.sparse_gate\.weight", constant(0), "scalar", "projection"),
     parameter_row(r"#.attn\.gate\.bias", constant(0), "scalar", "control"),
 )
 
@@ -2295,9 +2361,10 @@ class OptimizerRow(NamedTuple):
 
 def optimizer_rows(hp: Hyperparameters) -> dict[str, OptimizerRow]:
     """By the keys that PARAMETERS names."""
+    table_lr = hp.tied_embed_lr if hp.tie_embeddings else hp.embed_lr
     return dict(
         matrix=OptimizerRow("muon", hp.matrix_lr, hp.muon_wd),
-        table=OptimizerRow("adamw", hp.tied_embed_lr if hp.tie_embeddings else hp.embed_lr, hp.adam_wd),
+        table=OptimizerRow("adamw", table_lr, hp.adam_wd if hp.embed_wd < 0 else hp.embed_wd),
         scalar=OptimizerRow("adamw", hp.scalar_lr, hp.adam_wd),
         head=OptimizerRow("adamw", hp.head_lr, hp.adam_wd),
     )
@@ -2393,14 +2460,19 @@ class Optimizers:
 
 
 def lr_scale(step: int, hp: Hyperparameters, elapsed_ms: float, step_ms: float | None) -> float:
-    """min(1, steps left / WARMDOWN_ITERS, time left / their time): whichever end comes first rules."""
-    if hp.warmdown_iters == 0:
-        return 1.0
-    scale = min(1.0, (hp.iterations - step) / hp.warmdown_iters)
-    if hp.max_wallclock_seconds and step_ms:
-        left_ms = max(0.0, 1000 * hp.max_wallclock_seconds - elapsed_ms)
-        scale = min(scale, left_ms / (hp.warmdown_iters * step_ms))
-    return scale
+    """What multiplies all learning rates: 1, then linear down to 0 at the end of steps or of time, whichever comes
+    first, but no further than MIN_LR. The decay takes WARMDOWN_ITERS steps or a share of the whole, WARMDOWN_FRAC.
+    """
+    left, cap_ms, scale = hp.iterations - step, 1000 * hp.max_wallclock_seconds, 1.0
+    left_ms = max(0.0, cap_ms - elapsed_ms)
+    if hp.warmdown_frac:
+        share = min(left / hp.iterations, left_ms / cap_ms if cap_ms else 1.0)
+        scale = min(1.0, share / hp.warmdown_frac)
+    elif hp.warmdown_iters:
+        scale = min(1.0, left / hp.warmdown_iters)
+        if cap_ms and step_ms:
+            scale = min(scale, left_ms / (hp.warmdown_iters * step_ms))
+    return max(scale, hp.min_lr)
 
 
 def muon_momentum(step: int, hp: Hyperparameters) -> float:
@@ -2491,7 +2563,7 @@ def warn_of_warmdown(hp: Hyperparameters, clock: Clock, log: Log) -> None:
     steps = hp.iterations
     if hp.max_wallclock_seconds and clock.step_ms:
         steps = min(steps, int(1000 * hp.max_wallclock_seconds / clock.step_ms))
-    if hp.warmdown_iters >= steps:
+    if hp.warmdown_iters >= steps and not hp.warmdown_frac:
         fits = max(1, int(0.4 * steps))
         log(f"warning: WARMDOWN_ITERS={hp.warmdown_iters} covers all {steps} steps; WARMDOWN_ITERS={fits} would fit")
 

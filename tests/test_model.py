@@ -76,6 +76,9 @@ def ref_attention(x, ve, first, layer: int, hp, w, context: int):
             if hp.gated_attention:
                 gate = x[t] @ w[f"{name}.gate.proj.weight"][h] + w[f"{name}.gate.bias"][h]
                 out = out * 2 / (1 + torch.exp(-gate))
+            if f"{name}.sparse_gate.weight" in w:
+                gate = x[t, : hp.gate_window] @ w[f"{name}.sparse_gate.weight"][h]
+                out = out / (1 + torch.exp(-hp.sparse_attn_gate_scale * gate))
             y[t, h] = out
     return y.flatten(1) @ w[f"{name}.out.weight"].T, own
 
@@ -96,8 +99,12 @@ def ref_logits(tokens, hp, weights, context: int):
     if hp.bigram_vocab_size:
         rows = [ref_bigram_row(tokens, i, hp.bigram_vocab_size) for i in range(len(tokens))]
         x = x + w["bigram.scale"] * (w["bigram.table.weight"][rows] @ w["bigram.proj.weight"].T)
+    if "token_smear.strength" in w:
+        gates = 1 / (1 + torch.exp(-x[:, : hp.gate_window] @ w["token_smear.proj.weight"][0]))
+        shares = [0 if i == 0 or tokens[i] == 1 else w["token_smear.strength"] * gates[i] for i in range(len(tokens))]
+        x = torch.stack([x[i] + shares[i] * x[i - 1] for i in range(len(tokens))])
     x = ref_rms(x)
-    if hp.smear_gate_enabled:
+    if "smear.gate" in w:
         share = 1 / (1 + torch.exp(-w["smear.gate"]))
         keep = [i == 0 or tokens[i] == 1 for i in range(len(tokens))]
         x = torch.stack([x[i] if keep[i] else x[i] + share * (x[i - 1] - x[i]) for i in range(len(tokens))])
@@ -113,21 +120,32 @@ def ref_logits(tokens, hp, weights, context: int):
             passes += [(middle[0], loop)] + [(layer, None) for layer in middle[1:]]
         passes += [(layer, None) for layer in range(hp.loop_end + 1, hp.num_layers)]
     x0, stack, half, first = x, [], len(passes) // 2 if hp.unet_skips else 0, None
+    lane = None
     for place, (layer, loop) in enumerate(passes):
         name = f"blocks.{layer}"
+        if hp.parallel_start_layer and layer == hp.parallel_start_layer:
+            lane = x
         if place >= half and stack:
             pushed_at, pushed = stack.pop()
-            x = x + w["skip_weights"][pushed_at] * pushed
+            skip, gate = w["skip_weights"][pushed_at] * pushed, w.get("skip_gates")
+            x = x + skip if gate is None else skip + (x - skip) / (1 + torch.exp(-gate[pushed_at]))
         if loop is not None:
             x = x + w["loop_vectors"][loop]
         scale = 1 / math.sqrt(layer + 1) if hp.ln_scale else 1.0
         u = w[f"{name}.resid_mix"][0] * x + w[f"{name}.resid_mix"][1] * x0
         y, own = ref_attention(ref_rms(u) * scale, ve, first, layer, hp, w, context)
         first = own if first is None else first
-        u = u + w[f"{name}.attn_scale"] * y
-        x = u + w[f"{name}.mlp_scale"] * ref_mlp(ref_rms(u) * scale, layer, hp, w)
+        y = w[f"{name}.attn_scale"] * y
+        u = u + y
+        m = w[f"{name}.mlp_scale"] * ref_mlp(ref_rms(u if lane is None else lane) * scale, layer, hp, w)
+        if lane is None:
+            x = u + m
+        else:
+            (r0, a0, m0), (r1, a1, m1) = w[f"{name}.lane_weights"]
+            x, lane = r0 * x + a0 * y + m0 * m, r1 * lane + a1 * y + m1 * m
         if place < half:
             stack.append((place, x))
+    x = x if lane is None else (x + lane) / 2
     z = ref_rms(x) @ (w["tok_emb.weight"] if hp.tie_embeddings else w["lm_head.weight"]).T
     return hp.logit_softcap * torch.tanh(z / hp.logit_softcap)
 
@@ -137,9 +155,22 @@ NOTHING = dict(
 )
 
 
+FRONTIER = dict(
+    parallel_start_layer=4,
+    smear_gate_kind="token",
+    sparse_attn_gate_enabled=True,
+    num_layers=7,
+    num_loops=2,
+    loop_start=1,
+    loop_end=2,
+    skip_gates_enabled=True,
+)
+
+
 @pytest.mark.parametrize(
     "changes, context",
     [
+        (FRONTIER, 16),
         (dict(), 16),
         (NOTHING, 16),
         (dict(num_layers=5, xsa_last_n=3, ve_layers="0,3", num_kv_heads=1, logit_softcap=2.0), 16),
@@ -152,9 +183,13 @@ NOTHING = dict(
         (dict(num_loops=2, loop_start=1, loop_end=1), 16),
         (dict(num_loops=1, loop_start=0, loop_end=2, value_residual=True), 16),
         (dict(num_layers=5, num_loops=3, loop_start=1, loop_end=3, unet_skips=False), 16),
+        (dict(num_layers=5, num_loops=2, loop_start=1, loop_end=2, skip_gates_enabled=True), 16),
+        (dict(sparse_attn_gate_enabled=True, sparse_attn_gate_scale=0.5, gate_window=5), 16),
+        (dict(smear_gate_kind="token", gate_window=7), 16),
+        (dict(num_layers=5, parallel_start_layer=3), 16),
     ],
-    ids="all nothing five-layers untied ntk one-layer values-and-gates swiglu star-relu loop-of-one loop-of-all "
-    "loop-without-skips".split(),
+    ids="""frontier all nothing five-layers untied ntk one-layer values-and-gates swiglu star-relu loop-of-one
+    loop-of-all loop-without-skips gated-skips sparse-gate token-smear lanes""".split(),
 )
 def test_model_equals_plain_reference(changes, context):
     hp = tiny_hp(**changes)
@@ -428,10 +463,19 @@ def test_a_tied_head_is_the_token_table_and_both_read_the_same_quantized_weight(
 
 # Initial values
 
-EVERYTHING = [dict(), dict(tie_embeddings=False), NOTHING, dict(num_layers=12), dict(PUBLISHED, mlp_kind="swiglu")]
+EVERYTHING = [
+    dict(),
+    dict(tie_embeddings=False),
+    NOTHING,
+    dict(num_layers=12),
+    dict(PUBLISHED, mlp_kind="swiglu"),
+    FRONTIER,
+]
 
 
-@pytest.mark.parametrize("changes", EVERYTHING, ids=["all", "untied", "nothing", "twelve-layers", "published"])
+@pytest.mark.parametrize(
+    "changes", EVERYTHING, ids=["all", "untied", "nothing", "twelve-layers", "published", "frontier"]
+)
 def test_every_parameter_has_one_initial_value_one_class_and_one_optimizer_row(changes):
     hp = tiny_hp(**changes)
     model = pg.GPT(hp, 16, pg.sdpa, torch.float32)
@@ -517,7 +561,9 @@ def test_initial_values_are_those_of_the_formulas():
     assert w["bigram.scale"] == pytest.approx(0.05) and w["value_embedding.scale"] == pytest.approx(0.1)
 
 
-@pytest.mark.parametrize("changes", [dict(), dict(PUBLISHED, mlp_kind="swiglu")], ids=["core", "published"])
+@pytest.mark.parametrize(
+    "changes", [dict(), dict(PUBLISHED, mlp_kind="swiglu"), FRONTIER], ids=["core", "published", "frontier"]
+)
 def test_every_parameter_learns_by_the_second_step(changes):
     hp = tiny_hp(grad_clip_norm=0.0, **changes)
     model = build_model(hp, seed=None)

@@ -1,6 +1,7 @@
 """Muon over banks, AdamW, schedules and weight averages against plain references."""
 
 import contextlib
+import dataclasses
 import math
 
 import numpy as np
@@ -163,10 +164,19 @@ ROWS = [
 ]
 
 
-@pytest.mark.parametrize("tied", [True, False])
-def test_everything_else_follows_torchs_adamw_on_clipped_gradients(tied):
+@pytest.mark.parametrize("tied, table_wd", [(True, -1.0), (False, -1.0), (True, 0.3)])
+def test_everything_else_follows_torchs_adamw_on_clipped_gradients(tied, table_wd):
     rates = dict(tied_embed_lr=0.01, embed_lr=0.02, head_lr=0.03, scalar_lr=0.04)
-    hp = tiny_hp(tie_embeddings=tied, adam_wd=0.1, beta1=0.8, beta2=0.9, adam_eps=1e-6, grad_clip_norm=0.3, **rates)
+    hp = tiny_hp(
+        tie_embeddings=tied,
+        adam_wd=0.1,
+        beta1=0.8,
+        beta2=0.9,
+        adam_eps=1e-6,
+        grad_clip_norm=0.3,
+        embed_wd=table_wd,
+        **rates,
+    )
     model, twin = build_model(hp), build_model(hp)
     optimizers = optimizers_for(model, hp)
     groups = []
@@ -174,7 +184,8 @@ def test_everything_else_follows_torchs_adamw_on_clipped_gradients(tied):
         if is_muon(name):
             continue
         named = [tied_lr if tied else untied_lr for names, tied_lr, untied_lr in ROWS if name in names]
-        groups.append(dict(params=[p], base=rates[named[0] if named else "scalar_lr"]))
+        own_decay = dict(weight_decay=table_wd) if name in ROWS[0][0] and table_wd >= 0 else {}
+        groups.append(dict(params=[p], base=rates[named[0] if named else "scalar_lr"], **own_decay))
     adam = torch.optim.AdamW(groups, lr=1.0, betas=(0.8, 0.9), eps=1e-6, weight_decay=0.1)
     for step, scale in enumerate((1.0, 0.7, 0.1)):
         gradients = give_gradients(model, step, 0.1)
@@ -332,6 +343,21 @@ def test_the_clock_brings_the_warmdown_forward():
     assert pg.lr_scale(5, hp, 10_500.0, 50.0) == 0.0
     assert pg.lr_scale(990, hp, 0.0, 50.0) == pytest.approx(0.25), "whichever end comes first"
     assert pg.lr_scale(990, hp, 9_900.0, 50.0) == pytest.approx(0.05)
+
+
+def test_a_warmdown_of_a_share_follows_steps_and_clock_and_a_floor_ends_it():
+    hp = tiny_hp(iterations=100, warmdown_iters=40, warmdown_frac=0.8, min_lr=0.1)
+    expected = [max(0.1, min(1.0, (1 - i / 100) / 0.8)) for i in range(101)]
+    assert [pg.lr_scale(i, hp, 0.0, None) for i in range(101)] == pytest.approx(expected)
+    assert expected[20] == 1 and expected[21] < 1 and expected[92] == expected[100] == 0.1
+    timed = dataclasses.replace(hp, iterations=100_000, max_wallclock_seconds=10.0)
+    assert pg.lr_scale(7, timed, 6_000.0, None) == pytest.approx(0.5, abs=1e-3), (
+        "a share of the clock needs no step time"
+    )
+    assert pg.lr_scale(7, timed, 1_900.0, 50.0) == 1.0 and pg.lr_scale(7, timed, 11_000.0, 50.0) == 0.1
+    assert pg.lr_scale(90_000, timed, 100.0, 50.0) == pytest.approx(0.125), "whichever end comes first"
+    falling = dataclasses.replace(hp, warmdown_frac=0.0)
+    assert pg.lr_scale(98, falling, 0.0, None) == 0.1 and pg.lr_scale(80, falling, 0.0, None) == pytest.approx(0.5)
 
 
 def test_step_time_is_the_median_of_the_last_twenty():
