@@ -1910,14 +1910,14 @@ class MLP(nn.Module):
         self.up = CastedLinear(hp.model_dim, hp.mlp_dim)
         self.gate = CastedLinear(hp.model_dim, hp.mlp_dim) if hp.mlp_kind != "leaky_relu2" else None
         self.down = CastedLinear(hp.mlp_dim, hp.model_dim)
-        self.kind, self.slope = hp.mlp_kind, hp.leaky_relu_slope
+        self.swish, self.slope = hp.mlp_kind == "swiglu", hp.leaky_relu_slope
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = self.up(x)
         if self.gate is None:
             return self.down(F.leaky_relu(hidden, self.slope).square())
         gate = self.gate(x)
-        return self.down((F.silu(gate) if self.kind == "swiglu" else gate.relu().square()) * hidden)
+        return self.down((F.silu(gate) if self.swish else gate.relu().square()) * hidden)
 
 
 class Block(nn.Module):
@@ -2209,9 +2209,9 @@ def matmul_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return y.view(batch, groups, -1, length, width).permute(0, 3, 1, 2, 4).reshape(batch, length, heads, width)
 
 
-def load_flash(kind: str) -> Callable:
+def load_flash(kernel: str) -> Callable:
     """The causal kernel of FlashAttention 3 or 2 on (B, T, H, K); raises ImportError where it is not installed."""
-    if kind == "fa3":
+    if kernel == "fa3":
         from flash_attn_interface import flash_attn_func
     else:
         from flash_attn import flash_attn_func
@@ -2245,10 +2245,10 @@ def choose_attention(hp: Hyperparameters, device: torch.device, dtype: torch.dty
         short = max(hp.train_seq_len, hp.eval_seq_len) <= 512 and dtype == torch.bfloat16
         return ("matmul", matmul_attention) if short else ("sdpa", sdpa)
     reasons = []
-    for kind in ("fa3", "fa2") if hp.attention == "auto" else (hp.attention,):
+    for kernel in ("fa3", "fa2") if hp.attention == "auto" else (hp.attention,):
         if device.type != "cuda":
             reason = "needs CUDA"
-        elif kind == "fa3" and torch.cuda.get_device_capability(device)[0] != 9:
+        elif kernel == "fa3" and torch.cuda.get_device_capability(device)[0] != 9:
             reason = "needs a Hopper GPU"
         elif dtype != torch.bfloat16:
             reason = "needs DTYPE=bf16"
@@ -2256,14 +2256,14 @@ def choose_attention(hp: Hyperparameters, device: torch.device, dtype: torch.dty
             reason = f"needs a head width divisible by 8, not {hp.head_dim}"
         else:
             try:
-                attend = load_flash(kind)
+                attend = load_flash(kernel)
                 if (reason := attention_fails(attend, hp, device, dtype)) is None:
-                    return kind, attend
+                    return kernel, attend
             except ImportError as error:
                 reason = f"cannot be imported ({error})"
-        if hp.attention == kind:
-            raise UserError(f"ATTENTION={kind} {reason}; use ATTENTION=auto or sdpa")
-        reasons.append(f"{kind} {reason}")
+        if hp.attention == kernel:
+            raise UserError(f"ATTENTION={kernel} {reason}; use ATTENTION=auto or sdpa")
+        reasons.append(f"{kernel} {reason}")
     return f"sdpa ({'; '.join(reasons)})", sdpa
 
 
@@ -2334,15 +2334,15 @@ class Bank:
         self.update_shard.copy_(polar(nesterov.to(self.update.dtype), hp.muon_backend_steps))
         return self.ranks.start_all_gather(self.update, self.update_shard)
 
-    def whole_momentum(self) -> Tensor:
+    def gathered_momentum(self) -> Tensor:
         """(matrices, rows, cols) fp32 gathered from all ranks, without padding."""
-        whole = torch.empty_like(self.weight) if self.ranks.size > 1 else self.momentum
-        self.ranks.start_all_gather(whole, self.momentum).wait()
-        return whole[: len(self.parameters)]
+        gathered = torch.empty_like(self.weight) if self.ranks.size > 1 else self.momentum
+        self.ranks.start_all_gather(gathered, self.momentum).wait()
+        return gathered[: len(self.parameters)]
 
-    def load_momentum(self, whole: Tensor) -> None:
+    def load_momentum(self, gathered: Tensor) -> None:
         padded = torch.zeros_like(self.weight)
-        padded[: len(whole)] = whole
+        padded[: len(gathered)] = gathered
         self.momentum.copy_(padded[self.mine])
 
     def apply(self, lr: float, weight_decay: float) -> None:
@@ -2747,7 +2747,7 @@ class Trainer:
             clock.resume()
             while self.step < hp.iterations and not out_of_time(hp, clock) and not clock.interrupted:
                 batch = loader.next()
-                clock.problem = clock.problem or loader.problem  # told a step later
+                clock.problem = clock.problem or loader.problem  # all ranks hear of it a step later
                 self.train_step(*batch)
                 bar.update()
                 self.report()
@@ -2790,10 +2790,10 @@ class Trainer:
     def state(self) -> dict[str, Tensor]:
         """Every tensor that the next step reads, live; but Muon's momentum, which is sharded. Nothing is random."""
         averages, names = self.averages, {p: name for name, p in self.model.named_parameters()}
-        kinds = dict(weight=averages.live, ema=averages.ema, swa=averages.swa)
+        copies = dict(weight=averages.live, ema=averages.ema, swa=averages.swa)
         state = {
-            f"{kind}.{name}": w
-            for kind, weights in kinds.items()
+            f"{copy}.{name}": w
+            for copy, weights in copies.items()
             if weights is not None
             for name, w in zip(names.values(), weights, strict=True)
         }
@@ -2807,7 +2807,7 @@ class Trainer:
         run, clock = self.run, self.clock
         with run.phases("checkpoint"):
             tensors = self.state()
-            tensors |= {f"momentum.{bank.name}": bank.whole_momentum() for bank in self.optimizers.banks}
+            tensors |= {f"momentum.{bank.name}": bank.gathered_momentum() for bank in self.optimizers.banks}
             if not all(t.isfinite().all() for t in tensors.values()):  # the same on every rank
                 raise LimitError(f"step {self.step} left weights that are not finite; a new run needs {LOWER_RATES}")
             self.saved_ms = clock.elapsed_ms
@@ -2858,7 +2858,7 @@ class Trainer:
             self.averages.swa = [torch.empty_like(w) for w in self.averages.live]
 
         state = self.state()
-        momentum = {f"momentum.{bank.name}": bank.whole_momentum().clone() for bank in self.optimizers.banks}
+        momentum = {f"momentum.{bank.name}": bank.gathered_momentum().clone() for bank in self.optimizers.banks}
         ranks.agree(lambda: self.check_state(checkpoint, state | momentum | dict(random=torch.get_rng_state())))
         self.set_switches([meta["switches"][switch.name] for switch in self.switches])
 
