@@ -1144,8 +1144,11 @@ def peak_memory_mib(device: torch.device) -> tuple[int, int]:
 def activation_dtype(name: str, device: torch.device) -> torch.dtype:
     """DTYPE=auto is bf16 where the device has instructions for it."""
     if name == "auto":
-        cuda, cpu = functools.partial(torch.cuda.is_bf16_supported, False), torch.cpu._is_avx512_bf16_supported
-        name = "bf16" if (cuda if device.type == "cuda" else cpu)() else "fp32"
+        if device.type == "cuda":
+            fast = torch.cuda.is_bf16_supported(including_emulation=False)
+        else:
+            fast = torch.cpu._is_avx512_bf16_supported()
+        name = "bf16" if fast else "fp32"
     return {"bf16": torch.bfloat16, "fp32": torch.float32}[name]
 
 
