@@ -108,6 +108,10 @@ def opt(
     return dataclasses.field(default=default, metadata=meta)
 
 
+# Settings that no weight and no score depends on: where things lie and what is kept or checked besides.
+INCIDENTAL = tuple("run_id out_dir data_path tokenizer_path resume checkpoint_every audit audit_tokens".split())
+
+
 @dataclasses.dataclass(frozen=True)
 class Hyperparameters:
     """Every setting once. The environment variable is the field's name in capitals; the defaults are `pr714.env`."""
@@ -368,8 +372,7 @@ class Hyperparameters:
 
     def settings_hash(self) -> str:
         """The same for runs of one configuration: seed, names and paths do not enter."""
-        ignored = ("seed", "run_id", "out_dir", "data_path", "tokenizer_path", "artifact_path", "weights_path")
-        ignored += ("audit", "audit_tokens", "checkpoint_every", "resume")
+        ignored = ("seed", "artifact_path", "weights_path", *INCIDENTAL)
         kept = {k: v for k, v in dataclasses.asdict(self).items() if k not in ignored}
         return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -1153,8 +1156,11 @@ def peak_memory_mib(device: torch.device) -> tuple[int, int]:
 def activation_dtype(name: str, device: torch.device) -> torch.dtype:
     """DTYPE=auto is bf16 where the device has instructions for it."""
     if name == "auto":
-        cuda, cpu = functools.partial(torch.cuda.is_bf16_supported, False), torch.cpu._is_avx512_bf16_supported
-        name = "bf16" if (cuda if device.type == "cuda" else cpu)() else "fp32"
+        if device.type == "cuda":
+            fast = torch.cuda.is_bf16_supported(including_emulation=False)
+        else:
+            fast = torch.cpu._is_avx512_bf16_supported()
+        name = "bf16" if fast else "fp32"
     return {"bf16": torch.bfloat16, "fp32": torch.float32}[name]
 
 
@@ -1233,9 +1239,8 @@ CHECKPOINT_MAGIC = b"PGCKPT\x01\n"
 CHECKPOINT_META = dict(run_id=str, settings=dict, code_sha256=str, data=list, dtype=str, step=int, loss=float)
 CHECKPOINT_META |= dict(elapsed_ms=float, durations=list, swa_samples=int, switches=dict, resumed_at=list)
 
-# Settings that neither move a weight by more than rounding nor a score: they may change when a run goes on.
-MAY_CHANGE = ("run_id", "out_dir", "data_path", "tokenizer_path", "resume", "checkpoint_every", "audit", "audit_tokens")
-MAY_CHANGE += ("train_log_every", "val_loss_every", "save_weights", "micro_batch_tokens")
+# Neither move a weight by more than rounding nor a score: they may change when a run goes on.
+MAY_CHANGE = ("train_log_every", "val_loss_every", "save_weights", "micro_batch_tokens", *INCIDENTAL)
 
 
 class Checkpoint(NamedTuple):
