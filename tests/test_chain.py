@@ -374,24 +374,28 @@ def test_weights_too_large_to_store_are_a_limit_and_no_damaged_artifact(settings
     assert not list(ran.folder.iterdir())
 
 
+def switched_on(ran) -> list[int]:
+    """Steps of late QAT and of the first SWA snapshot, as the log has them."""
+    lines = (r"late_qat:enabled step:(\d+) scale:0\.[0-5]\d*", r"swa:start step:(\d+)")
+    return [int(re.search(f"^{line}$", ran.out, re.MULTILINE)[1]) for line in lines]
+
+
 def test_the_wallclock_cap_stops_the_run_in_time_with_its_switches_done(again):
-    # Steps long enough that what else the machine does is short beside them; a machine that stands still for longer
-    # than the reserve breaks the cap, which the run says, and gets a longer one.
+    # Steps long enough that what else the machine does is short beside them. A machine that stands still for more than
+    # the reserve breaks the cap, which the run says, and one that makes a dozen steps has no room for two switches:
+    # both get a longer cap.
     slow = dict(TRAIN_BATCH_TOKENS=6144, WARMDOWN_ITERS=25)
     for cap in (5.0, 10.0, 20.0):
-        ran = again(
-            run_id=f"cap{cap:g}", MAX_WALLCLOCK_SECONDS=cap, ITERATIONS=100_000, VAL_LOSS_EVERY=0, TTT_ENABLED=0, **slow
-        )
-        if ran.code == 0:
+        timed = dict(run_id=f"cap{cap:g}", MAX_WALLCLOCK_SECONDS=cap, ITERATIONS=100_000)
+        ran = again(**timed, **slow, VAL_LOSS_EVERY=0, TTT_ENABLED=0)
+        if ran.code == 0 and len({*switched_on(ran)}) == 2:
             break
-        assert ran.code == 3 and re.search(
-            rf"^limit: training and averaging took .* more than MAX_WALLCLOCK_SECONDS={cap:g}$", ran.out, re.MULTILINE
-        )
+        broken = rf"^limit: training and averaging took .* more than MAX_WALLCLOCK_SECONDS={cap:g}$"
+        assert ran.code == 0 or (ran.code == 3 and re.search(broken, ran.out, re.MULTILINE))
     assert ran.code == 0
     stopped = re.search(r"^stopping_early: wallclock_cap train_time:(\d+)ms step:(\d+)/100000$", ran.out, re.MULTILINE)
     steps = ran.result["steps"]
     assert int(stopped[2]) == steps and 0 < steps < 1000
     assert 0.5 * cap < ran.result["train_seconds"] <= cap and int(stopped[1]) <= 1000 * cap
-    qat = int(re.search(r"^late_qat:enabled step:(\d+) scale:0\.[0-5]\d*$", ran.out, re.MULTILINE)[1])
-    swa = int(re.search(r"^swa:start step:(\d+)$", ran.out, re.MULTILINE)[1])
+    qat, swa = switched_on(ran)
     assert 0 < qat < swa < steps
