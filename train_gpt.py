@@ -2849,7 +2849,7 @@ class Grid(NamedTuple):
     """Where a matrix's weights may lie: whole multiples, up to q_max, of its rows' scales."""
 
     scales: Tensor  # (rows, candidates) fp32 of fp16 values: what a row may choose from
-    q_max: int | Tensor  # (), where it would cost a wait for the device
+    q_max: int | Tensor  # the largest code; a tensor () where reading it would wait for the device
 
 
 def quantize_rows(w: Tensor, scale: Tensor, q_max: int) -> Tensor:
@@ -3259,7 +3259,8 @@ class Exporter:
         """Of at most `room` bytes and, where the grids allow it, at least room - FIT_WINDOW.
 
         What the prediction missed in one artifact corrects it for the next. A compressor whose size jumps could defy
-        that: after three artifacts that were too large and none that fits, each aims lower by much. Deterministic.
+        that: after three artifacts that were too large and none that fits, each aims lower by much. Deterministic. (A
+        secant on packed sizes alone, without predictions, packed once more in most fits.)
         """
         over, under, best, missed = 0.0, math.inf, None, 0.0  # factors known to be too large for the room, and to fit
         for attempt in range(1, FIT_ATTEMPTS + 1):
