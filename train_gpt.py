@@ -2959,17 +2959,17 @@ class Stored(NamedTuple):
         return self.data.float() if self.scale is None else self.data.float() * self.scale.float()
 
     def size(self) -> float:
-        """Bytes of its values; of codes at their own frequencies, that is their entropy."""
+        """Bytes of its values, codes at their entropy."""
         if self.scale is None:
             return self.data.nbytes
-        return entropy_bits(np.bincount(self.data.numpy().ravel().astype(np.int64) + Q_LIMIT)) / 8
+        return entropy_bits(torch.bincount(self.data.flatten().long() + Q_LIMIT).numpy()) / 8
 
 
 class Grid(NamedTuple):
     """Where a matrix's weights may lie: whole multiples, up to q_max, of its rows' scales."""
 
     scales: Tensor  # (rows, candidates) fp32 of fp16 values: what a row may choose from
-    q_max: int | Tensor  # (), where it would cost a wait for the device
+    q_max: int | Tensor  # the largest code; a tensor () where reading it would wait for the device
 
 
 def quantize_rows(w: Tensor, scale: Tensor, q_max: int) -> Tensor:
@@ -3046,7 +3046,7 @@ def sdclip(weights: Mapping[str, Tensor], hp: Hyperparameters, _: Calibration) -
     return {name: shares[name] * w.std(1, correction=0, keepdim=True) for name, w in weights.items()}
 
 
-def rate_distortion(weights: Mapping[str, Tensor], hp: Hyperparameters, known: Calibration) -> dict[str, Tensor]:
+def rate_distortion(weights: Mapping[str, Tensor], hp: Hyperparameters, calibration: Calibration) -> dict[str, Tensor]:
     """With an entropy coder, rounding costs sensitivity * step²/12 a weight, and halving a step one bit, whatever the
     weights' own size. At the least cost for its bits, sensitivity * step² is the same everywhere: so it is here, with
     about the bits of sdclip's steps.
@@ -3054,11 +3054,11 @@ def rate_distortion(weights: Mapping[str, Tensor], hp: Hyperparameters, known: C
     A row counts as sensitive as itself and half as its whole matrix, as rows that the calibration text hardly reaches
     are not as insensitive as they look.
     """
-    blended = {name: known.sensitivity[name] + 0.5 * known.sensitivity[name].mean() for name in weights}
+    blended = {name: calibration.sensitivity[name] + 0.5 * calibration.sensitivity[name].mean() for name in weights}
     floor = 1e-6 * torch.cat(list(blended.values())).mean()
     halves = {name: 0.5 * h.clamp(min=floor).log() for name, h in blended.items()}
     level, size = 0.0, 0
-    for name, step in sdclip(weights, hp, known).items():
+    for name, step in sdclip(weights, hp, calibration).items():
         nonzero = (step > 0)[:, 0]  # rows of zeros have no say
         level += weights[name].size(1) * (step.log() + halves[name])[nonzero].sum().item()
         size += weights[name].size(1) * nonzero.sum().item()
@@ -3072,12 +3072,12 @@ QUANTIZERS = {
 }
 
 
-def choose_steps(weights: Mapping[str, Tensor], hp: Hyperparameters, known: Calibration) -> dict[str, Tensor]:
+def choose_steps(weights: Mapping[str, Tensor], hp: Hyperparameters, calibration: Calibration) -> dict[str, Tensor]:
     """Steps (rows, candidates) of all weights that are stored as codes, by name; a gate's are always clip search's."""
     coded = {name: w.float() for name, w in weights.items() if levels(storage_of(name, hp))}
     chosen = {name: w for name, w in coded.items() if sigmas_of(name, hp)}
     fixed = {name: w for name, w in coded.items() if name not in chosen}
-    return QUANTIZERS[hp.quant].steps(chosen, hp, known) | clip_search(fixed, hp, known)
+    return QUANTIZERS[hp.quant].steps(chosen, hp, calibration) | clip_search(fixed, hp, calibration)
 
 
 def make_grids(
@@ -3165,9 +3165,13 @@ class Rounder(NamedTuple):
     needs: tuple[str, ...] = ()  # fields of Calibration
 
 
+def full_gptq(hp: Hyperparameters, calibration: Calibration) -> dict[str, Callable]:
+    return {name: GPTQ(hessian, hp).round for name, hessian in calibration.hessians.items()}
+
+
 ROUNDERS = {  # by GPTQ_ENABLED
-    False: Rounder(lambda hp, known: {}),
-    True: Rounder(lambda hp, known: {n: GPTQ(h, hp).round for n, h in known.hessians.items()}, needs=("hessians",)),
+    False: Rounder(lambda hp, calibration: {}),
+    True: Rounder(full_gptq, needs=("hessians",)),
 }
 
 
@@ -3341,10 +3345,10 @@ class Packed(NamedTuple):
 class Exporter:
     """Averaged weights on their way into an artifact, on the main rank."""
 
-    def __init__(self, run: Run, weights: Mapping[str, Tensor], known: Calibration):
+    def __init__(self, run: Run, weights: Mapping[str, Tensor], calibration: Calibration):
         self.run, self.weights = run, {name: w.to(run.ranks.device) for name, w in weights.items()}
-        self.steps, self.known = choose_steps(self.weights, run.hp, known), known
-        self.rounding = ROUNDERS[run.hp.gptq_enabled].prepare(run.hp, known)
+        self.steps, self.calibration = choose_steps(self.weights, run.hp, calibration), calibration
+        self.rounding = ROUNDERS[run.hp.gptq_enabled].prepare(run.hp, calibration)
 
     def pack(self, factor: float = 1.0) -> Packed:
         run = self.run
@@ -3356,18 +3360,14 @@ class Exporter:
             return Packed(factor, tensors, pack_artifact(header, tensors, run.hp.compressor))
 
     def predict(self, factor: float) -> float:
-        """Bytes of the artifact: all codes at the entropy of each matrix, from rounding a sample of its rows to
-        nearest, a byte for each row's scale, and all other weights."""
+        """Bytes of the artifact, from a sample of rows rounded to nearest: codes at the entropy of each matrix, and a
+        byte for each row's scale."""
         every = max(1, sum(w.numel() for w in self.weights.values()) // FIT_SAMPLE)
-        rows, steps = ({name: w[name][::every] for name in self.steps} for w in (self.weights, self.steps))
-        grids, bits = make_grids(rows, self.run.hp, steps, factor), 0.0
-        for name, w in self.weights.items():
-            if name not in grids:
-                bits += w.numel() * int(storage_of(name, self.run.hp).removeprefix("fp"))
-                continue
-            codes = round_to_nearest(rows[name].float(), grids[name])[1].long().flatten() + grids[name].q_max
-            bits += entropy_bits(torch.bincount(codes).cpu().numpy()) * w.numel() / len(codes) + 8 * len(w)
-        return bits / 8
+        rows = {name: w[::every] if name in self.steps else w for name, w in self.weights.items()}
+        steps = {name: step[::every] for name, step in self.steps.items()}
+        tensors = quantize(rows, self.run.hp, make_grids(rows, self.run.hp, steps, factor))
+        sizes = [t.size() * self.weights[name].numel() / t.data.numel() for name, t in tensors.items()]
+        return sum(sizes) + sum(len(self.weights[name]) for name in self.steps)
 
     def solve(self, size: float) -> float:
         """The factor whose artifact is predicted to have so many bytes; an end of FIT_FACTORS where none does."""
@@ -3381,7 +3381,8 @@ class Exporter:
         """Of at most `room` bytes and, where the grids allow it, at least room - FIT_WINDOW.
 
         What the prediction missed in one artifact corrects it for the next. A compressor whose size jumps could defy
-        that: after three artifacts that were too large and none that fits, each aims lower by much. Deterministic.
+        that: after three artifacts that were too large and none that fits, each aims lower by much. Deterministic. (A
+        secant on packed sizes alone, without predictions, packed once more in most fits.)
         """
         over, under, best, missed = 0.0, math.inf, None, 0.0  # factors known to be too large for the room, and to fit
         for attempt in range(1, FIT_ATTEMPTS + 1):
@@ -3413,7 +3414,7 @@ class Exporter:
             for name in names:
                 t, bits = tensors[name], 8 * sizes[name] / tensors[name].data.numel()
                 line = f"grid:{name} {storage} step:{t.scale.float().median():.4g} entropy:{bits:.3f}"
-                if (hessian := self.known.hessians.get(name)) is not None:
+                if (hessian := self.calibration.hessians.get(name)) is not None:
                     w = self.weights[name].float()
                     scale, codes = round_to_nearest(w, grids[name])
                     plain = output_error(w, codes * scale, hessian).sum().item()
@@ -3450,13 +3451,13 @@ def export(run: Run, weights: Mapping[str, Tensor]) -> tuple[Path, bytes]:
 
     Calibration reads training text, so its seconds belong to the training clock.
     """
-    hp, path, blob, known = run.hp, run.folder / "artifact.pgolf", None, Calibration()
+    hp, path, blob, calibration = run.hp, run.folder / "artifact.pgolf", None, Calibration()
     if hp.calibrates:
         with run.phases("calibrate"):
-            known = calibrate(run, weights, run.ranks.agree(lambda: calibration_texts(run)))
+            calibration = calibrate(run, weights, run.ranks.agree(lambda: calibration_texts(run)))
     if run.ranks.is_main:
         with run.phases("quantize"):
-            exporter = Exporter(run, weights, known)
+            exporter = Exporter(run, weights, calibration)
         room = hp.artifact_cap_bytes - len(run.source)
         packed = exporter.fit(room) if hp.fit_to_cap else exporter.pack()
         path = write_result(run, path, packed.blob)
@@ -3593,8 +3594,8 @@ def encode_codes(tensors: Mapping[str, Stored]) -> tuple[bytes, bytes]:
     return struct.pack("<I", len(words) // 4) + b"".join(models), words
 
 
-def decode_codes(table: Sequence, models: memoryview, words: bytes) -> tuple[dict[str, np.ndarray], int]:
-    """(int8 codes by name, bytes of `models` that were read) of a checked table. Raises ArtifactError."""
+def decode_codes(table: Sequence, models: memoryview, words: bytes) -> dict[str, np.ndarray]:
+    """int8 codes by name, in the order of a checked table, of just these models and words. Raises ArtifactError."""
     damaged = ArtifactError("artifact is damaged: its code tables or words are not whole")
     asked = sum(math.prod(shape) for _, shape, storage in table if levels(storage))
     if asked > min(MAX_PAYLOAD_BYTES, MAX_CODES_PER_BYTE * (len(models) + len(words))):
@@ -3632,9 +3633,9 @@ def decode_codes(table: Sequence, models: memoryview, words: bytes) -> tuple[dic
         values[np.argsort(contexts, kind="stable")] = np.concatenate(decoded) - levels(storage)
         for name, shape, part in zip(names, shapes, split(values, [math.prod(s) for s in shapes]), strict=True):
             codes[name] = part.reshape(shape)
-    if not coder.is_empty():
+    if not coder.is_empty() or reader.read(1):
         raise damaged
-    return codes, 4 + reader.tell()
+    return {name: codes[name] for name, _, storage in table if levels(storage)}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -3843,16 +3844,14 @@ def read_tensors(table: list, data: memoryview, words: bytes | None) -> dict[str
     bytes_of = {stream: sum(sizes[stream]) * np.dtype(dtype).itemsize for stream, dtype in STREAMS.items()}
     if words is not None:
         bytes_of["codes"] = 0
-    end, codes, read = sum(bytes_of.values()), {}, 0
-    if words is not None and end <= len(data):
-        codes, read = decode_codes(table, data[end:], words)
-    if end + read != len(data):
+    end = sum(bytes_of.values())
+    if end > len(data) or (end < len(data) and words is None):
         raise ArtifactError("artifact is damaged: its streams are shorter or longer than its table")
     for stream, dtype in STREAMS.items():
         part = from_planes(data[start : start + bytes_of[stream]], dtype)
         values[stream], start = iter(split(part, sizes[stream])), start + bytes_of[stream]
     if words is not None:
-        values["codes"] = (codes[name] for name, _, storage in table if levels(storage))
+        values["codes"] = iter(decode_codes(table, data[end:], words).values())
     arrays = [torch.from_numpy(next(values[stream]).reshape(shape)) for stream, shape in places]
     tensors, scales = {}, iter(arrays[len(table) :])
     for (name, _, storage), data in zip(table, arrays, strict=False):

@@ -94,7 +94,7 @@ def main() -> int:
             models, words = pg.encode_codes(tensors)
             encoded = time.perf_counter()
             listed = [[name, list(t.data.shape), t.storage] for name, t in tensors.items()]
-            codes, _ = pg.decode_codes(listed, memoryview(models), words)
+            codes = pg.decode_codes(listed, memoryview(models), words)
             print(f"encoded in {encoded - start:.1f} s, decoded in {time.perf_counter() - encoded:.1f} s")
             assert all(np.array_equal(codes[name], t.data.numpy()) for name, t in tensors.items())
         for line in table(tensors):
