@@ -231,6 +231,7 @@ class Hyperparameters:
         "quantization", False, "make all steps finer or coarser until the artifact just fits the cap"
     )
     gptq_enabled: bool = opt("quantization", False, "full GPTQ of the block matrices, calibrated on training text")
+    gptq_head_enabled: bool = opt("quantization", False, "and of the head, which is the token table if tied")
     gptq_calibration_tokens: int = opt("quantization", 262_144, "training tokens for GPTQ and QUANT=rd", lo=2)
     gptq_reserve_seconds: float = opt("quantization", 0.0, "of the training clock, for calibration; 0: measured")
     gptq_percdamp: float = opt("quantization", 0.01, "damping, in mean diagonals of the Hessian", lo=1e-6, hi=10)
@@ -314,6 +315,10 @@ class Hyperparameters:
         says = "SWA_SOURCE=ema needs EMA_ENABLED=1; use SWA_SOURCE=raw or SWA_ENABLED=0"
         yield s.swa_enabled and s.swa_source == "ema" and not s.ema_enabled, says
         yield 8 < s.embed_bits < 16, f"{n.embed_bits} must be from 5 to 8, or 16"
+        says = (
+            f"GPTQ_HEAD_ENABLED=1 needs GPTQ_ENABLED=1 and codes to round: EMBED_BITS of 8 or less, not {s.embed_bits}"
+        )
+        yield s.gptq_head_enabled and not (s.gptq_enabled and s.embed_bits <= 8), says
         says = f"{n.gptq_reserve_seconds} leaves nothing of {n.max_wallclock_seconds} to train in"
         yield s.calibrates and s.gptq_reserve_seconds >= s.max_wallclock_seconds > 0, says
         says = f"{n.gptq_calibration_tokens} is less than one sequence, {n.train_seq_len}"
@@ -3198,7 +3203,7 @@ def calibrate(run: Run, weights: Mapping[str, Tensor], texts: np.ndarray) -> Cal
         x = inputs[0].detach().flatten(0, 1).float()
         hessian.addmm_(x.T, x)
 
-    layers = reconstructed_layers(model) if "hessians" in needs else {}
+    layers = reconstructed_layers(model, hp.gptq_head_enabled) if "hessians" in needs else {}
     for name, layer in layers.items():
         hessians[name] = torch.zeros(layer.weight.size(1), layer.weight.size(1), device=device)
         layer.register_forward_pre_hook(functools.partial(accumulate, hessians[name]))
@@ -3266,10 +3271,10 @@ def main_grid(tensors: Mapping[str, Stored]) -> str:
     return tensors["blocks.0.mlp.down.weight"].storage
 
 
-def reconstructed_layers(model: GPT) -> dict[str, CastedLinear]:
-    """The layers that QAT prepares and full GPTQ quantizes, by the names of their weights."""
+def reconstructed_layers(model: GPT, head: bool = False) -> dict[str, CastedLinear]:
+    """The layers that QAT prepares and full GPTQ quantizes, by the names of their weights; also the head if asked."""
     layers = {f"{name}.weight": m for name, m in model.named_modules() if isinstance(m, CastedLinear)}
-    return {name: layer for name, layer in layers.items() if row_of(name).storage.reconstructed}
+    return {n: m for n, m in layers.items() if row_of(n).storage.reconstructed or (head and m is model.head)}
 
 
 class QAT:
@@ -3301,11 +3306,6 @@ class QAT:
         for layer in self.layers.values():
             w = layer.weight
             w.grad.addcmul_(w, layer.row_scale.square(), value=weight / (6 * w.numel()))
-
-    def switch(self, on: bool) -> None:
-        if on:
-            self.refresh()
-        self.set(on)
 
     def set(self, on: bool) -> None:
         """On or off with the scales as they are."""

@@ -596,8 +596,9 @@ def variants(bench: Bench) -> None:
         )
         run = helpers.make_run(hp)._replace(compile=True)
         model = helpers.randomize(run.build(hp.train_seq_len)).to(bench.device)
-        switch, forward = pg.QAT(model, hp), run.compiled(model)
-        switch.switch(hp.qat_enabled)
+        qat, forward = pg.QAT(model, hp), run.compiled(model)
+        qat.refresh()
+        qat.set(hp.qat_enabled)
         text = torch.from_numpy(helpers.random_tokens(4 * (hp.train_seq_len + 1), 512).astype("int64")).to(bench.device)
         inputs, targets = (part.contiguous() for part in (text.view(4, -1)[:, :-1], text.view(4, -1)[:, 1:]))
 

@@ -215,7 +215,8 @@ def test_switching_on_after_a_compiled_call_gives_exactly_the_exported_forward(f
     qat = pg.QAT(model, tiny_hp())
     forward = torch.compile(model, backend="eager", dynamic=False, fullgraph=True)
     before = forward(*text()).detach()
-    qat.switch(True)
+    qat.refresh()
+    qat.set(True)
     on = forward(*text()).detach()
     assert (on - before).abs().max() > 1e-3, "the compiled graph ignores the switch"
 
@@ -232,7 +233,7 @@ def test_switching_on_after_a_compiled_call_gives_exactly_the_exported_forward(f
     qat.refresh()
     assert torch.equal(forward(*text()).detach(), reference(*text()).detach())
 
-    qat.switch(False)
+    qat.set(False)
     reference.load_state_dict(weights_of(model))
     assert torch.equal(forward(*text()).detach(), reference(*text()).detach())
 
@@ -241,7 +242,8 @@ def test_switched_is_undone_at_the_end_of_its_block():
     model = build_model()
     qat = pg.QAT(model, tiny_hp())
     plain = model(*text()).detach()
-    qat.switch(True)
+    qat.refresh()
+    qat.set(True)
     on = model(*text()).detach()
     with qat.switched(False):
         assert torch.equal(model(*text()).detach(), plain)
@@ -263,7 +265,8 @@ def test_each_int6_matrix_acts_through_its_grid(index):
     model = build_model()
     qat = pg.QAT(model, tiny_hp())
     before = model(*text()).detach()
-    qat.switch(True)
+    qat.refresh()
+    qat.set(True)
     for i, layer in enumerate(qat.layers.values()):
         layer.fake_quant = i == index
     assert (model(*text()).detach() - before).abs().max() > 0
@@ -286,7 +289,9 @@ def test_the_gradient_passes_straight_through():
 
 def test_scales_are_no_part_of_the_weights():
     model = build_model()
-    pg.QAT(model, tiny_hp()).switch(True)
+    qat = pg.QAT(model, tiny_hp())
+    qat.refresh()
+    qat.set(True)
     assert set(model.state_dict()) == {name for name, _ in model.named_parameters()}
 
 
@@ -321,7 +326,9 @@ def test_embeddings_of_sixteen_bits_are_fp16():
 def test_fake_quantization_is_on_the_exported_grid_whatever_its_bits(bits):
     hp = tiny_hp(mlp_bits=bits, attn_out_bits=8)
     model = build_model(hp)
-    pg.QAT(model, hp).switch(True)
+    qat = pg.QAT(model, hp)
+    qat.refresh()
+    qat.set(True)
     reference = build_model(hp)
     stored = quantize(weights_of(model), hp)
     matrices = {name: t.dequantize() for name, t in stored.items() if pg.row_of(name).storage.reconstructed}
@@ -462,6 +469,24 @@ def test_every_block_matrix_and_nothing_else_is_quantized_by_gptq():
     assert changed == {name for name in weights if pg.row_of(name).storage.reconstructed}
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_head_is_quantized_by_gptq_where_asked_with_the_second_moments_of_what_it_reads(tied):
+    hp = tiny_hp(gptq_enabled=True, gptq_head_enabled=True, gptq_calibration_tokens=160, tie_embeddings=tied)
+    model, run = build_model(hp), make_run(hp, Memory(random_tokens(500)))
+    weights, texts = weights_of(model), pg.calibration_texts(run)
+    known = pg.calibrate(run, weights, texts)
+    name = "tok_emb.weight" if tied else "lm_head.weight"
+    with torch.no_grad():
+        x = model.trunk(torch.from_numpy(texts[:, :-1].astype(np.int64))).flatten(0, 1)
+    torch.testing.assert_close(known.hessians[name], x.T @ x, rtol=1e-4, atol=1e-3)
+    stored = pg.quantize(weights, hp, grids(weights, hp), pg.ROUNDERS[True].prepare(hp, known))
+    plain, w = quantize(weights, hp), weights[name]
+    changed = {n for n, t in stored.items() if not torch.equal(t.dequantize(), plain[n].dequantize())}
+    assert changed == {n for n in weights if pg.row_of(n).storage.reconstructed} | {name}
+    errors = [pg.output_error(w, t[name].dequantize(), known.hessians[name]).sum() for t in (stored, plain)]
+    assert errors[0] < 0.9 * errors[1]
+
+
 # The tables of quantizers and rounders
 
 
@@ -498,7 +523,8 @@ def test_a_new_quantizer_is_one_row_and_one_function(needs, clips, monkeypatch, 
     assert scale.max() < (1.001 if clips else 1.126) * scale.min(), "the steps of the row, all times one factor"
 
     qat = pg.QAT(model, hp)
-    qat.switch(True)
+    qat.refresh()
+    qat.set(True)
     grid = qat.quantizer.grid(model.blocks[0].attn.q.weight, qat.quantizer.steps(
         {INT6: model.blocks[0].attn.q.weight}, hp, pg.Calibration())[INT6], "int6")  # fmt: skip
     assert (qat.quantizer is row) == (not needs)
@@ -638,6 +664,7 @@ def test_fake_quantization_under_rate_distortion_is_on_the_grid_of_sdclip():
     for quant in ("sdclip", "rd", "clip_search"):
         model = build_model()
         qat = pg.QAT(model, tiny_hp(quant=quant))
-        qat.switch(True)
+        qat.refresh()
+        qat.set(True)
         scales.append(torch.cat([layer.row_scale for layer in qat.layers.values()]))
     assert torch.equal(scales[0], scales[1]) and not torch.equal(scales[0], scales[2])

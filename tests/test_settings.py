@@ -178,6 +178,8 @@ ILLEGAL = [
     (dict(VE_LAYERS="9,11"), "VE_LAYERS=9,11 names a layer beyond the last, 10 (NUM_LAYERS=11)"),
     (dict(EMA_ENABLED=0, SWA_ENABLED=1, SWA_SOURCE="ema"), "SWA_SOURCE=ema needs EMA_ENABLED=1"),
     (dict(EMBED_BITS=9), "EMBED_BITS=9 must be from 5 to 8, or 16"),
+    (dict(GPTQ_HEAD_ENABLED=1), "GPTQ_HEAD_ENABLED=1 needs GPTQ_ENABLED=1"),
+    (dict(GPTQ_HEAD_ENABLED=1, GPTQ_ENABLED=1, EMBED_BITS=16), "EMBED_BITS of 8 or less, not 16"),
     (dict(GPTQ_ENABLED=1, GPTQ_RESERVE_SECONDS=600), "GPTQ_RESERVE_SECONDS=600 leaves nothing of MAX_WALLCLOCK_SEC"),
     (dict(GPTQ_ENABLED=1, GPTQ_CALIBRATION_TOKENS=2047), "GPTQ_CALIBRATION_TOKENS=2047 is less than one sequence"),
     (dict(TTT_ENABLED=0, TTT_PARAMS="lora"), "belong to test-time training: TTT_ENABLED=1"),
@@ -835,6 +837,7 @@ STORED = dict(
     gptq_enabled=(True, {}),
     gptq_calibration_tokens=(64, dict(gptq_enabled=True)),
     gptq_percdamp=(5.0, dict(gptq_enabled=True)),
+    gptq_head_enabled=(True, dict(gptq_enabled=True)),
     gptq_block_size=(1, dict(gptq_enabled=True)),
 )
 
