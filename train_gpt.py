@@ -162,6 +162,7 @@ class Hyperparameters:
     sparse_attn_gate_scale: float = opt("model", 1.0, "what those inputs' product is multiplied with", off=1.0)
     gate_window: int = opt("model", 12, "first channels that such gates and a token's SmearGate read", lo=1, off=12)
     num_loops: int = opt("model", 0, "extra passes over layers LOOP_START…LOOP_END with the same weights", hi=16, off=0)
+    loop_vectors: bool = opt("model", True, "a learned vector is added where each extra pass begins", off=True)
     loop_start: int = opt("model", 3, "first layer of the loop", off=3)
     loop_end: int = opt("model", 5, "last layer of the loop", off=5)
     parallel_start_layer: int = opt("model", 0, "first layer of two lanes, attention's and the MLP's; 0: none", off=0)
@@ -1998,7 +1999,7 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(Block(hp, layer, rotary, attend) for layer in range(hp.num_layers))
         self.plain, self.looped = layer_passes(hp, 0), layer_passes(hp, hp.num_loops)
         self.looping = hp.num_loops > 0  # training may switch it on later
-        self.loop_vectors = nn.Parameter(torch.empty(hp.num_loops, dim)) if hp.num_loops else None
+        self.loop_vectors = nn.Parameter(torch.empty(hp.num_loops, dim)) if hp.num_loops and hp.loop_vectors else None
         self.unet_skips = hp.unet_skips
         skips = len(self.looped) // 2 if hp.unet_skips else 0
         self.skip_weights = nn.Parameter(torch.empty(skips, dim)) if skips else None
@@ -2036,7 +2037,7 @@ class GPT(nn.Module):
                 lane = x
             if place >= encoder and skips:  # each weight belongs to the output that it scales
                 x = self.add_skip(x, len(skips) - 1, skips.pop())
-            if loop is not None:
+            if loop is not None and self.loop_vectors is not None:
                 x = x + self.loop_vectors[loop].to(x.dtype)
             mixed = block.mix(x, stream)
             y, own_value = block.attend(mixed, stream)

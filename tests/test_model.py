@@ -129,7 +129,7 @@ def ref_logits(tokens, hp, weights, context: int):
             pushed_at, pushed = stack.pop()
             skip, gate = w["skip_weights"][pushed_at] * pushed, w.get("skip_gates")
             x = x + skip if gate is None else skip + (x - skip) / (1 + torch.exp(-gate[pushed_at]))
-        if loop is not None:
+        if loop is not None and "loop_vectors" in w:
             x = x + w["loop_vectors"][loop]
         scale = 1 / math.sqrt(layer + 1) if hp.ln_scale else 1.0
         u = w[f"{name}.resid_mix"][0] * x + w[f"{name}.resid_mix"][1] * x0
@@ -156,6 +156,7 @@ NOTHING = dict(
 
 
 FRONTIER = dict(
+    loop_vectors=False,
     parallel_start_layer=4,
     smear_gate_kind="token",
     sparse_attn_gate_enabled=True,

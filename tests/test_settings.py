@@ -752,6 +752,7 @@ TRAINED = dict(
     value_residual=(True, {}),
     gated_attention=(True, {}),
     num_loops=(2, dict(loop_start=1, loop_end=1)),
+    loop_vectors=(False, LOOPED),
     loop_start=(0, LOOPED),
     loop_end=(2, LOOPED),
     enable_looping_at=(0.0, LOOPED),
