@@ -3874,16 +3874,11 @@ def score_batch_windows(hp: Hyperparameters, ranks: Ranks, context: int) -> int:
     return max(1, min(hp.val_batch_size // ranks.size, SCORE_TOKENS[ranks.device.type]) // context)
 
 
-class Batch(NamedTuple):
-    """Windows of a text side by side, as a forward takes them."""
-
-    inputs: Tensor  # (rows, T) int64
-    targets: Tensor  # (rows, S) int64, of the last S <= T inputs
-    counted: Tensor  # (rows, S) bool: which of them a window scores
-
-
-def gather(tokens: np.ndarray, windows: np.ndarray, rows: int, length: int, width: int, device: torch.device) -> Batch:
-    """The last `width` targets of windows (n, 3), n <= rows, each at most `length` tokens long.
+def gather(
+    tokens: np.ndarray, windows: np.ndarray, rows: int, length: int, width: int, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(inputs (rows, length), targets (rows, width), which of these count): the last `width` targets of windows (n, 3),
+    n <= rows, each at most `length` tokens long.
 
     Nothing after a window's last target is read: a shorter window is filled up with that, missing rows are the last
     window again, and neither counts. Contiguous, as in training and warm-up: other strides were another compiled graph.
@@ -3894,7 +3889,7 @@ def gather(tokens: np.ndarray, windows: np.ndarray, rows: int, length: int, widt
     target = index[:, length - width : length]
     counted = (firsts <= target) & (target < ends) & (np.arange(rows)[:, None] < len(windows))
     inputs, targets = text[:, :-1].contiguous(), text[:, length - width + 1 :].contiguous()
-    return Batch(inputs, targets, torch.from_numpy(counted).to(device))
+    return inputs, targets, torch.from_numpy(counted).to(device)
 
 
 @torch.no_grad()
@@ -3906,7 +3901,7 @@ def score(
     batch: int,
     ranks: Ranks,
     bar=None,
-    temperatures: tuple[float, ...] = (),
+    temperatures=(),
 ) -> np.ndarray:
     """Nats (m,) float32 of every target of the windows (W, 3), in their order, the same on every rank; with
     temperatures (m, temperatures).
@@ -3964,7 +3959,7 @@ class Segment(NamedTuple):
     windows: np.ndarray  # (n, 3) like a plan's
     useful: np.ndarray = np.zeros(0, dtype=bool)  # (n,): whether anything that comes later may profit from a window
     rate: float = 0.0  # learning rate
-    fresh: bool = False  # nothing that was learned before counts any more
+    fresh: bool = False  # of other documents than the one before
 
 
 class Plan:
@@ -3982,17 +3977,16 @@ class Plan:
 
 
 class Method:
-    """How a pass scores a text and what it learns from it: the protocol, and a method that learns nothing.
+    """How a pass goes through a text: the protocol, and by itself sliding windows of weights that stay as they are.
 
     Evaluation.score_first calls score(tokens up to a segment's end, segment, bar) and, once those are kept, learn(the
     same). Where score and gradient come from one forward, the method keeps its graph from the one to the other.
     """
 
-    unit = ""  # of what it learns from
-    adapted_params = 0
+    unit, adapted_params = "", 0  # what it learns from at a time, for the log; how many numbers learn
     readout: "Readout | None" = None
 
-    def __init__(self, run: Run, model: "GPT", forward: Callable, stride: int):
+    def __init__(self, run: Run, model: GPT, forward: Callable, stride: int):
         self.hp, self.ranks, self.model, self.forward, self.stride = run.hp, run.ranks, model, forward, stride
         self.rows = score_batch_windows(run.hp, run.ranks, run.hp.eval_seq_len)  # windows of a forward
 
@@ -4000,74 +3994,79 @@ class Method:
     def check(hp: Hyperparameters, targets: int) -> None:
         """Raises a UserError, before any work, where a text of so many targets is too short to learn from."""
 
-    def reset(self) -> None:
-        """Forget what was learned beside the model's weights."""
+    def plan(self, tokens: np.ndarray) -> Plan:
+        """The first few windows tell how long the rest will take."""
+        windows = plan_windows(len(tokens) - 1, self.hp.eval_seq_len, self.stride)
+        parts = np.split(windows, [4 * self.rows * self.ranks.size])
+        return Plan([[Segment(part)] for part in parts if len(part)])
 
     def warm_up(self, synthetic: Callable) -> None:
         """Compile every graph of the pass on synthetic(rows, length) -> (inputs, targets)."""
-
-    def learn(self, tokens: np.ndarray, segment: Segment) -> None:
-        """Learn from a segment that has just been scored."""
-
-    def collect(self, plan: Plan, nats: list[np.ndarray], targets: int) -> np.ndarray:
-        """Nats (n,) float32 of the whole text, on every rank, from those of this rank's segments."""
-        return np.concatenate(nats)
-
-
-class SlidingWindows(Method):
-    """Windows of the stream; weights that stay as they are."""
-
-    def plan(self, tokens: np.ndarray) -> Plan:
-        """The first few windows tell how long the rest will take."""
-        windows, first = (
-            plan_windows(len(tokens) - 1, self.hp.eval_seq_len, self.stride),
-            4 * self.rows * self.ranks.size,
-        )
-        return Plan([[Segment(part)] for part in (windows[:first], windows[first:]) if len(part)])
-
-    def score(self, tokens: np.ndarray, segment: Segment, bar: Any) -> np.ndarray:
-        """Nats (m,) float32 of the segment's targets, the network's or what a readout makes of them."""
-        readout, settings = self.readout, (self.stride, self.rows, self.ranks, bar)
-        if readout is None:
-            return score(self.forward, tokens, segment.windows, *settings)
-        nats = score(self.forward, tokens, segment.windows, *settings, readout.temperatures)
-        return readout(nats, tokens, int(segment.windows[0, 1]))
-
-    def warm_up(self, synthetic: Callable) -> None:
         inputs, targets = synthetic(self.rows, self.hp.eval_seq_len)
         columns = () if self.readout is None else (self.readout.temperatures,)
         with torch.no_grad():
             for width in {self.hp.eval_seq_len, self.stride}:
                 self.forward(inputs, targets[:, -width:].contiguous(), *columns)
 
+    def score(self, tokens: np.ndarray, segment: Segment, bar: Any) -> np.ndarray:
+        """Nats (m,) float32 of the segment's targets, the network's or what a readout makes of them."""
+        temperatures = () if self.readout is None else self.readout.temperatures
+        windows = segment.windows
+        nats = score(self.forward, tokens, windows, self.stride, self.rows, self.ranks, bar, temperatures)
+        return nats if self.readout is None else self.readout(nats, tokens, int(windows[0, 1]))
 
-class StreamTTT(SlidingWindows):
-    """Chunks of the stream's windows: after each, all ranks together learn from its targets."""
+    def learn(self, tokens: np.ndarray, segment: Segment) -> None:
+        """Learn from a segment that has just been scored."""
+
+    def reset(self) -> None:
+        """Forget what was learned beside the model's weights."""
+
+    def collect(self, plan: Plan, nats: list[np.ndarray], targets: int) -> np.ndarray:
+        """Nats (n,) float32 of the whole text, on every rank, from those of this rank's segments."""
+        return np.concatenate(nats)
+
+
+class StreamTTT(Method):
+    """Chunks of the stream's windows: after each, SGD or AdamW over its targets, of all weights, tables too, or the
+    control tensors alone; but of nothing of the first TTT_FREEZE_BLOCKS blocks.
+
+    A step is TTT_BATCH_SEQS sequences over all ranks and its gradient Σ token gradients / Σ tokens whatever the split,
+    so every rank keeps the same weights.
+    """
 
     unit = "chunks"
 
-    def __init__(self, run: Run, model: "GPT", forward: Callable):
+    def __init__(self, run: Run, model: GPT, forward: Callable):
         super().__init__(run, model, forward, run.hp.eval_stride)
-        self.adapter = Adapter(model, forward, run.hp, run.ranks)
-        self.adapted_params = sum(p.numel() for p in self.adapter.parameters)
-        if run.hp.ttt_temperature or run.hp.hedge_enabled:
-            self.readout = Readout(run.hp)
+        hp, ranks = run.hp, run.ranks
+        frozen = re.compile("|".join(rf"blocks\.{i}\..*" for i in range(hp.ttt_freeze_blocks)) or r"(?!)")
+        for name, parameter in model.named_parameters():
+            adapts = hp.ttt_params == "all" or tensor_class(name) == "control"
+            parameter.requires_grad_(adapts and not frozen.fullmatch(name))
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.adapted_params = sum(p.numel() for p in self.parameters)
+        self.optimizer = ttt_optimizer(self.parameters, hp)
+        self.length = min(hp.train_seq_len, hp.eval_seq_len)
+        step_rows = min(hp.ttt_batch_seqs, -(-hp.ttt_chunk_tokens // self.length))  # sequences of a step, all ranks
+        self.step_rows = max(1, min(SCORE_TOKENS[ranks.device.type] // self.length, -(-step_rows // ranks.size)))
+        if hp.ttt_temperature or hp.hedge_enabled:
+            self.readout = Readout(hp)
 
     @staticmethod
     def check(hp: Hyperparameters, targets: int) -> None:
-        """One chunk would adapt on nothing: names a chunk size that works."""
+        """One chunk would be learned from by nobody: names a chunk size that works."""
         windows = plan_windows(targets, hp.eval_seq_len, hp.eval_stride)
-        if len(windows) < 2:
+        if len(plan_chunks(windows, hp.ttt_chunk_tokens)) > 1:
+            return
+        here, sizes = f"{targets} targets", (max(1, targets // 4), 1)
+        fits = next((size for size in sizes if len(plan_chunks(windows, size)) > 1), None)
+        if fits is None:
             raise UserError(
-                f"TTT_ENABLED=1 needs more than one window of EVAL_SEQ_LEN={hp.eval_seq_len}; "
-                f"here are {targets} targets"
+                f"TTT_ENABLED=1 needs more than one window of EVAL_SEQ_LEN={hp.eval_seq_len}; here are {here}"
             )
-        if len(plan_chunks(windows, hp.ttt_chunk_tokens)) < 2:
-            fits = next(size for size in (max(1, targets // 4), 1) if len(plan_chunks(windows, size)) > 1)
-            raise UserError(
-                f"TTT_CHUNK_TOKENS={hp.ttt_chunk_tokens} makes one chunk of {targets} targets; "
-                f"use TTT_CHUNK_TOKENS={fits}"
-            )
+        raise UserError(
+            f"TTT_CHUNK_TOKENS={hp.ttt_chunk_tokens} makes one chunk of {here}; use TTT_CHUNK_TOKENS={fits}"
+        )
 
     def plan(self, tokens: np.ndarray) -> Plan:
         hp, windows = self.hp, plan_windows(len(tokens) - 1, self.hp.eval_seq_len, self.stride)
@@ -4077,70 +4076,18 @@ class StreamTTT(SlidingWindows):
         # Forward and backward cost three forwards, without the overlap of windows.
         return Plan(rounds, updates, 3 * hp.ttt_epochs * self.stride / hp.eval_seq_len, len(chunks))
 
-    def learn(self, tokens: np.ndarray, segment: Segment) -> None:
-        self.adapter.adapt(tokens[segment.windows[0, 1] :], segment.rate)
-
-    def reset(self) -> None:
-        for learner in (self.adapter, self.readout):
-            if learner is not None:
-                learner.reset()
-
     def warm_up(self, synthetic: Callable) -> None:
         super().warm_up(synthetic)
-        self.adapter.warm_up(synthetic)
-
-
-def plan_chunks(windows: np.ndarray, chunk_tokens: int) -> list[np.ndarray]:
-    """Cut a window plan into the shortest runs of whole windows with at least `chunk_tokens` scored targets."""
-    chunks, start, first = [], 0, 0
-    for i, (_, _, end) in enumerate(windows):
-        if end - first >= chunk_tokens or i == len(windows) - 1:
-            chunks.append(windows[start : i + 1])
-            start, first = i + 1, end
-    return chunks
-
-
-def ttt_lr(hp: Hyperparameters, k: int, updates: int) -> float:
-    """Learning rate on chunk k: a half cosine over the chunks that are learned from, after a linear rise."""
-    rise = min(1.0, (k + 1) / hp.ttt_warmup_chunks) if hp.ttt_warmup_chunks else 1.0
-    return hp.ttt_lr * rise * 0.5 * (1 + math.cos(math.pi * k / max(1, updates)))
-
-
-def ttt_optimizer(parameters: list[Tensor], hp: Hyperparameters) -> torch.optim.Optimizer:
-    """On fp32 weights, without weight decay: what is adapted should stay near what was trained."""
-    if hp.ttt_optimizer == "sgd":
-        return torch.optim.SGD(parameters, lr=hp.ttt_lr, momentum=hp.ttt_momentum, foreach=True)
-    return torch.optim.AdamW(parameters, lr=hp.ttt_lr, betas=(hp.ttt_momentum, 0.999), weight_decay=0.0, fused=True)
-
-
-class Adapter:
-    """SGD or AdamW over scored text: all weights, tables too, or the control tensors alone; but nothing of the first
-    TTT_FREEZE_BLOCKS blocks.
-
-    A step is TTT_BATCH_SEQS sequences over all ranks and its gradient Σ token gradients / Σ tokens whatever the split,
-    so every rank keeps the same weights.
-    """
-
-    def __init__(self, model: "GPT", forward: Callable, hp: Hyperparameters, ranks: Ranks):
-        self.forward, self.hp, self.ranks = forward, hp, ranks
-        frozen = re.compile("|".join(rf"blocks\.{i}\..*" for i in range(hp.ttt_freeze_blocks)) or r"(?!)")
-        for name, parameter in model.named_parameters():
-            adapts = hp.ttt_params == "all" or tensor_class(name) == "control"
-            parameter.requires_grad_(adapts and not frozen.fullmatch(name))
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
-        self.optimizer = ttt_optimizer(self.parameters, hp)
-        self.length = min(hp.train_seq_len, hp.eval_seq_len)
-        step_rows = min(hp.ttt_batch_seqs, -(-hp.ttt_chunk_tokens // self.length))  # sequences of a step, all ranks
-        self.rows = max(1, min(SCORE_TOKENS[ranks.device.type] // self.length, -(-step_rows // ranks.size)))
+        self.forward(*synthetic(self.step_rows, self.length)).sum().backward()
+        self.optimizer.zero_grad(set_to_none=True)
 
     def reset(self) -> None:
-        """Forget what was learned beside the weights."""
         self.optimizer.state.clear()
+        if self.readout is not None:
+            self.readout.reset()
 
-    def warm_up(self, synthetic: Callable) -> None:
-        """Forward and backward of a step's shape, to compile them."""
-        self.forward(*synthetic(self.rows, self.length)).sum().backward()
-        self.optimizer.zero_grad(set_to_none=True)
+    def learn(self, tokens: np.ndarray, segment: Segment) -> None:
+        self.adapt(tokens[segment.windows[0, 1] :], segment.rate)
 
     def adapt(self, tokens: np.ndarray, lr: float) -> None:
         """TTT_EPOCHS passes over the targets tokens[1:], which have all been scored; tokens is (m+1,) uint16."""
@@ -4179,14 +4126,37 @@ class Adapter:
     def gradient(self, tokens: np.ndarray, sequences: np.ndarray) -> Tensor:
         """Gradient of the mean loss over the sequences, all adapted parameters' in one row, the same on every rank."""
         total, mine = int((sequences[:, 2] - sequences[:, 1]).sum()), self.ranks.part(sequences)
-        for i in range(0, len(mine), self.rows):
-            part, device = mine[i : i + self.rows], self.ranks.device
-            inputs, targets, counted = gather(tokens, part, self.rows, self.length, self.length, device)
+        for i in range(0, len(mine), self.step_rows):
+            part, shape = mine[i : i + self.step_rows], (self.step_rows, self.length, self.length)
+            inputs, targets, counted = gather(tokens, part, *shape, self.ranks.device)
             ((self.forward(inputs, targets) * counted).sum() / total).backward()
         gradients = (torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters)  # None: no share
         flat = torch.cat([gradient.flatten() for gradient in gradients])
         self.optimizer.zero_grad(set_to_none=True)
         return self.ranks.sum_(flat)
+
+
+def plan_chunks(windows: np.ndarray, chunk_tokens: int) -> list[np.ndarray]:
+    """Cut a window plan into the shortest runs of whole windows with at least `chunk_tokens` scored targets."""
+    chunks, start, first = [], 0, 0
+    for i, (_, _, end) in enumerate(windows):
+        if end - first >= chunk_tokens or i == len(windows) - 1:
+            chunks.append(windows[start : i + 1])
+            start, first = i + 1, end
+    return chunks
+
+
+def ttt_lr(hp: Hyperparameters, k: int, updates: int) -> float:
+    """Learning rate on chunk k: a half cosine over the chunks that are learned from, after a linear rise."""
+    rise = min(1.0, (k + 1) / hp.ttt_warmup_chunks) if hp.ttt_warmup_chunks else 1.0
+    return hp.ttt_lr * rise * 0.5 * (1 + math.cos(math.pi * k / max(1, updates)))
+
+
+def ttt_optimizer(parameters: list[Tensor], hp: Hyperparameters) -> torch.optim.Optimizer:
+    """On fp32 weights, without weight decay: what is adapted should stay near what was trained."""
+    if hp.ttt_optimizer == "sgd":
+        return torch.optim.SGD(parameters, lr=hp.ttt_lr, momentum=hp.ttt_momentum, foreach=True)
+    return torch.optim.AdamW(parameters, lr=hp.ttt_lr, betas=(hp.ttt_momentum, 0.999), weight_decay=0.0, fused=True)
 
 
 class DocumentLoRA(Method):
@@ -4199,7 +4169,7 @@ class DocumentLoRA(Method):
 
     unit = "documents"
 
-    def __init__(self, run: Run, model: "GPT", forward: Callable):
+    def __init__(self, run: Run, model: GPT, forward: Callable):
         super().__init__(run, model, forward, run.hp.ttt_lora_chunk)
         hp, self.carried = run.hp, not run.hp.ttt_lora_reset
         self.rows = 1 if self.carried else self.rows  # documents at once
@@ -4229,29 +4199,23 @@ class DocumentLoRA(Method):
                 setattr(module, name, None)
 
     def plan(self, tokens: np.ndarray) -> Plan:
-        documents, ranks, carried = plan_documents(tokens), self.ranks, self.carried
-        if not carried:
+        documents, ranks, last = plan_documents(tokens), self.ranks, len(tokens) - 1 if self.carried else None
+        if not self.carried:
             documents = documents[np.argsort(documents[:, 0] - documents[:, 1], kind="stable")]
         batches = [documents[i : i + self.rows] for i in range(0, len(documents), self.rows)]
-        mine = batches if carried else batches[ranks.rank :: ranks.size]
-        rounds = [list(plan_pieces(batch, self.hp.eval_seq_len, self.stride)) for batch in mine]
-        if carried:  # every piece but the very last tells something to what comes after it
-            last = len(rounds) - 1
-            rounds = [
-                [s._replace(useful=s.useful | (k < last), fresh=s.fresh and k == 0) for s in segments]
-                for k, segments in enumerate(rounds)
-            ]
+        mine = batches if self.carried else batches[ranks.rank :: ranks.size]
+        rounds = [list(plan_pieces(batch, self.hp.eval_seq_len, self.stride, last)) for batch in mine]
         rounds += [[]] * (-(-len(batches) // ranks.size) - len(rounds))
         return Plan(rounds, len(rounds), count=len(documents))
 
-    def batch_of(self, tokens: np.ndarray, windows: np.ndarray) -> Batch:
+    def batch_of(self, tokens: np.ndarray, windows: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
         length = int(windows[0, 1] - windows[0, 0]) + self.stride
         return gather(tokens, windows, self.rows, length, self.stride, self.ranks.device)
 
     def score(self, tokens: np.ndarray, segment: Segment, bar: Any) -> np.ndarray:
         """Nats (m,) float32 of the piece's targets, document by document. Their graph serves the step that follows."""
         self.losses = None  # frees the graph of a piece that was not learned from
-        if segment.fresh:
+        if segment.fresh and not self.carried:
             self.reset()
         inputs, targets, counted = self.batch_of(tokens, segment.windows)
         with self.attached():
@@ -4274,9 +4238,7 @@ class DocumentLoRA(Method):
     def collect(self, plan: Plan, nats: list[np.ndarray], targets: int) -> np.ndarray:
         whole = np.zeros(targets, dtype=np.float32)
         for segment, scored in zip(itertools.chain(*plan.rounds), nats, strict=True):
-            ends = np.cumsum(segment.windows[:, 2] - segment.windows[:, 1])
-            for (_, first, end), part in zip(segment.windows, np.split(scored, ends[:-1]), strict=True):
-                whole[first:end] = part
+            whole[np.concatenate([np.arange(first, end) for _, first, end in segment.windows])] = scored
         return whole if self.carried else self.ranks.sum_(torch.from_numpy(whole).to(self.ranks.device)).cpu().numpy()
 
 
@@ -4287,11 +4249,11 @@ def plan_documents(tokens: np.ndarray) -> np.ndarray:
     return np.column_stack([starts, np.append(starts[1:], len(tokens) - 1)])
 
 
-def plan_pieces(documents: np.ndarray, context: int, chunk: int) -> Iterator[Segment]:
+def plan_pieces(documents: np.ndarray, context: int, chunk: int, last: int | None = None) -> Iterator[Segment]:
     """Pieces of `chunk` targets of documents (D, 2), side by side: the first of all, the second of those that go on, …
 
     A piece reads up to `context` tokens of its own document. All windows of a piece begin equally far into their
-    documents, so that one shape serves them. A document's last piece is of no use to it.
+    documents, so that one shape serves them. A piece is useful up to the end of its document, or up to target `last`.
     """
     for piece in itertools.count():
         end = (piece + 1) * chunk
@@ -4299,8 +4261,8 @@ def plan_pieces(documents: np.ndarray, context: int, chunk: int) -> Iterator[Seg
         if len(going_on) == 0:
             return
         starts, ends = going_on.T
-        windows = [starts + max(0, end - context), starts + end - chunk, np.minimum(ends, starts + end)]
-        yield Segment(np.column_stack(windows), useful=ends > starts + end, fresh=piece == 0)
+        pieces = [starts + max(0, end - context), starts + end - chunk, np.minimum(ends, starts + end)]
+        yield Segment(np.column_stack(pieces), useful=pieces[2] < (ends if last is None else last), fresh=piece == 0)
 
 
 TEMPERATURES = tuple(math.exp(j * math.log(1.25) / 8) for j in range(-8, 9))  # 0.8 … 1.25
@@ -4321,53 +4283,23 @@ class Counts:
             self.runs[-2:] = [(distinct, np.bincount(place, counts).astype(np.int64))]
 
     def __call__(self, keys: np.ndarray) -> np.ndarray:
-        """int64 counts of keys (n,)."""
+        """int64 counts of keys, in their shape."""
         asked, back = np.unique(keys, return_inverse=True)  # in order: each search begins where the last one ended
         total = np.zeros(len(asked), dtype=np.int64)
         for known, counts in self.runs:
             place = np.minimum(np.searchsorted(known, asked), len(known) - 1)
             total += np.where(known[place] == asked, counts[place], 0)
-        return total[back]
-
-
-class NGrams:
-    """Unigram, bigram and trigram of counted text, each smoothed by the shorter one: p_n(x|c) = (count(c, x) +
-    alpha p_{n-1}(x)) / (count(c) + alpha), p_0 = 1/V. Exact counts: no hashing."""
-
-    def __init__(self, vocab_size: int, alpha: float):
-        self.vocab_size, self.alpha = vocab_size, alpha
-        self.followed, self.contexts = [Counts() for _ in range(3)], [Counts() for _ in range(3)]
-
-    def keys(self, tokens: np.ndarray, first: int) -> tuple[list[np.ndarray], np.ndarray]:
-        """(keys of the 0, 1 and 2 tokens before each target, targets); target i is tokens[i+1], from `first` on."""
-        text = tokens[max(0, first - 1) :].astype(np.int64)
-        if first == 0:
-            text = np.concatenate([[0], text])  # nothing stands before the first token
-        before, last, targets = text[:-2], text[1:-1], text[2:]
-        return [np.zeros_like(last), last, last * self.vocab_size + before], targets
-
-    def probabilities(self, contexts: list[np.ndarray], targets: np.ndarray) -> list[np.ndarray]:
-        """float64 p(target | context) under each of the three."""
-        p, all_three = np.full(targets.shape, 1 / self.vocab_size), []
-        for context, followed, seen in zip(contexts, self.followed, self.contexts, strict=True):
-            pair = followed(context * self.vocab_size + targets)
-            p = (pair + self.alpha * p) / (seen(context) + self.alpha)
-            all_three.append(p)
-        return all_three
-
-    def add(self, tokens: np.ndarray, first: int) -> None:
-        contexts, targets = self.keys(tokens, first)
-        for context, followed, seen in zip(contexts, self.followed, self.contexts, strict=True):
-            followed.add(context * self.vocab_size + targets)
-            seen.add(context)
+        return total[back].reshape(keys.shape)
 
 
 class Readout:
     """From the network's nats at several temperatures to the scored ones; it learns from scored text alone.
 
     TTT_TEMPERATURE takes the temperature with the least nats on all chunks before. HEDGE_ENABLED scores a mixture
-    Σ w_i p_i of the network, the network at HEDGE_TEMPERATURE and three n-gram models of the text before the chunk;
-    w_i(t) ∝ exp(eta Σ_{s<t} log p_i(x_s)) (Freund and Schapire, 1997). A mixture of distributions is a distribution.
+    Σ w_i p_i of the network, the network at HEDGE_TEMPERATURE and unigram, bigram and trigram of the text before the
+    chunk; w_i(t) ∝ exp(eta Σ_{s<t} log p_i(x_s)) (Freund and Schapire, 1997). A mixture of distributions is a
+    distribution. Each n-gram is smoothed by the shorter one: p_n(x|c) = (count(c, x) + alpha p_{n-1}(x)) / (count(c) +
+    alpha), p_0 = 1/V. Exact counts: no hashing.
     """
 
     def __init__(self, hp: Hyperparameters):
@@ -4377,28 +4309,45 @@ class Readout:
         self.reset()
 
     def reset(self) -> None:
-        self.nats = np.zeros(len(self.grid))
-        self.chosen = self.grid.index(1.0)
-        self.ngrams = NGrams(self.hp.vocab_size, self.hp.hedge_alpha)
-        self.log_weights = np.zeros(5)
+        self.nats, self.chosen, self.log_weights = np.zeros(len(self.grid)), self.grid.index(1.0), np.zeros(5)
+        self.followed, self.seen = Counts(), Counts()  # (context, target); context
 
-    def experts(self, columns: np.ndarray, contexts: list[np.ndarray], targets: np.ndarray) -> np.ndarray:
+    def keys(self, tokens: np.ndarray, first: int) -> tuple[np.ndarray, np.ndarray]:
+        """(keys (3, m) of the 0, 1 and 2 tokens before each target, targets (m,)), from target `first` on."""
+        text, vocab = tokens[max(0, first - 1) :].astype(np.int64), self.hp.vocab_size
+        if first == 0:
+            text = np.concatenate([[0], text])  # nothing stands before the first token
+        before, last, targets = text[:-2], text[1:-1], text[2:]
+        return np.stack([np.zeros_like(last), 1 + last, 1 + vocab + last * vocab + before]), targets
+
+    def ngrams(self, contexts: np.ndarray, targets: np.ndarray) -> np.ndarray:
+        """float64 p(target | context) (m, 3) under each of the three."""
+        followed, seen = self.followed(contexts * self.hp.vocab_size + targets), self.seen(contexts)
+        p, alpha = [1 / self.hp.vocab_size], self.hp.hedge_alpha
+        for n in range(3):
+            p.append((followed[n] + alpha * p[n]) / (seen[n] + alpha))
+        return np.stack(p[1:], axis=-1)
+
+    def add(self, contexts: np.ndarray, targets: np.ndarray) -> None:
+        self.followed.add(contexts * self.hp.vocab_size + targets)
+        self.seen.add(contexts)
+
+    def experts(self, columns: np.ndarray, contexts: np.ndarray, targets: np.ndarray) -> np.ndarray:
         """float64 log p (…, 5) of targets under each expert; columns (…, temperatures) are the network's nats."""
         network = -columns[..., [self.chosen, -1]].astype(np.float64)
-        ngrams = np.log(np.stack(self.ngrams.probabilities(contexts, targets), axis=-1))
-        return np.concatenate([network, ngrams], axis=-1)
+        return np.concatenate([network, np.log(self.ngrams(contexts, targets))], axis=-1)
 
     def __call__(self, columns: np.ndarray, tokens: np.ndarray, first: int) -> np.ndarray:
         """Nats (m,) float32 of the targets tokens[first+1:], then learn from them. columns is (m, temperatures)."""
         nats = columns[:, self.chosen]
         if self.hp.hedge_enabled:
-            contexts, targets = self.ngrams.keys(tokens, first)
+            contexts, targets = self.keys(tokens, first)
             log_p = self.experts(columns, contexts, targets)
             evidence = self.log_weights + self.hp.hedge_eta * np.cumsum(log_p, axis=0)
             log_weights = np.concatenate([self.log_weights[None], evidence[:-1]])
             nats = (log_sum_exp(log_weights) - log_sum_exp(log_weights + log_p)).astype(np.float32)
             self.log_weights = evidence[-1] - log_sum_exp(evidence[-1])
-            self.ngrams.add(tokens, first)
+            self.add(contexts, targets)
         self.nats += columns[:, : len(self.grid)].sum(0, dtype=np.float64)
         self.chosen = int(self.nats.argmin())
         return nats
@@ -4443,9 +4392,9 @@ class Evaluation:
             model = self.model = run.build(hp.eval_seq_len).to(run.ranks.device)
             forward, grid = run.compiled(model), main_grid(tensors)
             self.passes: dict[str, Method] = {}
-            self.passes[f"final_{grid}_roundtrip"] = SlidingWindows(run, model, forward, hp.eval_seq_len)
+            self.passes[f"final_{grid}_roundtrip"] = Method(run, model, forward, hp.eval_seq_len)
             if hp.eval_stride:
-                self.passes[f"final_{grid}_sliding_window"] = SlidingWindows(run, model, forward, hp.eval_stride)
+                self.passes[f"final_{grid}_sliding_window"] = Method(run, model, forward, hp.eval_stride)
             if hp.ttt_enabled:
                 self.passes["legal_ttt"] = TTT_METHODS[hp.ttt_params](run, model, forward)
             self.reset()
@@ -4583,7 +4532,7 @@ class Watched(Evaluation):
         super().__init__(run, tensors)
         self.bar = bar
         for method in self.passes.values():
-            if isinstance(method, SlidingWindows) and not run.compile:
+            if not (run.compile or isinstance(method, DocumentLoRA)):
                 method.rows = min(method.rows, 16)  # the chunks of a slice are short, every forward is filled up
         self.left_out = left_out
         self.calls: list[tuple[np.ndarray, np.ndarray]] = []  # (windows, nats) of each call of the scorer
@@ -4650,15 +4599,15 @@ class Watched(Evaluation):
         """The first target of a chunk: its distribution by the readout as it was before has to sum to 1 and hold the
         score. readout is that state."""
         start, first, end = (int(n) for n in windows[0])
-        inputs = gather(tokens, windows[:1], method.rows, end - start, end - start, self.run.ranks.device).inputs
+        inputs, *_ = gather(tokens, windows[:1], method.rows, end - start, end - start, self.run.ranks.device)
         hidden = self.model.trunk(inputs)[:, first - start, None]  # the scorer's shape, every row the same
         logits = self.model.head(hidden)[0, 0].double()
         columns = torch.stack([-(logits / t).log_softmax(-1) for t in readout.temperatures], -1).cpu().numpy()
         entries = -columns[:, readout.chosen]
         if readout.hp.hedge_enabled:
-            contexts, _ = readout.ngrams.keys(tokens[: first + 2], first)
+            contexts, _ = readout.keys(tokens[: first + 2], first)
             every = np.arange(readout.hp.vocab_size)
-            log_p = readout.experts(columns, [np.repeat(context, len(every)) for context in contexts], every)
+            log_p = readout.experts(columns, np.repeat(contexts, len(every), axis=1), every)
             entries = log_sum_exp(readout.log_weights + log_p) - log_sum_exp(readout.log_weights)
         self.off_one = larger(self.off_one, abs(float(np.exp(entries).sum()) - 1))
         self.off_reference = larger(self.off_reference, abs(float(nats[0] + entries[tokens[first + 1]])))

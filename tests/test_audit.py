@@ -268,7 +268,7 @@ def trains_on_the_first_token_of_the_next_chunk(patch):
 
 @mutant("score_first")
 def updates_do_nothing(patch):
-    patch.setattr(pg.Adapter, "adapt", lambda self, tokens, lr: None)
+    patch.setattr(pg.StreamTTT, "adapt", lambda self, tokens, lr: None)
 
 
 @mutant("causal", "score_first", "once")
@@ -420,7 +420,7 @@ def learns_the_split_whenever_it_starts_anew(patch):
 
     def changed(self):
         reset(self)
-        self.passes["legal_ttt"].adapter.adapt(self.run.val.tokens, 0.05)
+        self.passes["legal_ttt"].adapt(self.run.val.tokens, 0.05)
 
     patch.setattr(pg.Evaluation, "reset", changed)
 
@@ -430,7 +430,7 @@ def learns_the_split_before_the_first_pass(patch):
     score_all = pg.Evaluation.score_all
 
     def changed(self):
-        self.passes["legal_ttt"].adapter.adapt(self.run.val.tokens, 0.05)
+        self.passes["legal_ttt"].adapt(self.run.val.tokens, 0.05)
         return score_all(self)
 
     patch.setattr(pg.Evaluation, "score_all", changed)
@@ -629,8 +629,8 @@ def a_piece_reads_a_token_too_many(patch):
     batch_of = pg.DocumentLoRA.batch_of
 
     def ahead(self, tokens, windows):
-        batch = batch_of(self, tokens, windows)
-        return batch._replace(inputs=batch.inputs.roll(-1, dims=1))
+        inputs, targets, counted = batch_of(self, tokens, windows)
+        return inputs.roll(-1, dims=1), targets, counted
 
     patch.setattr(pg.DocumentLoRA, "batch_of", ahead)
 
@@ -640,7 +640,7 @@ def counts_the_chunk_before_mixing(patch):
     call = pg.Readout.__call__
 
     def greedy(self, columns, tokens, first):
-        self.ngrams.add(tokens, first)
+        self.add(*self.keys(tokens, first))
         return call(self, columns, tokens, first)
 
     patch.setattr(pg.Readout, "__call__", greedy)
@@ -651,7 +651,7 @@ def weighs_the_experts_by_their_later_scores(patch):
     call = pg.Readout.__call__
 
     def prophetic(self, columns, tokens, first):
-        contexts, targets = self.ngrams.keys(tokens, first)
+        contexts, targets = self.keys(tokens, first)
         self.log_weights = self.log_weights + self.experts(columns, contexts, targets).sum(0)
         return call(self, columns, tokens, first)
 
@@ -665,8 +665,8 @@ def scores_the_best_expert(patch):
 
 @mutant("normalised", "once", "causal", "score_first", hedge_enabled=True, ttt_enabled=True)
 def an_ngram_that_knows_too_much(patch):
-    probabilities = pg.NGrams.probabilities
-    patch.setattr(pg.NGrams, "probabilities", lambda *a: [np.minimum(1, 3 * p) for p in probabilities(*a)])
+    ngrams = pg.Readout.ngrams
+    patch.setattr(pg.Readout, "ngrams", lambda *arguments: np.minimum(1, 3 * ngrams(*arguments)))
 
 
 @mutant("normalised", "causal", "once", ttt_temperature=True, ttt_enabled=True)
@@ -813,7 +813,7 @@ def test_the_audit_leaves_the_weights_of_the_artifact(tiny_data):
     pg.Audit(evaluation).check({}, SIZE, SECONDS)
     for name, weight in weights_of(evaluation.model).items():
         assert torch.equal(weight, evaluation.tensors[name].data), name
-    assert not evaluation.passes["legal_ttt"].adapter.optimizer.state
+    assert not evaluation.passes["legal_ttt"].optimizer.state
 
 
 def test_two_ranks_come_to_the_same_verdicts(audited, tiny_data, tmp_path):

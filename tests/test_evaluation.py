@@ -32,7 +32,7 @@ def evaluation_of(hp) -> pg.Evaluation:
 def slow(monkeypatch):
     """A clock that stands still but for scoring (a second a window) and updates (ten). Remembers what was done."""
     seen = types.SimpleNamespace(now=0.0, update=10.0, scored=[], updates=0)
-    score, adapt = pg.score, pg.Adapter.adapt
+    score, adapt = pg.score, pg.StreamTTT.adapt
 
     def slow_score(model, tokens, windows, *rest):
         seen.now += len(windows)
@@ -44,7 +44,7 @@ def slow(monkeypatch):
         adapt(self, tokens, lr)
 
     monkeypatch.setattr(pg, "score", slow_score)
-    monkeypatch.setattr(pg.Adapter, "adapt", slow_adapt)
+    monkeypatch.setattr(pg.StreamTTT, "adapt", slow_adapt)
     monkeypatch.setattr(
         pg,
         "time",

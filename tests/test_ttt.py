@@ -14,9 +14,7 @@ N = 90
 
 def adapter_for(hp, forward=None, **build):
     model = build_model(hp, hp.eval_seq_len, **build)
-    adapter = pg.Adapter(model, forward or model, hp, single_rank(hp))
-    adapter.model = model
-    return adapter
+    return pg.StreamTTT(make_run(hp), model, forward or model)
 
 
 def plan(hp, n=N):
@@ -37,8 +35,7 @@ def evaluation_of(model, hp, tokens) -> pg.Evaluation:
 def run(adapter, tokens):
     """The pass of an evaluation, with this adapter and its model."""
     evaluation = evaluation_of(adapter.model, adapter.hp, tokens)
-    method = evaluation.passes["legal_ttt"]
-    method.adapter, method.forward = adapter, adapter.forward
+    evaluation.passes["legal_ttt"] = adapter
     evaluation.reset = lambda: None  # tests look at what was learned
     return scores_of(evaluation)
 
@@ -154,7 +151,7 @@ def test_an_epoch_covers_every_scored_target_once_in_sequences_of_the_training_l
             nats.register_hook(lambda g: seen.extend(wanted[g != 0].tolist()))
             return nats
 
-        pg.Adapter(model, spy, hp, single_rank(hp)).adapt(tokens, 0.01)
+        pg.StreamTTT(make_run(hp), model, spy).adapt(tokens, 0.01)
         assert sorted(seen) == sorted(2 * list(range(1, targets + 1)))
     assert set(lengths) == {16}
 
@@ -200,7 +197,7 @@ def test_micro_batches_do_not_change_a_step():
     hp, tokens, weights = tiny_hp(ttt_batch_seqs=8, ttt_grad_clip=0.0), random_tokens(78), []
     for micro in (1, 3, 8):
         adapter = adapter_for(hp)
-        adapter.rows = micro
+        adapter.step_rows = micro
         adapter.adapt(tokens, 0.05)
         weights.append(weights_of(adapter.model))
     start = weights_of(build_model(hp))
@@ -259,7 +256,7 @@ def test_rotary_tables_survive_scoring_then_learning_then_scoring(mode):
     before = nats()
     model(text[:, :-1], text[:, 1:]).mean().backward()
     assert torch.equal(nats(), before)
-    pg.Adapter(model, model, hp, single_rank(hp)).adapt(random_tokens(33), 0.1)
+    pg.StreamTTT(make_run(hp), model, model).adapt(random_tokens(33), 0.1)
     assert not torch.equal(nats(), before)
 
 
@@ -555,13 +552,12 @@ def by_counting(tokens: np.ndarray, scored: int, i: int, x: int, alpha: float, v
 
 
 def test_ngrams_are_exact_counts_of_scored_text():
-    tokens = random_tokens(400, vocab_size=7, seed=3)
-    ngrams = pg.NGrams(7, 1.5)
+    tokens = random_tokens(400, vocab_size=8, seed=3)
+    readout = pg.Readout(tiny_hp(vocab_size=8, hedge_alpha=1.5, hedge_enabled=True))
     for first, end in ((0, 1), (1, 90), (90, 91), (91, 300)):
-        ngrams.add(tokens[: end + 1], first)
-    contexts, targets = ngrams.keys(tokens, 300)
-    ours = np.stack(ngrams.probabilities(contexts, targets), -1)
-    wanted = [by_counting(tokens, 300, i, int(tokens[i + 1]), 1.5, 7) for i in range(300, 399)]
+        readout.add(*readout.keys(tokens[: end + 1], first))
+    ours = readout.ngrams(*readout.keys(tokens, 300))
+    wanted = [by_counting(tokens, 300, i, int(tokens[i + 1]), 1.5, 8) for i in range(300, 399)]
     np.testing.assert_allclose(ours, wanted, rtol=1e-12)
 
 
@@ -595,7 +591,7 @@ def test_the_mixture_is_hedge_by_its_definition(temperature):
             assert ours[i] == pytest.approx(-math.log(weights @ p), abs=1e-4)
             weights = weights * p**0.7
             weights /= weights.sum()
-    assert evaluation.passes["legal_ttt"].readout.ngrams.followed[0].runs == [], "the next evaluation starts anew"
+    assert evaluation.passes["legal_ttt"].readout.followed.runs == [], "the next evaluation starts anew"
 
 
 def test_a_mixture_over_the_vocabulary_sums_to_one():
@@ -605,7 +601,7 @@ def test_a_mixture_over_the_vocabulary_sums_to_one():
     every, rng = np.arange(48), np.random.default_rng(0)
     logits = rng.normal(size=48)
     columns = np.stack([pg.log_sum_exp(logits / t) - logits / t for t in readout.temperatures], -1)
-    contexts, _ = readout.ngrams.keys(tokens[:62], 60)
-    log_p = readout.experts(columns, [np.repeat(c, 48) for c in contexts], every)
+    contexts, _ = readout.keys(tokens[:62], 60)
+    log_p = readout.experts(columns, np.repeat(contexts, 48, axis=1), every)
     mixture = np.exp(pg.log_sum_exp(readout.log_weights + log_p) - pg.log_sum_exp(readout.log_weights))
     assert mixture.sum() == pytest.approx(1, abs=1e-9) and np.exp(log_p).sum(0) == pytest.approx(np.ones(5))
