@@ -3954,7 +3954,7 @@ def log_score(log: Log, label: str, result: Score, start: float, extra: str = ""
 
 
 class Segment(NamedTuple):
-    """Windows that are scored at one go, and then learned from."""
+    """Windows that are scored at one go, and then learned from. Without any, a place to learn from what was scored."""
 
     windows: np.ndarray  # (n, 3) like a plan's
     useful: np.ndarray = np.zeros(0, dtype=bool)  # (n,): whether anything that comes later may profit from a window
@@ -4238,7 +4238,8 @@ class DocumentLoRA(Method):
     def collect(self, plan: Plan, nats: list[np.ndarray], targets: int) -> np.ndarray:
         whole = np.zeros(targets, dtype=np.float32)
         for segment, scored in zip(itertools.chain(*plan.rounds), nats, strict=True):
-            whole[np.concatenate([np.arange(first, end) for _, first, end in segment.windows])] = scored
+            if len(scored):
+                whole[np.concatenate([np.arange(first, end) for _, first, end in segment.windows])] = scored
         return whole if self.carried else self.ranks.sum_(torch.from_numpy(whole).to(self.ranks.device)).cpu().numpy()
 
 
@@ -4252,8 +4253,9 @@ def plan_documents(tokens: np.ndarray) -> np.ndarray:
 def plan_pieces(documents: np.ndarray, context: int, chunk: int, last: int | None = None) -> Iterator[Segment]:
     """Pieces of `chunk` targets of documents (D, 2), side by side: the first of all, the second of those that go on, …
 
-    A piece reads up to `context` tokens of its own document. All windows of a piece begin equally far into their
-    documents, so that one shape serves them. A piece is useful up to the end of its document, or up to target `last`.
+    With the longest first, a document keeps its row. A piece reads up to `context` tokens of its own document; all its
+    windows begin equally far into their documents, so that one shape serves them. It is useful up to the end of its
+    document, or up to target `last`.
     """
     for piece in itertools.count():
         end = (piece + 1) * chunk
@@ -4458,7 +4460,7 @@ class Evaluation:
         for k, segments in enumerate(plan.rounds):
             learning = self.on_time(plan, k)
             for segment in segments:
-                visible = tokens[: segment.windows[:, 2].max() + 1]  # later text is out of reach
+                visible = tokens[: segment.windows[:, 2].max(initial=-1) + 1]  # later text is out of reach
                 nats.append(self.score(method, visible, segment))
                 if learning and segment.useful.any():
                     self.learn(method, visible, segment)
@@ -4554,7 +4556,7 @@ class Watched(Evaluation):
         before = copy.deepcopy(method.readout) if self.referee else None
         nats = super().score(method, tokens, segment)
         self.calls.append((segment.windows, nats))
-        if self.referee:
+        if self.referee and len(nats):
             if before is None:
                 self.off_reference = larger(self.off_reference, self.compare(method, tokens, segment.windows, nats))
             else:
@@ -4563,7 +4565,7 @@ class Watched(Evaluation):
 
     def learn(self, method: Method, tokens: np.ndarray, segment: Segment) -> None:
         just_scored = bool(self.calls) and self.calls[-1][0] is segment.windows
-        text = self.run.val.tokens[: segment.windows[:, 2].max() + 1]
+        text = self.run.val.tokens[: segment.windows[:, 2].max(initial=-1) + 1]
         self.learned_unscored |= not (just_scored and np.array_equal(tokens, text))
         self.updates.append(len(self.calls))
         if len(self.updates) - 1 != self.left_out:

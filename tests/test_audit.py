@@ -18,6 +18,7 @@ from conftest import ROOT, Ran, run_here
 from helpers import build_model, make_run, tiny_hp, weights_of
 from test_data import train_tokenizer
 from test_ranks import torchrun
+from test_ttt import PhasedLoRA
 
 import train_gpt as pg
 
@@ -97,6 +98,22 @@ def test_a_clean_evaluation_passes_every_check(changes, tiny_data):
     val = split(tiny_data)
     findings = audit(audit_hp(**{"audit_tokens": up_to_the_third_document(val), **changes}), val)
     assert list(findings) == CHECKS and failed(findings) == {}
+
+
+def test_a_method_of_ones_own_is_audited_like_the_others(tiny_data, monkeypatch):
+    monkeypatch.setitem(pg.TTT_METHODS, "lora", PhasedLoRA)
+    val = split(tiny_data)
+    hp = audit_hp(audit_tokens=up_to_the_third_document(val), val_batch_size=32, **LORA)
+    assert failed(audit(hp, val)) == {}
+    plan = PhasedLoRA.plan
+
+    def peeks(self, tokens):
+        planned = plan(self, tokens)
+        self.scored.append(tokens[-12:])
+        return planned
+
+    monkeypatch.setattr(PhasedLoRA, "plan", peeks)
+    assert "causal" in failed(audit(hp, val))
 
 
 @pytest.mark.parametrize("documents", [1, 2])

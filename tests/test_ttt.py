@@ -502,6 +502,51 @@ def test_the_clip_is_each_documents_own():
     torch.testing.assert_close(moved.norm(dim=0).detach(), torch.tensor([5e-4, 5e-4, 5e-4, 0.0]), rtol=5e-3, atol=1e-9)
 
 
+class PhasedLoRA(pg.DocumentLoRA):
+    """A method of its own: documents in the stream's order, and after each batch of them a step of the model itself on
+    all that was scored so far."""
+
+    def plan(self, tokens):
+        documents, self.scored = pg.plan_documents(tokens), []
+        batches = [documents[i : i + self.rows] for i in range(0, len(documents), self.rows)]
+        batches = [batch[np.argsort(batch[:, 0] - batch[:, 1], kind="stable")] for batch in batches]
+        rounds = [list(pg.plan_pieces(batch, self.hp.eval_seq_len, self.stride)) for batch in batches]
+        for pieces in rounds[:-1]:
+            pieces.append(pg.Segment(np.zeros((0, 3), dtype=np.int64), useful=np.ones(1, dtype=bool)))
+        return pg.Plan(rounds, len(rounds), count=len(documents))
+
+    def score(self, tokens, segment, bar):
+        if len(segment.windows) == 0:
+            return np.zeros(0, dtype=np.float32)
+        self.scored += [tokens[start : end + 1] for start, _, end in segment.windows]
+        return super().score(tokens, segment, bar)
+
+    def learn(self, tokens, segment):
+        if len(segment.windows):
+            return super().learn(tokens, segment)
+        parameters = list(self.model.requires_grad_(True).parameters())
+        texts = [torch.from_numpy(text.astype(np.int64))[None] for text in self.scored]
+        loss = torch.stack([self.model(text[:, :-1], text[:, 1:]).mean() for text in texts]).mean()
+        with torch.no_grad():
+            torch._foreach_add_(parameters, torch.autograd.grad(loss, parameters), alpha=-0.2)
+        self.model.requires_grad_(False)
+
+
+def test_a_new_method_is_one_class_and_one_row(monkeypatch):
+    monkeypatch.setitem(pg.TTT_METHODS, "lora", PhasedLoRA)
+    hp, tokens = lora_hp(val_batch_size=32, eval_max_seconds=1000.0), documents_of(LENGTHS)  # two documents a batch
+    evaluation = evaluation_of(build_model(hp), hp, tokens)
+    scores = evaluation.score_all()
+    assert list(scores)[-1] == "legal_ttt" and "ttt:start documents:8 " in "\n".join(evaluation.run.log)
+    assert all(torch.equal(w, evaluation.tensors[name].data) for name, w in weights_of(evaluation.model).items())
+    ours, changed = scores_of(evaluation), tokens.copy()
+    assert scores["legal_ttt"].nats == ours.sum(dtype=np.float64)
+    changed[60] = 9 if tokens[60] != 9 else 10  # within the fifth document, of the third batch
+    after = scores_of(evaluation_of(build_model(hp), hp, changed))
+    assert np.array_equal(ours[:59], after[:59])
+    assert (ours[sum(LENGTHS[:6]) :] != after[sum(LENGTHS[:6]) :]).all(), "the fourth batch hears of it"
+
+
 # -----------------------------------------------------------------------------
 # READOUTS: TEMPERATURE AND MIXTURE
 # -----------------------------------------------------------------------------
