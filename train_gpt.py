@@ -4182,6 +4182,9 @@ class DocumentLoRA(Method):
         self.adapted_params = sum(p.numel() for p in self.parameters) // self.rows
         self.optimizer = ttt_optimizer(self.parameters, hp)
 
+    def warm_up(self, synthetic: Callable) -> None:
+        """Nothing is compiled."""
+
     def reset(self) -> None:
         for lora in self.loras.values():
             lora.reset()
@@ -4490,7 +4493,7 @@ class Evaluation:
             step_s = adapt_s / max(1, plan.steps[k])
         else:
             to_score = self.expected
-            step_s = plan.guess * to_score * plan.windows[1] / plan.windows[-1]
+            step_s = plan.guess * to_score * plan.windows[1] / max(1, plan.windows[-1])
         if k == 1:
             predicted = self.elapsed() + to_score + step_s * (plan.steps[-1] - plan.steps[k])
             log(f"{self.label}:predicted evaluation_seconds:{predicted:.0f} limit:{limit:g}")

@@ -4,6 +4,7 @@ import re
 import threading
 import time
 import types
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -103,6 +104,23 @@ def test_too_little_time_ends_learning_and_keeps_every_score(seconds, adapted, s
     assert evaluation.cut == (cut if adapted < CHUNKS - 1 else None)
     said = [f"legal_ttt:cut adapted_chunks:{adapted} of:{CHUNKS - 1} to end before EVAL_MAX_SECONDS={seconds:g}"]
     assert [line.split(";")[0] for line in lines(evaluation, ":cut ")] == (said if evaluation.cut else [])
+
+
+@pytest.mark.parametrize("epochs, adapted", [(280, 0), (200, 1)])
+def test_a_first_update_that_would_take_too_long_is_not_begun(epochs, adapted, slow):
+    """Forward and backward of a chunk once are guessed at 3/4 s: 20 s of scores, a twentieth of them for its window."""
+    evaluation = evaluation_of(limited(255, ttt_epochs=epochs))
+    slow.update = 1000.0
+    evaluation.score_all()
+    assert slow.updates == adapted and evaluation.cut == dict(chunks=CHUNKS, adapted=adapted, scored=CHUNKS)
+
+
+def test_a_rank_without_documents_has_time(slow):
+    evaluation = evaluation_of(limited(100))
+    evaluation.before = {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert evaluation.on_time(pg.Plan([[]], 1), 0)
 
 
 def test_after_a_cut_nothing_learns_however_fast_it_gets(slow):

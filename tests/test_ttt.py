@@ -434,6 +434,15 @@ def test_zero_b_reproduces_the_plain_scores_of_each_document():
     assert torch.equal(model(inputs, targets), without)
 
 
+def test_lora_compiles_nothing():
+    hp = lora_hp()
+    method = pg.DocumentLoRA(make_run(hp), build_model(hp), lambda *_: pytest.fail("the compiled forward is called"))
+    method.warm_up(lambda *shape: torch.ones(2, *shape, dtype=torch.int64))
+    method.score(
+        documents_of([9]), pg.Segment(np.array([[0, 0, 4]]), fresh=True), pg.progress_bar(None, "", pg.Log(None))
+    )
+
+
 def test_pieces_score_every_target_once_within_its_own_document():
     tokens = documents_of(LENGTHS)
     documents = pg.plan_documents(tokens)
