@@ -3901,7 +3901,7 @@ def score(
     batch: int,
     ranks: Ranks,
     bar=None,
-    temperatures=(),
+    temperatures: tuple[float, ...] = (),
 ) -> np.ndarray:
     """Nats (m,) float32 of every target of the windows (W, 3), in their order, the same on every rank; with
     temperatures (m, temperatures).
@@ -3983,7 +3983,7 @@ class Method:
     same). Where score and gradient come from one forward, the method keeps its graph from the one to the other.
     """
 
-    unit, adapted_params = "", 0  # what it learns from at a time, for the log; how many numbers learn
+    unit, adapted_params = "", 0  # what it learns from, for the log; how many numbers adapt
     readout: "Readout | None" = None
 
     def __init__(self, run: Run, model: GPT, forward: Callable, stride: int):
@@ -4055,18 +4055,15 @@ class StreamTTT(Method):
     @staticmethod
     def check(hp: Hyperparameters, targets: int) -> None:
         """One chunk would be learned from by nobody: names a chunk size that works."""
-        windows = plan_windows(targets, hp.eval_seq_len, hp.eval_stride)
-        if len(plan_chunks(windows, hp.ttt_chunk_tokens)) > 1:
-            return
-        here, sizes = f"{targets} targets", (max(1, targets // 4), 1)
-        fits = next((size for size in sizes if len(plan_chunks(windows, size)) > 1), None)
-        if fits is None:
+        context, size = hp.eval_seq_len, hp.ttt_chunk_tokens
+        windows = plan_windows(targets, context, hp.eval_stride)
+        fits = (s for s in (size, max(1, targets // 4), 1) if len(plan_chunks(windows, s)) > 1)
+        if (fit := next(fits, None)) is None:
             raise UserError(
-                f"TTT_ENABLED=1 needs more than one window of EVAL_SEQ_LEN={hp.eval_seq_len}; here are {here}"
+                f"TTT_ENABLED=1 needs more than one window of EVAL_SEQ_LEN={context}; here are {targets} targets"
             )
-        raise UserError(
-            f"TTT_CHUNK_TOKENS={hp.ttt_chunk_tokens} makes one chunk of {here}; use TTT_CHUNK_TOKENS={fits}"
-        )
+        if fit != size:
+            raise UserError(f"TTT_CHUNK_TOKENS={size} makes one chunk of {targets} targets; use TTT_CHUNK_TOKENS={fit}")
 
     def plan(self, tokens: np.ndarray) -> Plan:
         hp, windows = self.hp, plan_windows(len(tokens) - 1, self.hp.eval_seq_len, self.stride)
@@ -4396,8 +4393,7 @@ class Evaluation:
         with run.phases("load"):
             model = self.model = run.build(hp.eval_seq_len).to(run.ranks.device)
             forward, grid = run.compiled(model), main_grid(tensors)
-            self.passes: dict[str, Method] = {}
-            self.passes[f"final_{grid}_roundtrip"] = Method(run, model, forward, hp.eval_seq_len)
+            self.passes = {f"final_{grid}_roundtrip": Method(run, model, forward, hp.eval_seq_len)}
             if hp.eval_stride:
                 self.passes[f"final_{grid}_sliding_window"] = Method(run, model, forward, hp.eval_stride)
             if hp.ttt_enabled:
