@@ -610,6 +610,13 @@ def test_a_table_keeps_the_row_that_a_setting_names():
         )
         assert "train_before_score" in rules(source, level), level
     assert "train_before_score" in rules(source.replace("METHODS[args.method]", "METHODS.get(args.method)"))
+    changed = "METHODS['second'] = first\nMETHODS[args.method]"
+    assert rules(
+        script(functions + "\na, b = dict(a=first, b=second)", "METHODS[args.method](model, val_tokens, optimizer)")
+    )
+    source = script(functions, f"{changed}(model, val_tokens, optimizer)".replace("\n", "; "))
+    source = source.replace("class Hyperparameters:\n", "class Hyperparameters:\n    method = 'second'\n")
+    assert "train_before_score" in rules(source, "warn"), "a row that is set later is live"
 
 
 def test_a_finding_points_at_its_line():

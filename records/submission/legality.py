@@ -491,7 +491,7 @@ def keep_rows(tree: ast.Module, settings: Settings) -> None:
     """A module's tables of functions or classes that are only read by known settings keep the rows that these name."""
     nodes = list(ast.walk(tree))
     for table in (node for node in tree.body if isinstance(node, (ast.Assign, ast.AnnAssign))):
-        rows, names = table.value, {name_of(target) for target in targets_of(table)}
+        rows, names = table.value, {name_of(target) for target in targets_of(table)} - {""}
         if not (isinstance(rows, ast.Call) and name_of(rows.func) == "dict" and not rows.args and not is_open(rows)):
             continue
         uses = {id(node) for node in nodes if name_of(node) in names and isinstance(node.ctx, ast.Load)}
