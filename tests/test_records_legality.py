@@ -619,6 +619,11 @@ def test_a_table_keeps_the_row_that_a_setting_names():
     assert "train_before_score" in rules(source, "warn"), "a row that is set later is live"
 
 
+def test_a_condition_on_the_parameter_of_a_lambda_is_read_beside_calls_without_a_name():
+    source = script("TABLE = {}", "TABLE['x'](1); choose = lambda on: eval_val(args, model, val_tokens) if on else 0")
+    assert rules(source) == set()
+
+
 def test_a_finding_points_at_its_line():
     source = script(PRE_QUANT_TTT, "ttt_adapt(args, model, val_tokens, optimizer)")
     (finding,) = legality.examine(source)

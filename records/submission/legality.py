@@ -295,8 +295,9 @@ class Settings:
 
     def parameter(self, function: ast.AST, name: str) -> Any:
         """What every call of a function gives for a parameter."""
-        calls = self.calls.get(getattr(function, "name", ""), [])
-        if not calls or function.name in self.handed or self.functions.get(function.name) is not function:
+        called = getattr(function, "name", "")  # a lambda has none
+        calls = self.calls.get(called, [])
+        if not calls or called in self.handed or self.functions.get(called) is not function:
             return UNKNOWN
         names, given = parameters(function), []
         defaults = dict(zip(reversed(names[: len(function.args.args)]), reversed(function.args.defaults), strict=False))
