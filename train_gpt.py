@@ -3952,6 +3952,24 @@ def score_batch_windows(hp: Hyperparameters, ranks: Ranks, context: int) -> int:
     return max(1, min(hp.val_batch_size // ranks.size, SCORE_TOKENS[ranks.device.type]) // context)
 
 
+def gather(
+    tokens: np.ndarray, windows: np.ndarray, rows: int, length: int, width: int, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(inputs (rows, length), targets (rows, width), which of these count): the last `width` targets of windows (n, 3),
+    n <= rows, each at most `length` tokens long.
+
+    Nothing after a window's last target is read: a shorter window is filled up with that, missing rows are the last
+    window again, and neither counts. Contiguous, as in training and warm-up: other strides were another compiled graph.
+    """
+    starts, firsts, ends = np.pad(windows, ((0, rows - len(windows)), (0, 0)), "edge").T[:, :, None]
+    index = starts + np.arange(length + 1)
+    text = torch.from_numpy(tokens[np.minimum(index, ends)].astype(np.int64)).to(device)
+    target = index[:, length - width : length]
+    counted = (firsts <= target) & (target < ends) & (np.arange(rows)[:, None] < len(windows))
+    inputs, targets = text[:, :-1].contiguous(), text[:, length - width + 1 :].contiguous()
+    return inputs, targets, torch.from_numpy(counted).to(device)
+
+
 @torch.no_grad()
 def score(
     model: Callable,
@@ -3966,28 +3984,21 @@ def score(
     """Nats (m,) float32 of every target of the windows (W, 3), in their order, the same on every rank; with
     temperatures (m, temperatures).
 
-    tokens reaches beyond the end of every window; the windows are as long as each other, and the first alone may score
-    more than `stride` targets. Every forward has `batch` windows (the last is padded by repeating), so that a score
-    does not depend on how many windows are asked for and no further graph is compiled. A window that scores at most
-    `stride` runs the head on those alone.
+    The windows are as long as each other, and the first alone may score more than `stride` targets. Every forward has
+    `batch` windows, so that a score does not depend on how many windows are asked for and no further graph is compiled.
+    A window that scores at most `stride` runs the head on those alone.
     """
-    widths = windows[:, 2] - windows[:, 1]
+    widths, length = windows[:, 2] - windows[:, 1], int(windows[0, 2] - windows[0, 0])
     columns = (temperatures,) if temperatures else ()
     nats = torch.zeros(int(widths.sum()), *map(len, columns), device=ranks.device)
     mine = ranks.part(np.column_stack([windows, np.cumsum(widths)]))
-    whole = mine[:, 2] - mine[:, 1] > stride  # only the stream's first window
-    for group, width in ((mine[whole], None), (mine[~whole], stride)):
+    wide = mine[:, 2] - mine[:, 1] > stride  # only the stream's first window
+    for group, width in ((mine[wide], length), (mine[~wide], min(stride, length))):
         for i in range(0, len(group), batch):
             part = group[i : i + batch]
-            starts = np.concatenate([part[:, 0], np.repeat(part[-1, 0], batch - len(part))])
-            index = starts[:, None] + np.arange(part[0, 2] - part[0, 0] + 1)
-            text = torch.from_numpy(tokens[index].astype(np.int64)).to(ranks.device)
-            # Contiguous, as in training and warm-up: other strides would be another compiled graph.
-            inputs, targets = text[:, :-1].contiguous(), text[:, 1:][:, -(width or text.size(1)) :].contiguous()
-            scored = model(inputs, targets, *columns)[: len(part)]
-            widths = torch.from_numpy(part[:, 2] - part[:, 1]).to(ranks.device)
-            kept = torch.arange(scored.size(1), 0, -1, device=ranks.device) <= widths[:, None]
-            nats[part[0, 3] - part[0, 2] + part[0, 1] : part[-1, 3]] = scored[kept]
+            inputs, targets, counted = gather(tokens, part[:, :3], batch, length, width, ranks.device)
+            place = slice(part[0, 3] - part[0, 2] + part[0, 1], part[-1, 3])
+            nats[place] = model(inputs, targets, *columns)[counted]
             if bar is not None:
                 bar.update(len(part))
     return ranks.sum_(nats).cpu().numpy()
@@ -4020,100 +4031,160 @@ def log_score(log: Log, label: str, result: Score, start: float, extra: str = ""
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def plan_chunks(windows: np.ndarray, chunk_tokens: int) -> list[np.ndarray]:
-    """Cut a window plan into the shortest runs of whole windows with at least `chunk_tokens` scored targets."""
-    chunks, start, first = [], 0, 0
-    for i, (_, _, end) in enumerate(windows):
-        if end - first >= chunk_tokens or i == len(windows) - 1:
-            chunks.append(windows[start : i + 1])
-            start, first = i + 1, end
-    return chunks
+class Segment(NamedTuple):
+    """Windows that are scored at one go, and then learned from. Without any, a place to learn from what was scored."""
+
+    windows: np.ndarray  # (n, 3) like a plan's
+    useful: np.ndarray = np.zeros(0, dtype=bool)  # (n,): whether anything that comes later may profit from a window
+    rate: float = 0.0  # learning rate
+    fresh: bool = False  # of other documents than the one before
 
 
-def check_chunks(hp: Hyperparameters, targets: int) -> None:
-    """TTT with one chunk would adapt on nothing: a UserError that names a chunk size that works, before any work."""
-    if not hp.ttt_enabled or hp.ttt_params == "lora":
-        return
-    windows = plan_windows(targets, hp.eval_seq_len, hp.eval_stride)
-    if len(windows) < 2:
-        raise UserError(
-            f"TTT_ENABLED=1 needs more than one window of EVAL_SEQ_LEN={hp.eval_seq_len}; here are {targets} targets"
-        )
-    if len(plan_chunks(windows, hp.ttt_chunk_tokens)) < 2:
-        fits = next(size for size in (max(1, targets // 4), 1) if len(plan_chunks(windows, size)) > 1)
-        raise UserError(
-            f"TTT_CHUNK_TOKENS={hp.ttt_chunk_tokens} makes one chunk of {targets} targets; use TTT_CHUNK_TOKENS={fits}"
-        )
+class Plan:
+    """What a pass does with a text: rounds, equally many on every rank, each the list of this rank's segments in order.
+
+    The first `updates` rounds are learned from; `guess` is what that takes, per second of scoring, before it is
+    measured. `count` is what there is of the method's `unit`, for the log.
+    """
+
+    def __init__(self, rounds: list[list[Segment]], updates: int = 0, guess: float = 0.0, count: int = 0):
+        self.rounds, self.updates, self.guess, self.count = rounds, updates, guess, count
+        windows = [sum(len(segment.windows) for segment in segments) for segments in rounds]
+        steps = [sum(bool(segment.useful.any()) for segment in segments) for segments in rounds]
+        self.windows, self.steps = np.cumsum([0, *windows]), np.cumsum([0, *steps])  # before each round, and in all
 
 
-def ttt_updates(hp: Hyperparameters, chunks: int) -> int:
-    """Chunks that are learned from: never the last."""
-    return min(chunks - 1, hp.ttt_max_chunks or chunks)
+class Method:
+    """How a pass goes through a text: the protocol, and by itself sliding windows of weights that stay as they are.
+
+    Evaluation.score_first calls score(tokens up to a segment's end, segment, bar) and, once those are kept, learn(the
+    same). Where score and gradient come from one forward, the method keeps its graph from the one to the other.
+    """
+
+    unit, adapted_params = "", 0  # what it learns from, for the log; how many numbers adapt
+    readout: "Readout | None" = None
+
+    def __init__(self, run: Run, model: GPT, forward: Callable, stride: int):
+        self.hp, self.ranks, self.model, self.forward, self.stride = run.hp, run.ranks, model, forward, stride
+        self.rows = score_batch_windows(run.hp, run.ranks, run.hp.eval_seq_len)  # windows of a forward
+
+    @staticmethod
+    def check(hp: Hyperparameters, targets: int) -> None:
+        """Raises a UserError, before any work, where a text of so many targets is too short to learn from."""
+
+    def plan(self, tokens: np.ndarray) -> Plan:
+        """The first few windows tell how long the rest will take."""
+        windows = plan_windows(len(tokens) - 1, self.hp.eval_seq_len, self.stride)
+        parts = np.split(windows, [4 * self.rows * self.ranks.size])
+        return Plan([[Segment(part)] for part in parts if len(part)])
+
+    def warm_up(self, synthetic: Callable) -> None:
+        """Compile every graph of the pass on synthetic(rows, length) -> (inputs, targets)."""
+        inputs, targets = synthetic(self.rows, self.hp.eval_seq_len)
+        columns = () if self.readout is None else (self.readout.temperatures,)
+        with torch.no_grad():
+            for width in {self.hp.eval_seq_len, self.stride}:
+                self.forward(inputs, targets[:, -width:].contiguous(), *columns)
+
+    def score(self, tokens: np.ndarray, segment: Segment, bar: Any) -> np.ndarray:
+        """Nats (m,) float32 of the segment's targets, the network's or what a readout makes of them."""
+        temperatures = () if self.readout is None else self.readout.temperatures
+        windows = segment.windows
+        nats = score(self.forward, tokens, windows, self.stride, self.rows, self.ranks, bar, temperatures)
+        return nats if self.readout is None else self.readout(nats, tokens, int(windows[0, 1]))
+
+    def learn(self, tokens: np.ndarray, segment: Segment) -> None:
+        """Learn from a segment that has just been scored."""
+
+    def reset(self) -> None:
+        """Forget what was learned beside the model's weights."""
+
+    def collect(self, plan: Plan, nats: list[np.ndarray], targets: int) -> np.ndarray:
+        """Nats (n,) float32 of the whole text, on every rank, from those of this rank's segments."""
+        return np.concatenate(nats)
 
 
-def ttt_lr(hp: Hyperparameters, k: int, chunks: int) -> float:
-    """Learning rate on chunk k: a half cosine over the chunks that are learned from, after a linear rise."""
-    rise = min(1.0, (k + 1) / hp.ttt_warmup_chunks) if hp.ttt_warmup_chunks else 1.0
-    return hp.ttt_lr * rise * 0.5 * (1 + math.cos(math.pi * k / ttt_updates(hp, chunks)))
-
-
-def ttt_optimizer(parameters: list[Tensor], hp: Hyperparameters) -> torch.optim.Optimizer:
-    """On fp32 weights, without weight decay: what is adapted should stay near what was trained."""
-    if hp.ttt_optimizer == "sgd":
-        return torch.optim.SGD(parameters, lr=hp.ttt_lr, momentum=hp.ttt_momentum, foreach=True)
-    return torch.optim.AdamW(parameters, lr=hp.ttt_lr, betas=(hp.ttt_momentum, 0.999), weight_decay=0.0, fused=True)
-
-
-class Adapter:
-    """SGD or AdamW over scored text: all weights, tables too, or the control tensors alone; but nothing of the first
-    TTT_FREEZE_BLOCKS blocks.
+class StreamTTT(Method):
+    """Chunks of the stream's windows: after each, SGD or AdamW over its targets, of all weights, tables too, or the
+    control tensors alone; but of nothing of the first TTT_FREEZE_BLOCKS blocks.
 
     A step is TTT_BATCH_SEQS sequences over all ranks and its gradient Σ token gradients / Σ tokens whatever the split,
     so every rank keeps the same weights.
     """
 
-    def __init__(self, model: GPT, forward: Callable, hp: Hyperparameters, ranks: Ranks):
-        self.model, self.forward, self.hp, self.ranks = model, forward, hp, ranks
+    unit = "chunks"
+
+    def __init__(self, run: Run, model: GPT, forward: Callable):
+        super().__init__(run, model, forward, run.hp.eval_stride)
+        hp, ranks = run.hp, run.ranks
         frozen = re.compile("|".join(rf"blocks\.{i}\..*" for i in range(hp.ttt_freeze_blocks)) or r"(?!)")
         for name, parameter in model.named_parameters():
             adapts = hp.ttt_params == "all" or label_of(name) == "control"
             parameter.requires_grad_(adapts and not frozen.fullmatch(name))
         self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.adapted_params = sum(p.numel() for p in self.parameters)
         self.optimizer = ttt_optimizer(self.parameters, hp)
         self.length = min(hp.train_seq_len, hp.eval_seq_len)
         step_rows = min(hp.ttt_batch_seqs, -(-hp.ttt_chunk_tokens // self.length))  # sequences of a step, all ranks
-        self.rows = max(1, min(SCORE_TOKENS[ranks.device.type] // self.length, -(-step_rows // ranks.size)))
+        self.step_rows = max(1, min(SCORE_TOKENS[ranks.device.type] // self.length, -(-step_rows // ranks.size)))
+        if hp.ttt_temperature or hp.hedge_enabled:
+            self.readout = Readout(hp)
 
-    def reset(self) -> None:
-        """Forget what was learned beside the weights."""
-        self.optimizer.state.clear()
+    @staticmethod
+    def check(hp: Hyperparameters, targets: int) -> None:
+        """One chunk would be learned from by nobody: names a chunk size that works."""
+        context, size = hp.eval_seq_len, hp.ttt_chunk_tokens
+        windows = plan_windows(targets, context, hp.eval_stride)
+        fits = (s for s in (size, max(1, targets // 4), 1) if len(plan_chunks(windows, s)) > 1)
+        if (fit := next(fits, None)) is None:
+            raise UserError(
+                f"TTT_ENABLED=1 needs more than one window of EVAL_SEQ_LEN={context}; here are {targets} targets"
+            )
+        if fit != size:
+            raise UserError(f"TTT_CHUNK_TOKENS={size} makes one chunk of {targets} targets; use TTT_CHUNK_TOKENS={fit}")
+
+    def plan(self, tokens: np.ndarray) -> Plan:
+        hp, windows = self.hp, plan_windows(len(tokens) - 1, self.hp.eval_seq_len, self.stride)
+        chunks = plan_chunks(windows, hp.ttt_chunk_tokens)
+        updates = min(len(chunks) - 1, hp.ttt_max_chunks or len(chunks))  # never the last
+        rounds = [[Segment(c, np.full(len(c), k < updates), ttt_lr(hp, k, updates))] for k, c in enumerate(chunks)]
+        # Forward and backward cost three forwards, without the overlap of windows.
+        return Plan(rounds, updates, 3 * hp.ttt_epochs * self.stride / hp.eval_seq_len, len(chunks))
 
     def warm_up(self, synthetic: Callable) -> None:
-        """Forward and backward of a step's shape, to compile them."""
-        self.forward(*synthetic(self.rows, self.length)).sum().backward()
+        super().warm_up(synthetic)
+        self.forward(*synthetic(self.step_rows, self.length)).sum().backward()
         self.optimizer.zero_grad(set_to_none=True)
+
+    def reset(self) -> None:
+        self.optimizer.state.clear()
+        if self.readout is not None:
+            self.readout.reset()
+
+    def learn(self, tokens: np.ndarray, segment: Segment) -> None:
+        self.adapt(tokens[segment.windows[0, 1] :], segment.rate)
 
     def adapt(self, tokens: np.ndarray, lr: float) -> None:
         """TTT_EPOCHS passes over the targets tokens[1:], which have all been scored; tokens is (m+1,) uint16."""
-        targets = len(tokens) - 1
-        starts = np.arange(0, targets, self.length)
+        starts = np.arange(0, len(tokens) - 1, self.length)
+        sequences = np.column_stack([starts, starts, np.minimum(starts + self.length, len(tokens) - 1)])
         self.optimizer.param_groups[0]["lr"] = lr
         for _ in range(self.hp.ttt_epochs):
-            for i in range(0, len(starts), self.hp.ttt_batch_seqs):
-                self.step(tokens, starts[i : i + self.hp.ttt_batch_seqs])
+            for i in range(0, len(sequences), self.hp.ttt_batch_seqs):
+                self.step(tokens, sequences[i : i + self.hp.ttt_batch_seqs])
 
-    def step(self, tokens: np.ndarray, starts: np.ndarray) -> None:
-        """One step on the sequences that start at `starts`, each at most `length` targets long.
+    def step(self, tokens: np.ndarray, sequences: np.ndarray) -> None:
+        """One step on sequences (n, 3), windows that count all their targets.
 
         SAM (Foret et al., 2020) takes the gradient at w + rho·g/|g|, where the loss is worse.
         """
-        flat = self.gradient(tokens, starts)
+        flat = self.gradient(tokens, sequences)
         if self.hp.ttt_sam_rho:
             weights = [p.detach().clone() for p in self.parameters]
             uphill = flat * (self.hp.ttt_sam_rho / (flat.norm() + 1e-12))
             with torch.no_grad():
                 torch._foreach_add_(self.parameters, self.by_parameter(uphill))
-                flat = self.gradient(tokens, starts)
+                flat = self.gradient(tokens, sequences)
                 torch._foreach_copy_(self.parameters, weights)
         if self.hp.ttt_grad_clip:
             flat.mul_((self.hp.ttt_grad_clip / (flat.norm() + 1e-6)).clamp(max=1.0))
@@ -4127,34 +4198,126 @@ class Adapter:
         return [part.view_as(p) for part, p in zip(parts, self.parameters, strict=True)]
 
     @torch.enable_grad()
-    def gradient(self, tokens: np.ndarray, starts: np.ndarray) -> Tensor:
-        """Gradient of the mean loss over the sequences, of all adapted parameters in one row, the same on every rank.
-
-        Every forward has `rows` full sequences: what is missing is filled up with the last token and weighs nothing.
-        """
-        end, device = len(tokens) - 1, self.ranks.device
-        counted = int(np.minimum(starts + self.length, end).max() - starts[0])
-        mine = self.ranks.part(starts)
-        for i in range(0, len(mine), self.rows):
-            part = mine[i : i + self.rows]
-            padded = np.append(part, np.full(self.rows - len(part), end))
-            index = padded[:, None] + np.arange(self.length + 1)
-            weight = torch.from_numpy((index[:, 1:] <= end).astype(np.float32)).to(device)
-            text = torch.from_numpy(tokens[np.minimum(index, end)].astype(np.int64)).to(device)
-            nats = self.forward(text[:, :-1].contiguous(), text[:, 1:].contiguous())
-            ((nats * weight).sum() / counted).backward()
+    def gradient(self, tokens: np.ndarray, sequences: np.ndarray) -> Tensor:
+        """Gradient of the mean loss over the sequences, all adapted parameters' in one row, the same on every rank."""
+        total, mine = int((sequences[:, 2] - sequences[:, 1]).sum()), self.ranks.part(sequences)
+        for i in range(0, len(mine), self.step_rows):
+            part, shape = mine[i : i + self.step_rows], (self.step_rows, self.length, self.length)
+            inputs, targets, counted = gather(tokens, part, *shape, self.ranks.device)
+            ((self.forward(inputs, targets) * counted).sum() / total).backward()
         gradients = (torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters)  # None: no share
         flat = torch.cat([gradient.flatten() for gradient in gradients])
         self.optimizer.zero_grad(set_to_none=True)
         return self.ranks.sum_(flat)
 
 
-class Piece(NamedTuple):
-    """The same piece of several documents: windows (n, 3) like a plan's, none longer than `length` tokens."""
+def plan_chunks(windows: np.ndarray, chunk_tokens: int) -> list[np.ndarray]:
+    """Cut a window plan into the shortest runs of whole windows with at least `chunk_tokens` scored targets."""
+    chunks, start, first = [], 0, 0
+    for i, (_, _, end) in enumerate(windows):
+        if end - first >= chunk_tokens or i == len(windows) - 1:
+            chunks.append(windows[start : i + 1])
+            start, first = i + 1, end
+    return chunks
 
-    windows: np.ndarray
-    length: int
-    last: np.ndarray  # (n,) bool: the document ends here
+
+def ttt_lr(hp: Hyperparameters, k: int, updates: int) -> float:
+    """Learning rate on chunk k: a half cosine over the chunks that are learned from, after a linear rise."""
+    rise = min(1.0, (k + 1) / hp.ttt_warmup_chunks) if hp.ttt_warmup_chunks else 1.0
+    return hp.ttt_lr * rise * 0.5 * (1 + math.cos(math.pi * k / max(1, updates)))
+
+
+def ttt_optimizer(parameters: list[Tensor], hp: Hyperparameters) -> torch.optim.Optimizer:
+    """On fp32 weights, without weight decay: what is adapted should stay near what was trained."""
+    if hp.ttt_optimizer == "sgd":
+        return torch.optim.SGD(parameters, lr=hp.ttt_lr, momentum=hp.ttt_momentum, foreach=True)
+    return torch.optim.AdamW(parameters, lr=hp.ttt_lr, betas=(hp.ttt_momentum, 0.999), weight_decay=0.0, fused=True)
+
+
+class DocumentLoRA(Method):
+    """LoRAs on q, v and the head of a frozen model, one set per document: each document by itself, batches of them side
+    by side and split over ranks, the longest first; or, with LoRAs carried on, one after another on every rank.
+
+    The model runs as it is, not compiled: pieces come in EVAL_SEQ_LEN / TTT_LORA_CHUNK lengths, and a graph for each,
+    with its backward, would take more of the evaluation clock than it gives back.
+    """
+
+    unit = "documents"
+
+    def __init__(self, run: Run, model: GPT, forward: Callable):
+        super().__init__(run, model, forward, run.hp.ttt_lora_chunk)
+        hp, self.carried = run.hp, not run.hp.ttt_lora_reset
+        self.rows = 1 if self.carried else self.rows  # documents at once
+        model.requires_grad_(False)
+        layers = [model.head, *(layer for block in model.blocks for layer in (block.attn.q, block.attn.v))]
+        device = run.ranks.device
+        self.loras = {layer: LoRA(self.rows, hp.model_dim, len(layer.weight), hp, device) for layer in layers}
+        self.parameters = [p for lora in self.loras.values() for p in (lora.a, lora.b)]
+        self.adapted_params = sum(p.numel() for p in self.parameters) // self.rows
+        self.optimizer = ttt_optimizer(self.parameters, hp)
+
+    def warm_up(self, synthetic: Callable) -> None:
+        """Nothing is compiled."""
+
+    def reset(self) -> None:
+        for lora in self.loras.values():
+            lora.reset()
+        self.optimizer.state.clear()
+
+    @contextlib.contextmanager
+    def attached(self):
+        """The model with its LoRAs inside the block, the plain one after it: other batches are no documents."""
+        try:
+            for layer, lora in self.loras.items():
+                layer.lora = lora
+            yield
+        finally:
+            for layer in self.loras:
+                layer.lora = None
+
+    def plan(self, tokens: np.ndarray) -> Plan:
+        documents, ranks, last = plan_documents(tokens), self.ranks, len(tokens) - 1 if self.carried else None
+        if not self.carried:
+            documents = documents[np.argsort(documents[:, 0] - documents[:, 1], kind="stable")]
+        batches = [documents[i : i + self.rows] for i in range(0, len(documents), self.rows)]
+        mine = batches if self.carried else batches[ranks.rank :: ranks.size]
+        rounds = [list(plan_pieces(batch, self.hp.eval_seq_len, self.stride, last)) for batch in mine]
+        rounds += [[]] * (-(-len(batches) // ranks.size) - len(rounds))
+        return Plan(rounds, len(rounds), count=len(documents))
+
+    def batch_of(self, tokens: np.ndarray, windows: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
+        length = int(windows[0, 1] - windows[0, 0]) + self.stride
+        return gather(tokens, windows, self.rows, length, self.stride, self.ranks.device)
+
+    def score(self, tokens: np.ndarray, segment: Segment, bar: Any) -> np.ndarray:
+        """Nats (m,) float32 of the piece's targets, document by document. Their graph serves the step that follows."""
+        self.losses = None  # frees the graph of a piece that was not learned from
+        if segment.fresh and not self.carried:
+            self.reset()
+        inputs, targets, counted = self.batch_of(tokens, segment.windows)
+        with self.attached():
+            nats = self.model(inputs, targets)
+        self.losses = (nats * counted).sum(1) / counted.sum(1).clamp(min=1)
+        bar.update(len(segment.windows))
+        return nats.detach()[counted].cpu().numpy()
+
+    def learn(self, tokens: np.ndarray, segment: Segment) -> None:
+        """One step of the documents that go on, each on its own loss."""
+        (self.losses[: len(segment.useful)] * torch.from_numpy(segment.useful).to(self.losses)).sum().backward()
+        if self.hp.ttt_grad_clip:
+            norms = torch.stack([p.grad.flatten(1).norm(dim=1) for p in self.parameters]).norm(dim=0)
+            clip = (self.hp.ttt_grad_clip / (norms + 1e-6)).clamp(max=1.0)
+            for parameter in self.parameters:
+                parameter.grad.mul_(clip[:, None, None])
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def collect(self, plan: Plan, nats: list[np.ndarray], targets: int) -> np.ndarray:
+        whole = np.zeros(targets, dtype=np.float32)
+        for segment, scored in zip(itertools.chain(*plan.rounds), nats, strict=True):
+            if len(scored):
+                whole[np.concatenate([np.arange(first, end) for _, first, end in segment.windows])] = scored
+        return whole if self.carried else self.ranks.sum_(torch.from_numpy(whole).to(self.ranks.device)).cpu().numpy()
 
 
 def plan_documents(tokens: np.ndarray) -> np.ndarray:
@@ -4164,87 +4327,21 @@ def plan_documents(tokens: np.ndarray) -> np.ndarray:
     return np.column_stack([starts, np.append(starts[1:], len(tokens) - 1)])
 
 
-def plan_pieces(documents: np.ndarray, context: int, chunk: int) -> Iterator[Piece]:
+def plan_pieces(documents: np.ndarray, context: int, chunk: int, last: int | None = None) -> Iterator[Segment]:
     """Pieces of `chunk` targets of documents (D, 2), side by side: the first of all, the second of those that go on, …
 
-    A piece reads up to `context` tokens of its own document. All windows of a piece begin equally far into their
-    documents, so that one shape serves them.
+    With the longest first, a document keeps its row. A piece reads up to `context` tokens of its own document; all its
+    windows begin equally far into their documents, so that one shape serves them. It is useful up to the end of its
+    document, or up to target `last`.
     """
     for piece in itertools.count():
         end = (piece + 1) * chunk
         going_on = documents[documents[:, 1] - documents[:, 0] > end - chunk]
         if len(going_on) == 0:
             return
-        starts, ends = going_on[:, 0], going_on[:, 1]
-        windows = np.column_stack(
-            [starts + max(0, end - context), starts + end - chunk, np.minimum(ends, starts + end)]
-        )
-        yield Piece(windows, min(end, context), ends <= starts + end)
-
-
-class LoRAAdapter:
-    """Adapters on q, v and the head of a frozen model, one set per document of a batch.
-
-    The model runs as it is, not compiled: pieces come in EVAL_SEQ_LEN / TTT_LORA_CHUNK lengths, and a graph for each,
-    with its backward, would take more of the evaluation clock than it gives back.
-    """
-
-    def __init__(self, model: GPT, hp: Hyperparameters, ranks: Ranks):
-        self.model, self.hp, self.device = model, hp, ranks.device
-        model.requires_grad_(False)
-        self.rows = score_batch_windows(hp, ranks, hp.eval_seq_len) if hp.ttt_lora_reset else 1  # documents at once
-        layers = [model.head, *(layer for block in model.blocks for layer in (block.attn.q, block.attn.v))]
-        self.adapters = {
-            layer: LoRA(self.rows, hp.model_dim, layer.weight.size(0), hp, ranks.device) for layer in layers
-        }
-        self.parameters = [p for lora in self.adapters.values() for p in (lora.a, lora.b)]
-        self.optimizer = ttt_optimizer(self.parameters, hp)
-
-    def reset(self) -> None:
-        for lora in self.adapters.values():
-            lora.reset()
-        self.optimizer.state.clear()
-
-    @contextlib.contextmanager
-    def attached(self):
-        """The model with its adapters inside the block, the plain one after it: other batches are no documents."""
-        try:
-            for layer, lora in self.adapters.items():
-                layer.lora = lora
-            yield
-        finally:
-            for layer in self.adapters:
-                layer.lora = None
-
-    def inputs(self, tokens: np.ndarray, piece: Piece) -> tuple[Tensor, Tensor, Tensor]:
-        """(inputs (rows, length), targets (rows, chunk), which of them count); what is missing is filled with BOS."""
-        n, chunk = len(piece.windows), self.hp.ttt_lora_chunk
-        index = piece.windows[:, :1] + np.arange(piece.length + 1)
-        text = np.full((self.rows, piece.length + 1), BOS_ID, dtype=np.int64)
-        text[:n] = np.where(index <= piece.windows[:, 2:], tokens[np.minimum(index, piece.windows[:, 2:])], BOS_ID)
-        counted = np.zeros((self.rows, chunk), dtype=bool)
-        counted[:n] = index[:, -chunk - 1 : -1] < piece.windows[:, 2:]
-        text, counted = torch.from_numpy(text).to(self.device), torch.from_numpy(counted).to(self.device)
-        return text[:, :-1].contiguous(), text[:, -chunk:].contiguous(), counted
-
-    def score(self, tokens: np.ndarray, piece: Piece) -> tuple[np.ndarray, Tensor]:
-        """(nats (m,) float32 of the piece's targets, document by document; the mean loss of each row, with its graph:
-        one forward serves both, since the score is taken before the step)."""
-        inputs, targets, counted = self.inputs(tokens, piece)
-        nats = self.model(inputs, targets)
-        losses = (nats * counted).sum(1) / counted.sum(1).clamp(min=1)
-        return nats.detach()[counted].cpu().numpy(), losses
-
-    def learn(self, losses: Tensor, wanted: np.ndarray) -> None:
-        """One step of the wanted documents (n,) bool, each on its own loss."""
-        (losses[: len(wanted)] * torch.from_numpy(wanted).to(losses)).sum().backward()
-        if self.hp.ttt_grad_clip:
-            norms = torch.stack([p.grad.flatten(1).norm(dim=1) for p in self.parameters]).norm(dim=0)
-            clip = (self.hp.ttt_grad_clip / (norms + 1e-6)).clamp(max=1.0)
-            for parameter in self.parameters:
-                parameter.grad.mul_(clip[:, None, None])
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        starts, ends = going_on.T
+        pieces = [starts + max(0, end - context), starts + end - chunk, np.minimum(ends, starts + end)]
+        yield Segment(np.column_stack(pieces), useful=pieces[2] < (ends if last is None else last), fresh=piece == 0)
 
 
 TEMPERATURES = tuple(math.exp(j * math.log(1.25) / 8) for j in range(-8, 9))  # 0.8 … 1.25
@@ -4265,53 +4362,23 @@ class Counts:
             self.runs[-2:] = [(distinct, np.bincount(place, counts).astype(np.int64))]
 
     def __call__(self, keys: np.ndarray) -> np.ndarray:
-        """int64 counts of keys (n,)."""
+        """int64 counts of keys, in their shape."""
         asked, back = np.unique(keys, return_inverse=True)  # in order: each search begins where the last one ended
         total = np.zeros(len(asked), dtype=np.int64)
         for known, counts in self.runs:
             place = np.minimum(np.searchsorted(known, asked), len(known) - 1)
             total += np.where(known[place] == asked, counts[place], 0)
-        return total[back]
-
-
-class NGrams:
-    """Unigram, bigram and trigram of counted text, each smoothed by the shorter one: p_n(x|c) = (count(c, x) +
-    alpha p_{n-1}(x)) / (count(c) + alpha), p_0 = 1/V. Exact counts: no hashing."""
-
-    def __init__(self, vocab_size: int, alpha: float):
-        self.vocab_size, self.alpha = vocab_size, alpha
-        self.followed, self.contexts = [Counts() for _ in range(3)], [Counts() for _ in range(3)]
-
-    def keys(self, tokens: np.ndarray, first: int) -> tuple[list[np.ndarray], np.ndarray]:
-        """(keys of the 0, 1 and 2 tokens before each target, targets); target i is tokens[i+1], from `first` on."""
-        text = tokens[max(0, first - 1) :].astype(np.int64)
-        if first == 0:
-            text = np.concatenate([[0], text])  # nothing stands before the first token
-        before, last, targets = text[:-2], text[1:-1], text[2:]
-        return [np.zeros_like(last), last, last * self.vocab_size + before], targets
-
-    def probabilities(self, contexts: list[np.ndarray], targets: np.ndarray) -> list[np.ndarray]:
-        """float64 p(target | context) under each of the three."""
-        p, all_three = np.full(targets.shape, 1 / self.vocab_size), []
-        for context, followed, seen in zip(contexts, self.followed, self.contexts, strict=True):
-            pair = followed(context * self.vocab_size + targets)
-            p = (pair + self.alpha * p) / (seen(context) + self.alpha)
-            all_three.append(p)
-        return all_three
-
-    def add(self, tokens: np.ndarray, first: int) -> None:
-        contexts, targets = self.keys(tokens, first)
-        for context, followed, seen in zip(contexts, self.followed, self.contexts, strict=True):
-            followed.add(context * self.vocab_size + targets)
-            seen.add(context)
+        return total[back].reshape(keys.shape)
 
 
 class Readout:
     """From the network's nats at several temperatures to the scored ones; it learns from scored text alone.
 
     TTT_TEMPERATURE takes the temperature with the least nats on all chunks before. HEDGE_ENABLED scores a mixture
-    Σ w_i p_i of the network, the network at HEDGE_TEMPERATURE and three n-gram models of the text before the chunk;
-    w_i(t) ∝ exp(eta Σ_{s<t} log p_i(x_s)) (Freund and Schapire, 1997). A mixture of distributions is a distribution.
+    Σ w_i p_i of the network, the network at HEDGE_TEMPERATURE and unigram, bigram and trigram of the text before the
+    chunk; w_i(t) ∝ exp(eta Σ_{s<t} log p_i(x_s)) (Freund and Schapire, 1997). A mixture of distributions is a
+    distribution. Each n-gram is smoothed by the shorter one: p_n(x|c) = (count(c, x) + alpha p_{n-1}(x)) / (count(c) +
+    alpha), p_0 = 1/V. Exact counts: no hashing.
     """
 
     def __init__(self, hp: Hyperparameters):
@@ -4321,28 +4388,45 @@ class Readout:
         self.reset()
 
     def reset(self) -> None:
-        self.nats = np.zeros(len(self.grid))
-        self.chosen = self.grid.index(1.0)
-        self.ngrams = NGrams(self.hp.vocab_size, self.hp.hedge_alpha)
-        self.log_weights = np.zeros(5)
+        self.nats, self.chosen, self.log_weights = np.zeros(len(self.grid)), self.grid.index(1.0), np.zeros(5)
+        self.followed, self.seen = Counts(), Counts()  # (context, target); context
 
-    def experts(self, columns: np.ndarray, contexts: list[np.ndarray], targets: np.ndarray) -> np.ndarray:
+    def keys(self, tokens: np.ndarray, first: int) -> tuple[np.ndarray, np.ndarray]:
+        """(keys (3, m) of the 0, 1 and 2 tokens before each target, targets (m,)), from target `first` on."""
+        text, vocab = tokens[max(0, first - 1) :].astype(np.int64), self.hp.vocab_size
+        if first == 0:
+            text = np.concatenate([[0], text])  # nothing stands before the first token
+        before, last, targets = text[:-2], text[1:-1], text[2:]
+        return np.stack([np.zeros_like(last), 1 + last, 1 + vocab + last * vocab + before]), targets
+
+    def ngrams(self, contexts: np.ndarray, targets: np.ndarray) -> np.ndarray:
+        """float64 p(target | context) (m, 3) under each of the three."""
+        followed, seen = self.followed(contexts * self.hp.vocab_size + targets), self.seen(contexts)
+        p, alpha = [1 / self.hp.vocab_size], self.hp.hedge_alpha
+        for n in range(3):
+            p.append((followed[n] + alpha * p[n]) / (seen[n] + alpha))
+        return np.stack(p[1:], axis=-1)
+
+    def add(self, contexts: np.ndarray, targets: np.ndarray) -> None:
+        self.followed.add(contexts * self.hp.vocab_size + targets)
+        self.seen.add(contexts)
+
+    def experts(self, columns: np.ndarray, contexts: np.ndarray, targets: np.ndarray) -> np.ndarray:
         """float64 log p (…, 5) of targets under each expert; columns (…, temperatures) are the network's nats."""
         network = -columns[..., [self.chosen, -1]].astype(np.float64)
-        ngrams = np.log(np.stack(self.ngrams.probabilities(contexts, targets), axis=-1))
-        return np.concatenate([network, ngrams], axis=-1)
+        return np.concatenate([network, np.log(self.ngrams(contexts, targets))], axis=-1)
 
     def __call__(self, columns: np.ndarray, tokens: np.ndarray, first: int) -> np.ndarray:
         """Nats (m,) float32 of the targets tokens[first+1:], then learn from them. columns is (m, temperatures)."""
         nats = columns[:, self.chosen]
         if self.hp.hedge_enabled:
-            contexts, targets = self.ngrams.keys(tokens, first)
+            contexts, targets = self.keys(tokens, first)
             log_p = self.experts(columns, contexts, targets)
             evidence = self.log_weights + self.hp.hedge_eta * np.cumsum(log_p, axis=0)
             log_weights = np.concatenate([self.log_weights[None], evidence[:-1]])
             nats = (log_sum_exp(log_weights) - log_sum_exp(log_weights + log_p)).astype(np.float32)
             self.log_weights = evidence[-1] - log_sum_exp(evidence[-1])
-            self.ngrams.add(tokens, first)
+            self.add(contexts, targets)
         self.nats += columns[:, : len(self.grid)].sum(0, dtype=np.float64)
         self.chosen = int(self.nats.argmin())
         return nats
@@ -4354,20 +4438,13 @@ def log_sum_exp(x: np.ndarray) -> np.ndarray:
     return (top + np.log(np.exp(x - top).sum(-1, keepdims=True)))[..., 0]
 
 
-def adapt_and_score(tokens: np.ndarray, chunks: list[np.ndarray], score: Callable, adapt: Callable) -> np.ndarray:
-    """Legal test-time training: nats (n,) float32 of every target, each scored before anything learned from it.
+TTT_METHODS: dict[str, type[Method]] = dict(all=StreamTTT, scales=StreamTTT, lora=DocumentLoRA)  # by TTT_PARAMS
 
-    For each chunk k: score(visible tokens, its windows), keep the scores for good, and only then adapt(the chunk's own
-    tokens, k). Nothing is scored twice and the last chunk is never trained on.
-    """
-    nats = []
-    for k, chunk in enumerate(chunks):
-        first, end = int(chunk[0, 1]), int(chunk[-1, 2])
-        visible = tokens[: end + 1]  # later text is out of reach
-        nats.append(score(visible, chunk))
-        if k + 1 < len(chunks):
-            adapt(visible[first:], k)
-    return np.concatenate(nats)
+
+def check_ttt(hp: Hyperparameters, targets: int) -> None:
+    """Raises a UserError, before any work, where test-time training could not learn from a text of so many targets."""
+    if hp.ttt_enabled:
+        TTT_METHODS[hp.ttt_params].check(hp, targets)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -4376,62 +4453,41 @@ def adapt_and_score(tokens: np.ndarray, chunks: list[np.ndarray], score: Callabl
 
 
 class Evaluation:
-    """An artifact's model and its passes: label of the log -> (name of a method, stride).
+    """An artifact's model and its passes by their labels of the log; the last one is the headline.
 
-    The method takes a text and the stride and gives the nats (n,) float32 of all its targets, starting from the
-    artifact's own weights; the last pass is the headline. The clock runs from reading the artifact to the last score,
-    compilation included, because the challenge's 600 s do.
+    Every pass starts from the artifact's own weights and goes through score_first. The clock runs from reading the
+    artifact to the last score, compilation included, because the challenge's 600 s do.
     """
 
     def __init__(self, run: Run, tensors: Mapping[str, Stored]):
-        hp, ranks = run.hp, run.ranks
+        hp = run.hp
         self.run, self.tensors = run, tensors
         self.started = time.perf_counter()
         self.nats: dict[str, np.ndarray] = {}  # of each pass over the split, for the audit
         self.cut: dict[str, int] | None = None  # what EVAL_MAX_SECONDS took from the last pass
         self.label, self.bar = "", progress_bar(None, "", Log(None))
+        self.expected = 0.0  # seconds that the scores of a pass will take, before any is measured
         with run.phases("load"):
-            self.model = run.build(hp.eval_seq_len).to(ranks.device)
-            self.forward = run.compiled(self.model)
-            self.adapter = self.readout = None
-            if hp.ttt_enabled and hp.ttt_params == "lora":
-                self.adapter = LoRAAdapter(self.model, hp, ranks)
-            elif hp.ttt_enabled:
-                self.adapter = Adapter(self.model, self.forward, hp, ranks)
-            if hp.ttt_temperature or hp.hedge_enabled:
-                self.readout = Readout(hp)
+            model = self.model = run.build(hp.eval_seq_len).to(run.ranks.device)
+            forward, grid = run.compiled(model), main_grid(tensors)
+            self.passes = {f"final_{grid}_roundtrip": Method(run, model, forward, hp.eval_seq_len)}
+            if hp.eval_stride:
+                self.passes[f"final_{grid}_sliding_window"] = Method(run, model, forward, hp.eval_stride)
+            if hp.ttt_enabled:
+                self.passes["legal_ttt"] = TTT_METHODS[hp.ttt_params](run, model, forward)
             self.reset()
-        self.batch = score_batch_windows(hp, ranks, hp.eval_seq_len)
-        grid = main_grid(tensors)
-        self.passes = {f"final_{grid}_roundtrip": ("fixed", hp.eval_seq_len)}
-        if hp.eval_stride:
-            self.passes[f"final_{grid}_sliding_window"] = ("fixed", hp.eval_stride)
-        if hp.ttt_enabled:
-            lora = hp.ttt_params == "lora"
-            self.passes["legal_ttt"] = ("documents", hp.ttt_lora_chunk) if lora else ("adapted", hp.eval_stride)
 
     def reset(self) -> None:
         """The artifact's weights, and nothing learned."""
         self.model.load_state_dict({name: stored.dequantize() for name, stored in self.tensors.items()})
-        for learner in (self.adapter, self.readout):
-            if learner is not None:
-                learner.reset()
+        for method in self.passes.values():
+            method.reset()
 
     def warm_up(self) -> None:
         """Compile the graphs of scoring and of TTT on synthetic tokens, before any validation token is read."""
-        run, hp, generator = self.run, self.run.hp, torch.Generator().manual_seed(0)
-
-        def synthetic(rows: int, length: int) -> Tensor:
-            return torch.randint(hp.vocab_size, (2, rows, length), generator=generator).to(run.ranks.device)
-
-        with torch.no_grad():
-            inputs, targets = synthetic(self.batch, hp.eval_seq_len)
-            for width in {hp.eval_seq_len, hp.eval_stride or hp.eval_seq_len}:
-                self.forward(inputs, targets[:, -width:].contiguous())
-                if self.readout is not None:
-                    self.forward(inputs, targets[:, -width:].contiguous(), self.readout.temperatures)
-        if isinstance(self.adapter, Adapter):
-            self.adapter.warm_up(synthetic)
+        hp, device, generator = self.run.hp, self.run.ranks.device, torch.Generator().manual_seed(0)
+        for method in self.passes.values():
+            method.warm_up(lambda *shape: torch.randint(hp.vocab_size, (2, *shape), generator=generator).to(device))
 
     def score_all(self) -> dict[str, Score]:
         """Every pass over the validation split, in the order of the log."""
@@ -4441,19 +4497,17 @@ class Evaluation:
                 self.warm_up()
         scores: dict[str, Score] = {}
         start = self.started
-        for label, (method, stride) in self.passes.items():
-            before, start = time.perf_counter() - start, time.perf_counter()
-            if label == "legal_ttt":
-                lora = method == "documents"
-                chunks = len(plan_documents(val.tokens)) if lora else len(self.chunks(val, stride))
-                if hp.eval_max_seconds and self.run.ranks.largest(self.elapsed() + before) > hp.eval_max_seconds:
-                    self.cut = dict(chunks=chunks, adapted=0, scored=0)
+        for label, method in self.passes.items():
+            self.expected, start = time.perf_counter() - start, time.perf_counter()
+            plan, stride = method.plan(val.tokens), method.stride
+            if plan.updates:
+                if hp.eval_max_seconds and run.ranks.largest(self.elapsed() + self.expected) > hp.eval_max_seconds:
+                    self.cut = dict(chunks=plan.count, adapted=0, scored=0)
                     log(f"{label}:skipped it would end beyond EVAL_MAX_SECONDS={hp.eval_max_seconds:g}")
                     break
-                adapted = sum(p.numel() for p in self.adapter.parameters) // (self.adapter.rows if lora else 1)
-                log(f"ttt:start {'documents' if lora else 'chunks'}:{chunks} adapted_params:{adapted}")
+                log(f"ttt:start {method.unit}:{plan.count} adapted_params:{method.adapted_params}")
             self.label, self.bar = label, progress_bar(-(-val.targets // stride) // run.ranks.size, label, log)
-            nats = getattr(self, method)(val, stride)
+            nats = self.run_pass(method, val.tokens, plan)
             scores[label] = total(nats, val.bytes)
             if hp.audit:
                 self.nats[label] = nats
@@ -4462,127 +4516,73 @@ class Evaluation:
             log(f"{label}_exact val_loss:{scores[label].loss:.8f} val_bpb:{scores[label].bpb:.8f}")
         return scores
 
-    def chunks(self, val: Validation, stride: int) -> list[np.ndarray]:
-        hp = self.run.hp
-        return plan_chunks(plan_windows(val.targets, hp.eval_seq_len, stride), hp.ttt_chunk_tokens)
-
-    def fixed(self, val: Validation, stride: int) -> np.ndarray:
-        """Scores of weights that stay as they are."""
-        return self.scan(val.tokens, plan_windows(val.targets, self.run.hp.eval_seq_len, stride), stride)
-
-    def scan(self, tokens: np.ndarray, windows: np.ndarray, stride: int) -> np.ndarray:
-        """Scores of all windows; the first few tell how long the rest will take."""
-        start, first = time.perf_counter(), 4 * self.batch * self.run.ranks.size
-        nats = [self.score(tokens, windows[:first], stride)]
-        if len(windows) > first:
-            limit = self.run.hp.eval_max_seconds
-            if self.predict((time.perf_counter() - start) * (len(windows) / first - 1)) > limit > 0:
-                self.run.log(f"warning: the scores will not fit EVAL_MAX_SECONDS={limit:g}; raise EVAL_STRIDE")
-            nats.append(self.score(tokens, windows[first:], stride))
-        return np.concatenate(nats)
-
-    def adapted(self, val: Validation, stride: int) -> np.ndarray:
-        """Scores of weights that learn from what is already scored."""
-        hp, chunks, seconds = self.run.hp, self.chunks(val, stride), self.run.phases.seconds
-        updates = ttt_updates(hp, len(chunks))
-        done = np.cumsum([len(chunk) for chunk in chunks])  # windows scored by the end of each chunk
-        before = {name: seconds.get(name, 0.0) for name in ("score", "adapt")}
-
-        def adapt(text: np.ndarray, k: int) -> None:
-            if k >= updates:
-                return
-            score_s, adapt_s = (seconds.get(name, 0.0) - before[name] for name in ("score", "adapt"))
-            to_score = score_s * (done[-1] / done[k] - 1)
-            # The first update is not measured yet: forward and backward cost three forwards, without their overlap.
-            update_s = adapt_s / k if k else score_s * 3 * hp.ttt_epochs * stride / hp.eval_seq_len
-            if k == 1:
-                self.predict(to_score + update_s * (updates - 1))
-            if self.has_time(to_score + update_s, k, len(chunks)):
-                self.adapt(text, k, len(chunks))
-
-        def score(text: np.ndarray, chunk: np.ndarray) -> np.ndarray:
-            return self.score(text, chunk, stride, self.readout)
-
+    def run_pass(self, method: Method, tokens: np.ndarray, plan: Plan) -> np.ndarray:
+        """Nats (n,) float32 of all targets of a text, on every rank; the artifact's weights are back after it."""
+        self.before = dict(self.run.phases.seconds)
         try:
-            return adapt_and_score(val.tokens, chunks, score, adapt)
+            return method.collect(plan, self.score_first(method, tokens, plan), len(tokens) - 1)
         finally:
-            self.reset()
+            if method.adapted_params:
+                self.reset()
 
-    def documents(self, val: Validation, chunk: int) -> np.ndarray:
-        """Scores of documents whose adapters learn from the pieces before: each document by itself, batches of them
-        side by side and split over ranks, the longest first; or, with adapters carried on, one after another."""
-        hp, ranks, adapter = self.run.hp, self.run.ranks, self.adapter
-        documents, carried = plan_documents(val.tokens), not hp.ttt_lora_reset
-        if not carried:
-            documents = documents[np.argsort(documents[:, 0] - documents[:, 1], kind="stable")]
-        batches = [documents[i : i + adapter.rows] for i in range(0, len(documents), adapter.rows)]
-        mine = batches if carried else batches[ranks.rank :: ranks.size]
-        rounds = len(batches) if carried else -(-len(batches) // ranks.size)
-        lengths = [int((batch[:, 1] - batch[:, 0]).sum()) for batch in mine]
-        nats, start, learning = np.zeros(val.targets, dtype=np.float32), time.perf_counter(), True
-        with adapter.attached():
-            for k in range(rounds):
-                if k:  # a score alone is about a third of a score with its step
-                    spent = time.perf_counter() - start
-                    left = spent * sum(lengths[k:]) / sum(lengths[:k])
-                    if k == 1:
-                        self.predict(left)
-                    learning = self.has_time(left / 3 + spent / k, k, rounds)
-                if not carried or k == 0:
-                    adapter.reset()
-                for piece in plan_pieces(mine[k], hp.eval_seq_len, chunk) if k < len(mine) else ():
-                    scored, losses = self.score_piece(val.tokens, piece)
-                    place = 0
-                    for _, first, end in piece.windows:
-                        nats[first:end] = scored[place : place + end - first]
-                        place += end - first
-                    goes_on = ~piece.last | (carried and k + 1 < rounds)
-                    if learning and goes_on.any():
-                        self.learn_piece(losses, goes_on)
-            adapter.reset()
-        return nats if carried else ranks.sum_(torch.from_numpy(nats).to(ranks.device)).cpu().numpy()
+    def score_first(self, method: Method, tokens: np.ndarray, plan: Plan) -> list[np.ndarray]:
+        """Legal test-time training: nats (m,) float32 of each of this rank's segments, scored before anything learns
+        from it.
 
-    def score_piece(self, tokens: np.ndarray, piece: Piece) -> tuple[np.ndarray, Tensor]:
+        Each segment is scored with nothing beyond its end in reach, its scores are kept for good, and only then is it
+        learned from. Nothing is scored twice, and what ends a text is never learned from.
+        """
+        nats = []
+        for k, segments in enumerate(plan.rounds):
+            learning = self.on_time(plan, k)
+            for segment in segments:
+                visible = tokens[: segment.windows[:, 2].max(initial=-1) + 1]  # later text is out of reach
+                nats.append(self.score(method, visible, segment))
+                if learning and segment.useful.any():
+                    self.learn(method, visible, segment)
+        return nats
+
+    def score(self, method: Method, tokens: np.ndarray, segment: Segment) -> np.ndarray:
         with self.run.phases("score"):
-            scored = self.adapter.score(tokens, piece)
-        self.bar.update(len(piece.windows))
-        return scored
+            return method.score(tokens, segment, self.bar)
 
-    def learn_piece(self, losses: Tensor, wanted: np.ndarray) -> None:
+    def learn(self, method: Method, tokens: np.ndarray, segment: Segment) -> None:
         with self.run.phases("adapt"):
-            self.adapter.learn(losses, wanted)
-
-    def score(self, tokens: np.ndarray, windows: np.ndarray, stride: int, readout: Readout | None = None) -> np.ndarray:
-        """Nats (m,) float32 of the windows' targets, the network's or what a readout makes of them."""
-        temperatures = readout.temperatures if readout is not None else ()
-        with self.run.phases("score"):
-            nats = score(self.forward, tokens, windows, stride, self.batch, self.run.ranks, self.bar, temperatures)
-            return nats if readout is None else readout(nats, tokens, int(windows[0, 1]))
-
-    def adapt(self, text: np.ndarray, k: int, chunks: int) -> None:
-        """Learn from the text of chunk k."""
-        with self.run.phases("adapt"):
-            self.adapter.adapt(text, ttt_lr(self.run.hp, k, chunks))
+            method.learn(tokens, segment)
 
     def elapsed(self) -> float:
         return time.perf_counter() - self.started
 
-    def has_time(self, needed: float, k: int, chunks: int) -> bool:
-        """Whether chunk k can be learned from, with all later chunks still scored in time. Once not, never again."""
-        limit = self.run.hp.eval_max_seconds
-        if self.cut is None and limit and self.run.ranks.largest(self.elapsed() + needed) > (1 - EVAL_MARGIN) * limit:
-            self.cut = dict(chunks=chunks, adapted=k, scored=chunks)
-            self.run.log(
-                f"{self.label}:cut adapted_chunks:{k} of:{chunks - 1} to end before EVAL_MAX_SECONDS={limit:g}; "
+    def on_time(self, plan: Plan, k: int) -> bool:
+        """Whether round k is learned from: everything has to be scored before EVAL_MAX_SECONDS. Once not, never again.
+
+        Asked before every round and on every rank, for which the slowest answers. After the first round it says what
+        the whole evaluation will take.
+        """
+        log, limit, seconds = self.run.log, self.run.hp.eval_max_seconds, self.run.phases.seconds
+        if k:
+            score_s, adapt_s = (seconds.get(name, 0.0) - self.before.get(name, 0.0) for name in ("score", "adapt"))
+            to_score = score_s * (plan.windows[-1] / plan.windows[k] - 1)
+            step_s = adapt_s / max(1, plan.steps[k])
+        else:
+            to_score = self.expected
+            step_s = plan.guess * to_score * plan.windows[1] / max(1, plan.windows[-1])
+        if k == 1:
+            predicted = self.elapsed() + to_score + step_s * (plan.steps[-1] - plan.steps[k])
+            log(f"{self.label}:predicted evaluation_seconds:{predicted:.0f} limit:{limit:g}")
+            if not plan.updates and predicted > limit > 0:
+                log(f"warning: the scores will not fit EVAL_MAX_SECONDS={limit:g}; raise EVAL_STRIDE")
+        if k >= plan.updates or self.cut is not None or not limit:
+            return k < plan.updates and self.cut is None
+        needed = to_score + step_s * (plan.steps[k + 1] - plan.steps[k])
+        if self.run.ranks.largest(self.elapsed() + needed) > (1 - EVAL_MARGIN) * limit:
+            rounds = len(plan.rounds)
+            self.cut = dict(chunks=rounds, adapted=k, scored=rounds)
+            log(
+                f"{self.label}:cut adapted_chunks:{k} of:{rounds - 1} to end before EVAL_MAX_SECONDS={limit:g}; "
                 "where it is cut depends on the machine, so this score does not repeat"
             )
         return self.cut is None
-
-    def predict(self, left: float) -> float:
-        """Say once a pass what the evaluation will take if this pass needs `left` more seconds, and return it."""
-        limit, predicted = self.run.hp.eval_max_seconds, self.elapsed() + left
-        self.run.log(f"{self.label}:predicted evaluation_seconds:{predicted:.0f} limit:{limit:g}")
-        return predicted
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -4609,88 +4609,83 @@ class Watched(Evaluation):
     def __init__(self, run: Run, tensors: Mapping[str, Stored], bar: Any, left_out: int | None = None):
         super().__init__(run, tensors)
         self.bar = bar
-        if not run.compile:  # the chunks of a slice are short, and every forward is filled up to a whole batch
-            self.batch = min(self.batch, 16)
+        for method in self.passes.values():
+            if not (run.compile or isinstance(method, DocumentLoRA)):
+                method.rows = min(method.rows, 16)  # the chunks of a slice are short, every forward is filled up
         self.left_out = left_out
         self.calls: list[tuple[np.ndarray, np.ndarray]] = []  # (windows, nats) of each call of the scorer
         self.referee, self.off_reference, self.off_one = False, 0.0, 0.0
         self.learned_unscored = False
         self.updates: list[int] = []  # scorer calls before each update
 
-    def run_pass(self, label: str) -> np.ndarray:
-        method, stride = self.passes[label]
+    def watch(self, label: str) -> np.ndarray:
+        method, tokens = self.passes[label], self.run.val.tokens
         self.calls, self.updates = [], []
-        return getattr(self, method)(self.run.val, stride)
+        return self.run_pass(method, tokens, method.plan(tokens))
 
-    def score(self, tokens: np.ndarray, windows: np.ndarray, stride: int, readout: Readout | None = None) -> np.ndarray:
-        before = copy.deepcopy(readout) if self.referee else None
-        nats = super().score(tokens, windows, stride, readout)
-        self.calls.append((windows, nats))
-        if self.referee:
+    def scan(self, tokens: np.ndarray, windows: np.ndarray, stride: int) -> np.ndarray:
+        """Scores of these windows by the weights as they are."""
+        method = next(m for m in self.passes.values() if m.stride == stride and not m.adapted_params)
+        return self.run_pass(method, tokens, Plan([[Segment(windows)]]))
+
+    def score(self, method: Method, tokens: np.ndarray, segment: Segment) -> np.ndarray:
+        before = copy.deepcopy(method.readout) if self.referee else None
+        nats = super().score(method, tokens, segment)
+        self.calls.append((segment.windows, nats))
+        if self.referee and len(nats):
             if before is None:
-                self.off_reference = larger(self.off_reference, self.compare(tokens, windows, stride, nats))
+                self.off_reference = larger(self.off_reference, self.compare(method, tokens, segment.windows, nats))
             else:
-                self.compare_mixture(before, tokens, windows, nats)
+                self.compare_mixture(method, before, tokens, segment.windows, nats)
         return nats
 
-    def score_piece(self, tokens: np.ndarray, piece: Piece) -> tuple[np.ndarray, Tensor]:
-        nats, losses = super().score_piece(tokens, piece)
-        self.calls.append((piece.windows, nats))
-        if self.referee:
-            with torch.no_grad():
-                inputs, targets, counted = self.adapter.inputs(tokens, piece)
-                entries = self.model.unembed(self.model.trunk(inputs)[:, -targets.size(1) :]).double().log_softmax(-1)
-                entries = entries.gather(-1, targets[..., None])[..., 0][counted].cpu().numpy()
-            self.off_reference = larger(self.off_reference, distance(nats, -entries))
-        return nats, losses
-
-    def adapt(self, text: np.ndarray, k: int, chunks: int) -> None:
-        end = int(self.calls[-1][0][-1, 2]) + 1 if self.calls else 0  # of the tokens that have been scored
-        self.learned_unscored |= not np.array_equal(text, self.run.val.tokens[max(0, end - len(text)) : end])
+    def learn(self, method: Method, tokens: np.ndarray, segment: Segment) -> None:
+        just_scored = bool(self.calls) and self.calls[-1][0] is segment.windows
+        text = self.run.val.tokens[: segment.windows[:, 2].max(initial=-1) + 1]
+        self.learned_unscored |= not (just_scored and np.array_equal(tokens, text))
         self.updates.append(len(self.calls))
         if len(self.updates) - 1 != self.left_out:
-            super().adapt(text, k, chunks)
-
-    def learn_piece(self, losses: Tensor, wanted: np.ndarray) -> None:
-        self.updates.append(len(self.calls))
-        if len(self.updates) - 1 != self.left_out:
-            super().learn_piece(losses, wanted)
-
-    def predict(self, left: float) -> float:
-        return 0.0
+            super().learn(method, tokens, segment)
 
     @torch.no_grad()
-    def compare(self, tokens: np.ndarray, windows: np.ndarray, stride: int, nats: np.ndarray) -> float:
-        """Largest distance of the scores of up to four windows from the present model's float64 log-softmax."""
+    def compare(self, method: Method, tokens: np.ndarray, windows: np.ndarray, nats: np.ndarray) -> float:
+        """Largest distance of the scores of up to four windows, or of a piece of documents, from the present model's
+        float64 log-softmax."""
         if len(nats) != (windows[:, 2] - windows[:, 1]).sum():
             return math.inf
-        widths = np.minimum(windows[:, 2] - windows[:, 1], stride)
-        ends = np.cumsum(windows[:, 2] - windows[:, 1])
-        chosen = np.unique(np.linspace(0, len(windows) - 1, min(4, self.batch, len(windows))).astype(int))
-        rows = np.append(chosen, np.repeat(chosen[-1], self.batch - len(chosen)))  # the scorer's shape
-        length = int(windows[0, 2] - windows[0, 0])
-        text = torch.from_numpy(tokens[windows[rows, 0][:, None] + np.arange(length + 1)].astype(np.int64))
-        text = text.to(self.run.ranks.device)
-        hidden = self.model.trunk(text[:, :-1].contiguous())[: len(chosen), -stride:]
-        entries = self.model.unembed(hidden).double().log_softmax(-1)
-        entries = entries.gather(-1, text[: len(chosen), 1:][:, -stride:, None])[..., 0].cpu().numpy()
-        pairs = ((nats[ends[j] - widths[j] : ends[j]], -entries[i, -widths[j] :]) for i, j in enumerate(chosen))
-        return larger(*(distance(scored, reference) for scored, reference in pairs), 0.0)
+        if isinstance(method, DocumentLoRA):  # each row of its heads belongs to a document
+            chosen, compared, width, attached = np.arange(len(windows)), method.rows, method.stride, method.attached()
+            inputs, targets, counted = method.batch_of(tokens, windows)
+        else:
+            compared, length = min(4, method.rows), int(windows[0, 2] - windows[0, 0])
+            chosen = np.unique(np.linspace(0, len(windows) - 1, min(compared, len(windows))).astype(int))
+            width, attached = min(method.stride, length), contextlib.nullcontext()
+            device = self.run.ranks.device
+            inputs, targets, counted = gather(tokens, windows[chosen], method.rows, length, width, device)
+        with attached:
+            entries = self.model.unembed(self.model.trunk(inputs)[:compared, -width:]).double().log_softmax(-1)
+        entries = entries.gather(-1, targets[:compared, :, None])[..., 0][counted[:compared]].cpu().numpy()
+        widths = windows[:, 2] - windows[:, 1]
+        spans = zip(np.cumsum(widths)[chosen], widths[chosen], strict=True)
+        place = np.concatenate([np.arange(end - min(n, width), end) for end, n in spans])
+        return distance(nats[place], -entries)
 
     @torch.no_grad()
-    def compare_mixture(self, readout: Readout, tokens: np.ndarray, windows: np.ndarray, nats: np.ndarray) -> None:
+    def compare_mixture(
+        self, method: Method, readout: Readout, tokens: np.ndarray, windows: np.ndarray, nats: np.ndarray
+    ) -> None:
         """The first target of a chunk: its distribution by the readout as it was before has to sum to 1 and hold the
         score. readout is that state."""
         start, first, end = (int(n) for n in windows[0])
-        rows = np.repeat(tokens[None, start:end], self.batch, axis=0).astype(np.int64)  # the scorer's shape
-        hidden = self.model.trunk(torch.from_numpy(rows).to(self.run.ranks.device))[0, first - start]
-        logits = self.model.unembed(hidden[None, None].expand(self.batch, -1, -1))[0, 0].double()
+        inputs, *_ = gather(tokens, windows[:1], method.rows, end - start, end - start, self.run.ranks.device)
+        hidden = self.model.trunk(inputs)[:, first - start, None]  # the scorer's shape, every row the same
+        logits = self.model.unembed(hidden)[0, 0].double()
         columns = torch.stack([-(logits / t).log_softmax(-1) for t in readout.temperatures], -1).cpu().numpy()
         entries = -columns[:, readout.chosen]
         if readout.hp.hedge_enabled:
-            contexts, _ = readout.ngrams.keys(tokens[: first + 2], first)
+            contexts, _ = readout.keys(tokens[: first + 2], first)
             every = np.arange(readout.hp.vocab_size)
-            log_p = readout.experts(columns, [np.repeat(context, len(every)) for context in contexts], every)
+            log_p = readout.experts(columns, np.repeat(contexts, len(every), axis=1), every)
             entries = log_sum_exp(readout.log_weights + log_p) - log_sum_exp(readout.log_weights)
         self.off_one = larger(self.off_one, abs(float(np.exp(entries).sum()) - 1))
         self.off_reference = larger(self.off_reference, abs(float(nats[0] + entries[tokens[first + 1]])))
@@ -4725,7 +4720,7 @@ class Audit:
         self.watched.referee = True
         self.base, self.updates = {}, {}
         for label in self.watched.passes:
-            self.base[label] = (self.watched.run_pass(label), self.watched.calls.copy())
+            self.base[label] = (self.watched.watch(label), self.watched.calls.copy())
             self.updates[label] = self.watched.updates
         self.watched.referee = False
 
@@ -4757,18 +4752,18 @@ class Audit:
             val = self.run.val._replace(tokens=self.disturbed(self.tokens, p))
             disturbed = Watched(self.run._replace(val=val), self.tensors, self.bar)
             for label, (nats, _) in self.base.items():
-                after, points = disturbed.run_pass(label), points + 1
+                after, points = disturbed.watch(label), points + 1
                 moved = larger(moved, distance(after[:p], nats[:p]))
                 changed &= distance(after[p:], nats[p:]) > 0
-        for label, (method, stride) in self.watched.passes.items():
-            if method == "fixed":  # windows do not hear of each other: another p for each of them in one pass
-                windows = plan_windows(self.n, self.context, stride)
+        for label, method in self.watched.passes.items():
+            if not method.adapted_params:  # windows do not hear of each other: another p for each of them in one pass
+                windows = plan_windows(self.n, self.context, method.stride)
                 cuts = self.random.integers(windows[:, 1], windows[:, 2])
                 texts = [
                     self.disturbed(self.tokens[start : end + 1], p - start)
                     for (start, _, end), p in zip(windows, cuts, strict=True)
                 ]
-                after = self.watched.scan(*side_by_side(texts, windows[:, 1] - windows[:, 0]), stride)
+                after = self.watched.scan(*side_by_side(texts, windows[:, 1] - windows[:, 0]), method.stride)
                 kept = np.concatenate([np.arange(f, e) < p for (_, f, e), p in zip(windows, cuts, strict=True)])
                 moved = larger(moved, distance(after[kept], self.base[label][0][kept]))
                 points += len(windows)
@@ -4785,37 +4780,36 @@ class Audit:
         stride = self.stride if self.stride > 1 else self.context
         for start, _, end in self.random.choice(plan_windows(self.n, self.context, stride), max(1, 1024 // vocab)):
             target = int(self.random.integers(max(start, end - stride), max(start, end - 1) + (end == start + 1)))
-            texts = np.repeat(self.tokens[None, start : end + 1], vocab, axis=0)
-            texts[:, target + 1 - start] = np.arange(vocab)
-            tokens, windows = side_by_side(texts, np.full(vocab, target - start))
+            tokens, windows = side_by_side(self.every_token(start, end, target), np.full(vocab, target - start))
             ends = np.cumsum(windows[:, 2] - windows[:, 1])
             nats = self.watched.scan(tokens, windows, stride)[np.append(0, ends[:-1])].astype(np.float64)
             worst, points = larger(worst, abs(float(np.exp(-nats).sum()) - 1)), points + 1
-        if isinstance(self.watched.adapter, LoRAAdapter):
-            worst, points = larger(worst, self.off_one_in_a_piece()), points + 1
+        method = list(self.watched.passes.values())[-1]
+        if isinstance(method, DocumentLoRA):
+            worst, points = larger(worst, self.off_one_in_a_piece(method)), points + 1
         off, worst = self.watched.off_reference, larger(worst, self.watched.off_one)
         passed = worst <= UNIT_SUM and off <= REFERENCE_NATS[self.run.ranks.device.type]
         return Finding(passed, f"whole_sums:{points} off_one:{worst:.2g} scores_off_reference:{off:.2g}")
 
-    def off_one_in_a_piece(self) -> float:
-        """The same of a document's first piece, by the adapter's own way of reading; its adapters are fresh, so that
-        every row of a batch has the same."""
-        adapter, vocab, chunk = self.watched.adapter, self.run.hp.vocab_size, self.run.hp.ttt_lora_chunk
+    def every_token(self, start: int, end: int, target: int) -> np.ndarray:
+        """(V, end - start + 1): the text of a window with each of the V tokens as that target."""
+        texts = np.repeat(self.tokens[None, start : end + 1], self.run.hp.vocab_size, axis=0)
+        texts[:, target + 1 - start] = np.arange(self.run.hp.vocab_size)
+        return texts
+
+    @torch.no_grad()
+    def off_one_in_a_piece(self, method: DocumentLoRA) -> float:
+        """The same of a document's first piece, by the method's own way of reading; its LoRAs are fresh, so that every
+        row of a batch has the same."""
         documents = plan_documents(self.tokens)
         start, end = documents[(documents[:, 1] - documents[:, 0]).argmax()]
-        end = min(end, start + chunk)
+        end = min(end, start + method.stride)
         target = int(self.random.integers(start, max(start + 1, end - 1)))
-        texts = np.repeat(self.tokens[None, start : end + 1], vocab, axis=0)
-        texts[:, target + 1 - start] = np.arange(vocab)
-        tokens, windows = side_by_side(texts, np.zeros(vocab, dtype=int))
-        nats = []
-        with adapter.attached(), torch.no_grad():
-            adapter.reset()
-            for i in range(0, vocab, adapter.rows):
-                piece = Piece(windows[i : i + adapter.rows], chunk, np.zeros(0))
-                nats.append(adapter.score(tokens, piece)[0].reshape(-1, end - start)[:, target - start])
-                self.bar.update(len(piece.windows))
-        return abs(float(np.exp(-np.concatenate(nats).astype(np.float64)).sum()) - 1)
+        texts = self.every_token(start, end, target)
+        tokens, windows = side_by_side(texts, np.zeros(len(texts), dtype=int))
+        pieces = [Segment(windows[i : i + method.rows], fresh=True) for i in range(0, len(texts), method.rows)]
+        nats = np.concatenate([method.score(tokens, piece, self.bar) for piece in pieces]).reshape(-1, end - start)
+        return abs(float(np.exp(-nats[:, target - start].astype(np.float64)).sum()) - 1)
 
     def score_first(self) -> Finding:
         """C3: an update learns from scored text alone; without it the scores so far stay, and later ones change."""
@@ -4825,7 +4819,7 @@ class Audit:
         updates = self.updates["legal_ttt"]
         for k in sorted({(len(updates) - 1) // 2, len(updates) - 1} & set(range(len(updates)))):
             without = Watched(self.run, self.tensors, self.bar, left_out=k)
-            without.run_pass("legal_ttt")
+            without.watch("legal_ttt")
             before, after = (
                 [np.concatenate([nats for _, nats in part]) for part in (calls[place], without.calls[place])]
                 for place in (slice(updates[k]), slice(updates[k], None))
@@ -4856,20 +4850,19 @@ class Audit:
             elif not np.array_equal(answered, nats, equal_nan=True):
                 problems.append(f"{label} counts other scores than it was given")
         for label, score in scores.items():
-            method, stride = self.watched.passes[label]
-            headline = self.evaluation.nats[label]
+            method, headline = self.watched.passes[label], self.evaluation.nats[label]
             counted = (float(headline.sum(dtype=np.float64)), self.whole.targets, int(self.whole.bytes.sum()))
             if tuple(score) != counted:
                 problems.append(f"{label} is over {score.tokens} tokens, {score.bytes} bytes, {score.nats:.1f} nats")
-            same = int(plan_windows(self.n, self.context, stride)[-1, 1])  # a slice ends with a window of its own
-            if method == "documents":
+            same = int(plan_windows(self.n, self.context, method.stride)[-1, 1])  # a slice ends with its own window
+            if isinstance(method, DocumentLoRA):
                 same = int(plan_documents(self.tokens)[-1, 0])  # and with a part of a document
-            if method == "adapted":
-                same = min(same, int(self.evaluation.chunks(self.whole, stride)[0][-1, 2]))
-                if self.watched.readout is None:
+            elif method.adapted_params:  # the first chunk, before anything was learned
+                both = [(self.evaluation.passes[label], self.whole.tokens), (method, self.tokens)]
+                ends = [int(m.plan(tokens).rounds[0][0].windows[-1, 2]) for m, tokens in both]
+                if method.readout is None:
                     label = f"final_{main_grid(self.tensors)}_sliding_window"
-                else:
-                    same = min(same, int(self.watched.chunks(self.run.val, stride)[0][-1, 2]))
+                same = min(same, *ends[: 1 if method.readout is None else 2])
             if not distance(headline[:same], self.base[label][0][:same]) <= SAME_NATS[self.run.ranks.device.type]:
                 problems.append(f"{label} does not give again the scores that the artifact had")
         figure = f"tokens:{self.whole.targets} bytes:{int(self.whole.bytes.sum())}"
@@ -4941,9 +4934,10 @@ class Audit:
     def borders(self) -> list[int]:
         """Where to disturb whole passes: just behind a chunk's end, inside the last window, before a document."""
         starts = np.flatnonzero(self.tokens == BOS_ID)
-        chunks = self.watched.chunks(self.run.val, self.stride)
+        windows = plan_windows(self.n, self.context, self.stride)
+        chunks, method = plan_chunks(windows, self.run.hp.ttt_chunk_tokens), list(self.watched.passes.values())[-1]
         points = {int(chunks[len(chunks) // 2 - 1][-1, 2]) + 1, self.n - self.stride // 2 - 1}
-        if self.watched.readout is not None:  # what it keeps within a chunk moves with every target
+        if method.readout is not None:  # what it keeps within a chunk moves with every target
             middle = chunks[len(chunks) // 2]
             points.add(int(middle[0, 1] + middle[-1, 2]) // 2)
         inner = starts[(starts > self.n // 4) & (starts < self.n)]
@@ -5139,7 +5133,7 @@ def prepare(job: Job, ranks: Ranks, signals: Signals) -> Run:
         if job.tokenizer_sha256 not in (None, val.tokenizer_sha256):
             made = "the tokenizer that the file was made with"
             raise UserError(f"{val.tokenizer_path} is not {made}; set TOKENIZER_PATH")
-        check_chunks(hp, val.targets)
+        check_ttt(hp, val.targets)
         stream = TokenStream(find_shards(hp, "train"), hp.vocab_size) if job.reads_training_text else None
         check_memory(hp, device)
         return attention, attend, val, stream, find_resumed(hp, source) if ranks.is_main else None

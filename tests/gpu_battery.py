@@ -632,9 +632,9 @@ def variants(bench: Bench) -> None:
         for p in model.blocks[0].parameters():
             p.requires_grad_(False)
         both("frozen", trained)
-        adapter = pg.LoRAAdapter(model, hp, run.ranks)
-        inputs, targets = inputs[:1].repeat(adapter.rows, 1), targets[:1].repeat(adapter.rows, 1)
-        with adapter.attached(), torch.no_grad():
+        method = pg.DocumentLoRA(run, model, forward)
+        inputs, targets = inputs[:1].repeat(method.rows, 1), targets[:1].repeat(method.rows, 1)
+        with method.attached(), torch.no_grad():
             both("lora", lambda f: (f(inputs, targets), None))  # noqa: B023
 
 

@@ -122,6 +122,12 @@ def make_run(hp: pg.Hyperparameters, stream: Any = None, tokens: np.ndarray | No
     )
 
 
+def scores_of(evaluation: pg.Evaluation, label: str = "legal_ttt") -> np.ndarray:
+    """Nats (n,) of one pass over the evaluation's text."""
+    method, tokens = evaluation.passes[label], evaluation.run.val.tokens
+    return evaluation.run_pass(method, tokens, method.plan(tokens))
+
+
 def quantize(weights: dict[str, torch.Tensor], hp: pg.Hyperparameters) -> dict[str, pg.Stored]:
     """As a run with these settings stores them, but without calibration."""
     return pg.quantize(weights, hp, pg.make_grids(weights, hp, pg.choose_steps(weights, hp, pg.Calibration())))

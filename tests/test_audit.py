@@ -18,6 +18,7 @@ from conftest import ROOT, Ran, run_here
 from helpers import build_model, make_run, tiny_hp, weights_of
 from test_data import train_tokenizer
 from test_ranks import torchrun
+from test_ttt import PhasedLoRA
 
 import train_gpt as pg
 
@@ -97,6 +98,22 @@ def test_a_clean_evaluation_passes_every_check(changes, tiny_data):
     val = split(tiny_data)
     findings = audit(audit_hp(**{"audit_tokens": up_to_the_third_document(val), **changes}), val)
     assert list(findings) == CHECKS and failed(findings) == {}
+
+
+def test_a_method_of_ones_own_is_audited_like_the_others(tiny_data, monkeypatch):
+    monkeypatch.setitem(pg.TTT_METHODS, "lora", PhasedLoRA)
+    val = split(tiny_data)
+    hp = audit_hp(audit_tokens=up_to_the_third_document(val), val_batch_size=32, **LORA)
+    assert failed(audit(hp, val)) == {}
+    plan = PhasedLoRA.plan
+
+    def peeks(self, tokens):
+        planned = plan(self, tokens)
+        self.scored.append(tokens[-12:])
+        return planned
+
+    monkeypatch.setattr(PhasedLoRA, "plan", peeks)
+    assert "causal" in failed(audit(hp, val))
 
 
 @pytest.mark.parametrize("documents", [1, 2])
@@ -186,8 +203,9 @@ def mutant(caught_by: str, *along: str, **settings):
     return enter
 
 
-def text_of(tokens: np.ndarray, chunk: np.ndarray, ahead: int = 0) -> np.ndarray:
-    return tokens[chunk[0, 1] : chunk[-1, 2] + 1 + ahead]
+def up_to(tokens: np.ndarray, segment: pg.Segment, ahead: int = 0) -> np.ndarray:
+    """The text to the segment's end, or some tokens further."""
+    return tokens[: segment.windows[:, 2].max() + 1 + ahead]
 
 
 def rescore(patch, change) -> None:
@@ -200,68 +218,86 @@ def rescore(patch, change) -> None:
     patch.setattr(pg.GPT, "forward", forward)
 
 
-def rearrange(patch, change) -> None:
-    """The pass with test-time training becomes change(nats of every chunk)."""
-    loop = pg.adapt_and_score
+def replace_loop(patch, loop, learns: bool = True) -> None:
+    """Passes that learn, or those that do not, go through loop(evaluation, method, tokens, their segments in order)."""
+    ours = pg.Evaluation.score_first
 
-    def changed(tokens, chunks, score, adapt):
-        nats = loop(tokens, chunks, score, adapt)
-        return np.concatenate(change(np.split(nats, [chunk[-1, 2] for chunk in chunks[:-1]])))
+    def changed(self, method, tokens, plan):
+        if learns != (method.adapted_params > 0):
+            return ours(self, method, tokens, plan)
+        return loop(self, method, tokens, [segment for segments in plan.rounds for segment in segments])
 
-    patch.setattr(pg, "adapt_and_score", changed)
+    patch.setattr(pg.Evaluation, "score_first", changed)
+
+
+def rearrange(patch, change, learns: bool = True) -> None:
+    """The pass with test-time training, or those without, become change(nats of every segment)."""
+    ours = pg.Evaluation.score_first
+
+    def changed(self, method, tokens, plan):
+        nats = ours(self, method, tokens, plan)
+        return change(nats) if learns == (method.adapted_params > 0) else nats
+
+    patch.setattr(pg.Evaluation, "score_first", changed)
 
 
 def peek(patch, ahead) -> None:
-    """Every update also learns from ahead(chunks, k) tokens after chunk k."""
+    """Every update also learns from ahead(segments, k) tokens after chunk k."""
 
-    def loop(tokens, chunks, score, adapt):
+    def loop(self, method, tokens, segments):
         nats = []
-        for k, chunk in enumerate(chunks):
-            nats.append(score(tokens[: chunk[-1, 2] + 1], chunk))
-            if k + 1 < len(chunks):
-                adapt(text_of(tokens, chunk, ahead(chunks, k)), k)
-        return np.concatenate(nats)
+        for k, segment in enumerate(segments):
+            nats.append(self.score(method, up_to(tokens, segment), segment))
+            if segment.useful.any():
+                self.learn(method, up_to(tokens, segment, ahead(segments, k)), segment)
+        return nats
 
-    patch.setattr(pg, "adapt_and_score", loop)
+    replace_loop(patch, loop)
 
 
 @mutant("score_first", "causal", "once")
 def trains_on_a_chunk_before_scoring_it(patch):
-    def loop(tokens, chunks, score, adapt):
+    def loop(self, method, tokens, segments):
         nats = []
-        for k, chunk in enumerate(chunks):
-            if k + 1 < len(chunks):
-                adapt(text_of(tokens, chunk), k)
-            nats.append(score(tokens[: chunk[-1, 2] + 1], chunk))
-        return np.concatenate(nats)
+        for segment in segments:
+            if segment.useful.any():
+                self.learn(method, up_to(tokens, segment), segment)
+            nats.append(self.score(method, up_to(tokens, segment), segment))
+        return nats
 
-    patch.setattr(pg, "adapt_and_score", loop)
+    replace_loop(patch, loop)
 
 
 @mutant("causal", "score_first")
 def trains_on_the_next_chunk_too(patch):
-    peek(patch, lambda chunks, k: int(chunks[k + 1][-1, 2] - chunks[k][-1, 2]))
+    peek(patch, lambda segments, k: int(segments[k + 1].windows[-1, 2] - segments[k].windows[-1, 2]))
 
 
 @mutant("score_first", "causal")
 def trains_on_two_tokens_of_the_next_chunk(patch):
-    peek(patch, lambda chunks, k: 2)
+    peek(patch, lambda segments, k: 2)
 
 
 @mutant("score_first", "causal")
 def trains_on_the_first_token_of_the_next_chunk(patch):
-    peek(patch, lambda chunks, k: 1)
+    peek(patch, lambda segments, k: 1)
 
 
 @mutant("score_first")
 def updates_do_nothing(patch):
-    patch.setattr(pg.Adapter, "adapt", lambda self, tokens, lr: None)
+    patch.setattr(pg.StreamTTT, "adapt", lambda self, tokens, lr: None)
 
 
 @mutant("causal", "score_first", "once")
 def weights_carry_over_to_the_next_pass(patch):
     reset = pg.Evaluation.reset
-    patch.setattr(pg.Evaluation, "reset", lambda self: None if hasattr(self, "passes") else reset(self))
+
+    def only_once(self):
+        if not hasattr(self, "was_reset"):
+            reset(self)
+        self.was_reset = True
+
+    patch.setattr(pg.Evaluation, "reset", only_once)
 
 
 @mutant("normalised")
@@ -328,7 +364,9 @@ def attention_of_one_layer_sees_the_next_position(patch):
 @mutant("normalised")
 def inputs_hold_the_next_token(patch):
     trunk = pg.GPT.trunk
-    patch.setattr(pg.GPT, "trunk", lambda self, x: trunk(self, x) + 0.1 * self.tok_emb(x.roll(-1, 1)).to(self.dtype))
+    patch.setattr(
+        pg.GPT, "trunk", lambda self, x: trunk(self, x) + 0.1 * self.tok_emb.look_up(x.roll(-1, 1)).to(self.dtype)
+    )
 
 
 @mutant("normalised")
@@ -362,8 +400,8 @@ def hashes_bigrams_across_documents(patch):
 
 
 def add_prior(patch) -> None:
-    head = pg.GPT.head
-    patch.setattr(pg.GPT, "head", lambda self, x: head(self, x) + getattr(self, "prior", 0.0))
+    head = pg.GPT.unembed
+    patch.setattr(pg.GPT, "unembed", lambda self, x: head(self, x) + getattr(self, "prior", 0.0))
 
 
 def frequencies(tokens: np.ndarray) -> torch.Tensor:
@@ -374,14 +412,13 @@ def frequencies(tokens: np.ndarray) -> torch.Tensor:
 @mutant("causal", "once")
 def knows_how_often_each_token_comes(patch):
     add_prior(patch)
-    for name in ("fixed", "adapted"):
-        scored = getattr(pg.Evaluation, name)
+    run_pass = pg.Evaluation.run_pass
 
-        def changed(self, val, stride, scored=scored):
-            self.model.prior = frequencies(val.tokens)
-            return scored(self, val, stride)
+    def changed(self, *arguments):
+        self.model.prior = frequencies(self.run.val.tokens)
+        return run_pass(self, *arguments)
 
-        patch.setattr(pg.Evaluation, name, changed)
+    patch.setattr(pg.Evaluation, "run_pass", changed)
 
 
 @mutant("causal", "once")
@@ -402,7 +439,7 @@ def learns_the_split_whenever_it_starts_anew(patch):
 
     def changed(self):
         reset(self)
-        self.adapter.adapt(self.run.val.tokens, 0.05)
+        self.passes["legal_ttt"].adapt(self.run.val.tokens, 0.05)
 
     patch.setattr(pg.Evaluation, "reset", changed)
 
@@ -412,7 +449,7 @@ def learns_the_split_before_the_first_pass(patch):
     score_all = pg.Evaluation.score_all
 
     def changed(self):
-        self.adapter.adapt(self.run.val.tokens, 0.05)
+        self.passes["legal_ttt"].adapt(self.run.val.tokens, 0.05)
         return score_all(self)
 
     patch.setattr(pg.Evaluation, "score_all", changed)
@@ -430,8 +467,13 @@ def drops_the_last_chunk(patch):
 
 @mutant("once", "causal", "score_first")
 def never_scores_the_last_chunk(patch):
-    loop = pg.adapt_and_score
-    patch.setattr(pg, "adapt_and_score", lambda tokens, chunks, *rest: loop(tokens, chunks[:-1], *rest))
+    plan = pg.StreamTTT.plan
+
+    def shorter(self, tokens):
+        planned = plan(self, tokens)
+        return pg.Plan(planned.rounds[:-1], planned.updates - 1)
+
+    patch.setattr(pg.StreamTTT, "plan", shorter)
 
 
 @mutant("once", "causal", "score_first", "documents")
@@ -442,13 +484,7 @@ def drops_the_last_window(patch):
 
 @mutant("once", "causal", "normalised", "documents")
 def counts_the_last_window_twice(patch):
-    scan = pg.Evaluation.scan
-
-    def twice(self, tokens, windows, stride):
-        nats = scan(self, tokens, windows, stride)
-        return np.append(nats, nats[-int(windows[-1, 2] - windows[-1, 1]) :])
-
-    patch.setattr(pg.Evaluation, "scan", twice)
+    rearrange(patch, lambda nats: [*nats, nats[-1][-1:]], learns=False)
 
 
 @mutant("once", "causal", "score_first")
@@ -463,37 +499,45 @@ def counts_easier_targets_in_place_of_others(patch):
 
 @mutant("once", "causal", "score_first")
 def scores_a_chunk_again_after_training_on_it(patch):
-    loop = pg.adapt_and_score
+    def again(self, method, tokens, segments):
+        nats = []
+        for segment in segments:
+            kept = self.score(method, up_to(tokens, segment), segment)
+            if segment.useful.any():
+                self.learn(method, up_to(tokens, segment), segment)
+                kept = self.score(method, up_to(tokens, segment), segment)
+            nats.append(kept)
+        return nats
 
-    def again(tokens, chunks, score, adapt):
-        kept = []
-
-        def learn(text, k):
-            adapt(text, k)
-            kept.append(score(tokens[: chunks[k][-1, 2] + 1], chunks[k]))
-
-        last = loop(tokens, chunks, score, learn)[chunks[-1][0, 1] :]
-        return np.concatenate([*kept, last])
-
-    patch.setattr(pg, "adapt_and_score", again)
+    replace_loop(patch, again)
 
 
-@mutant("once", "causal")
+@mutant("once", "causal", "score_first")
 def trains_on_the_last_chunk_and_scores_it_again(patch):
-    loop = pg.adapt_and_score
+    loop = pg.Evaluation.score_first
 
-    def again(tokens, chunks, score, adapt):
-        nats = loop(tokens, chunks, score, adapt)
-        adapt(text_of(tokens, chunks[-1]), len(chunks) - 1)
-        return np.append(nats[: chunks[-1][0, 1]], score(tokens, chunks[-1]))
+    def again(self, method, tokens, plan):
+        nats = loop(self, method, tokens, plan)
+        if method.adapted_params:
+            self.learn(method, tokens, last := plan.rounds[-1][0])
+            nats[-1] = self.score(method, tokens, last)
+        return nats
 
-    patch.setattr(pg, "adapt_and_score", again)
+    patch.setattr(pg.Evaluation, "score_first", again)
 
 
 @mutant("once", "causal", "score_first", "normalised")
 def takes_the_minimum_over_two_passes(patch):
-    adapted = pg.Evaluation.adapted
-    patch.setattr(pg.Evaluation, "adapted", lambda self, *text: np.minimum(self.fixed(*text), adapted(self, *text)))
+    run_pass = pg.Evaluation.run_pass
+
+    def better(self, method, tokens, plan):
+        nats = run_pass(self, method, tokens, plan)
+        if method.adapted_params:
+            sliding = self.passes["final_fp32_sliding_window"]
+            nats = np.minimum(run_pass(self, sliding, tokens, sliding.plan(tokens)), nats)
+        return nats
+
+    patch.setattr(pg.Evaluation, "run_pass", better)
 
 
 @mutant("once", "causal", "normalised", "score_first", "documents")
@@ -504,11 +548,11 @@ def scorer_forgets_its_last_target(patch):
 
 @mutant("once")
 def scores_where_nobody_watches(patch):
-    def fixed(self, val, stride):
-        windows = pg.plan_windows(val.targets, self.run.hp.eval_seq_len, stride)
-        return pg.score(self.forward, val.tokens, windows, stride, self.batch, self.run.ranks)
-
-    patch.setattr(pg.Evaluation, "fixed", fixed)
+    replace_loop(
+        patch,
+        lambda self, method, tokens, segments: [method.score(tokens, segment, self.bar) for segment in segments],
+        learns=False,
+    )
 
 
 @mutant("once")
@@ -565,36 +609,49 @@ def counts_a_byte_for_every_document(patch):
 
 @mutant("causal", "score_first", "once", "normalised", **LORA)
 def learns_from_a_piece_before_scoring_it(patch):
-    score = pg.Evaluation.score_piece
+    score = pg.Evaluation.score
 
-    def learned_before(self, tokens, piece):
-        _, losses = self.adapter.score(tokens, piece)
-        self.learn_piece(losses, np.ones(len(piece.windows), dtype=bool))
-        return score(self, tokens, piece)
+    def learned_before(self, method, tokens, piece):
+        if method.adapted_params:
+            method.score(tokens, piece, self.bar)
+            self.learn(method, tokens, piece._replace(useful=np.ones(len(piece.windows), dtype=bool)))
+            piece = piece._replace(fresh=False)
+        return score(self, method, tokens, piece)
 
-    patch.setattr(pg.Evaluation, "score_piece", learned_before)
+    patch.setattr(pg.Evaluation, "score", learned_before)
 
 
 @mutant("once", "score_first", "causal", **LORA)
 def scores_a_piece_again_after_learning_from_it(patch):
-    documents = pg.Evaluation.documents
+    run_pass = pg.Evaluation.run_pass
 
-    def twice(self, val, chunk):
-        first = documents(self, val, chunk)
-        return np.minimum(first, documents(self, val, chunk) - 0.01)
+    def twice(self, method, tokens, plan):
+        nats = run_pass(self, method, tokens, plan)
+        return np.minimum(nats, run_pass(self, method, tokens, plan) - 0.01) if method.adapted_params else nats
 
-    patch.setattr(pg.Evaluation, "documents", twice)
+    patch.setattr(pg.Evaluation, "run_pass", twice)
+
+
+@mutant("once", "causal", "score_first", val_batch_size=32, **LORA)
+def keeps_what_longer_documents_taught(patch):
+    pieces = pg.plan_pieces
+    patch.setattr(pg, "plan_pieces", lambda *plan: (piece._replace(fresh=False) for piece in pieces(*plan)))
+
+
+@mutant("score_first", **LORA)
+def learns_from_a_piece_with_the_text_after_it(patch):
+    peek(patch, lambda segments, k: 1)
 
 
 @mutant("normalised", "causal", "once", "score_first", **LORA | dict(ttt_enabled=True))
 def a_piece_reads_a_token_too_many(patch):
-    inputs = pg.LoRAAdapter.inputs
+    batch_of = pg.DocumentLoRA.batch_of
 
-    def ahead(self, tokens, piece):
-        text, targets, counted = inputs(self, tokens, piece)
-        return text.roll(-1, dims=1), targets, counted
+    def ahead(self, tokens, windows):
+        inputs, targets, counted = batch_of(self, tokens, windows)
+        return inputs.roll(-1, dims=1), targets, counted
 
-    patch.setattr(pg.LoRAAdapter, "inputs", ahead)
+    patch.setattr(pg.DocumentLoRA, "batch_of", ahead)
 
 
 @mutant("causal", "once", "normalised", "score_first", hedge_enabled=True)
@@ -602,7 +659,7 @@ def counts_the_chunk_before_mixing(patch):
     call = pg.Readout.__call__
 
     def greedy(self, columns, tokens, first):
-        self.ngrams.add(tokens, first)
+        self.add(*self.keys(tokens, first))
         return call(self, columns, tokens, first)
 
     patch.setattr(pg.Readout, "__call__", greedy)
@@ -613,7 +670,7 @@ def weighs_the_experts_by_their_later_scores(patch):
     call = pg.Readout.__call__
 
     def prophetic(self, columns, tokens, first):
-        contexts, targets = self.ngrams.keys(tokens, first)
+        contexts, targets = self.keys(tokens, first)
         self.log_weights = self.log_weights + self.experts(columns, contexts, targets).sum(0)
         return call(self, columns, tokens, first)
 
@@ -627,8 +684,8 @@ def scores_the_best_expert(patch):
 
 @mutant("normalised", "once", "causal", "score_first", hedge_enabled=True, ttt_enabled=True)
 def an_ngram_that_knows_too_much(patch):
-    probabilities = pg.NGrams.probabilities
-    patch.setattr(pg.NGrams, "probabilities", lambda *a: [np.minimum(1, 3 * p) for p in probabilities(*a)])
+    ngrams = pg.Readout.ngrams
+    patch.setattr(pg.Readout, "ngrams", lambda *arguments: np.minimum(1, 3 * ngrams(*arguments)))
 
 
 @mutant("normalised", "causal", "once", ttt_temperature=True, ttt_enabled=True)
@@ -775,7 +832,7 @@ def test_the_audit_leaves_the_weights_of_the_artifact(tiny_data):
     pg.Audit(evaluation).check({}, SIZE, SECONDS)
     for name, weight in weights_of(evaluation.model).items():
         assert torch.equal(weight, evaluation.tensors[name].data), name
-    assert not evaluation.adapter.optimizer.state
+    assert not evaluation.passes["legal_ttt"].optimizer.state
 
 
 def test_two_ranks_come_to_the_same_verdicts(audited, tiny_data, tmp_path):

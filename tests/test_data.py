@@ -510,10 +510,10 @@ def test_one_ttt_chunk_is_refused_with_a_size_that_works(data, tmp_path):
     said = f"TTT_CHUNK_TOKENS=32768 makes one chunk of {targets} targets; use TTT_CHUNK_TOKENS={targets // 4}"
     refused(tmp_path, data, said, TTT_CHUNK_TOKENS=32768)
     hp = pg.Hyperparameters.from_env(TINY_ENV | {"TTT_CHUNK_TOKENS": str(targets // 4)})
-    pg.check_chunks(hp, targets)
+    pg.check_ttt(hp, targets)
     with pytest.raises(pg.UserError, match="TTT_ENABLED=1 needs more than one window of EVAL_SEQ_LEN=32"):
-        pg.check_chunks(hp, 32)
-    pg.check_chunks(dataclasses.replace(hp, ttt_enabled=False), 32)
+        pg.check_ttt(hp, 32)
+    pg.check_ttt(dataclasses.replace(hp, ttt_enabled=False), 32)
 
 
 def test_an_output_that_cannot_be_written_is_refused(data, tmp_path):

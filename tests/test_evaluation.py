@@ -4,6 +4,7 @@ import re
 import threading
 import time
 import types
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import Ran, run_here
-from helpers import build_model, make_run, random_tokens, tiny_hp, weights_of
+from helpers import build_model, make_run, random_tokens, scores_of, tiny_hp, weights_of
 
 import train_gpt as pg
 
@@ -32,7 +33,7 @@ def evaluation_of(hp) -> pg.Evaluation:
 def slow(monkeypatch):
     """A clock that stands still but for scoring (a second a window) and updates (ten). Remembers what was done."""
     seen = types.SimpleNamespace(now=0.0, update=10.0, scored=[], updates=0)
-    score, adapt = pg.score, pg.Adapter.adapt
+    score, adapt = pg.score, pg.StreamTTT.adapt
 
     def slow_score(model, tokens, windows, *rest):
         seen.now += len(windows)
@@ -44,7 +45,7 @@ def slow(monkeypatch):
         adapt(self, tokens, lr)
 
     monkeypatch.setattr(pg, "score", slow_score)
-    monkeypatch.setattr(pg.Adapter, "adapt", slow_adapt)
+    monkeypatch.setattr(pg.StreamTTT, "adapt", slow_adapt)
     monkeypatch.setattr(
         pg,
         "time",
@@ -61,7 +62,8 @@ def last_pass(seen) -> tuple[np.ndarray, np.ndarray]:
 
 
 def chunk_ends(evaluation) -> list[int]:
-    return [int(chunk[-1, 2]) for chunk in evaluation.chunks(evaluation.run.val, evaluation.run.hp.eval_stride)]
+    plan = evaluation.passes["legal_ttt"].plan(evaluation.run.val.tokens)
+    return [int(chunk.windows[-1, 2]) for (chunk,) in plan.rounds]
 
 
 def lines(evaluation, pattern: str) -> list[str]:
@@ -86,8 +88,8 @@ def test_enough_time_changes_nothing(slow):
 @pytest.mark.parametrize("seconds, adapted", [(56, 1), (100, 5), (110, 6), (147, 9), (151, 10)])
 def test_too_little_time_ends_learning_and_keeps_every_score(seconds, adapted, slow):
     uncut, stopped = evaluation_of(limited(0)), evaluation_of(limited(0))
-    stopped.adapt = lambda text, k, chunks: pg.Evaluation.adapt(stopped, text, k, chunks) if k < adapted else None
-    expected, until_the_cut = (e.adapted(e.run.val, 4) for e in (uncut, stopped))
+    stopped.on_time = lambda plan, k: k < adapted
+    expected, until_the_cut = (scores_of(e) for e in (uncut, stopped))
     slow.now = slow.updates = 0
     evaluation = evaluation_of(limited(seconds))
     scores = evaluation.score_all()
@@ -104,19 +106,36 @@ def test_too_little_time_ends_learning_and_keeps_every_score(seconds, adapted, s
     assert [line.split(";")[0] for line in lines(evaluation, ":cut ")] == (said if evaluation.cut else [])
 
 
+@pytest.mark.parametrize("epochs, adapted", [(280, 0), (200, 1)])
+def test_a_first_update_that_would_take_too_long_is_not_begun(epochs, adapted, slow):
+    """Forward and backward of a chunk once are guessed at 3/4 s: 20 s of scores, a twentieth of them for its window."""
+    evaluation = evaluation_of(limited(255, ttt_epochs=epochs))
+    slow.update = 1000.0
+    evaluation.score_all()
+    assert slow.updates == adapted and evaluation.cut == dict(chunks=CHUNKS, adapted=adapted, scored=CHUNKS)
+
+
+def test_a_rank_without_documents_has_time(slow):
+    evaluation = evaluation_of(limited(100))
+    evaluation.before = {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert evaluation.on_time(pg.Plan([[]], 1), 0)
+
+
 def test_after_a_cut_nothing_learns_however_fast_it_gets(slow):
     evaluation = evaluation_of(limited(100))
-    evaluation.elapsed = lambda: 1000.0 if slow.updates == 3 and len(slow.scored) == 4 else 0.0
+    evaluation.elapsed = lambda: 1000.0 if slow.updates == 3 and len(slow.scored) == 3 else 0.0
     slow.update = 0.0
-    evaluation.adapted(evaluation.run.val, 4)
+    scores_of(evaluation)
     assert slow.updates == 3 and evaluation.cut == dict(chunks=CHUNKS, adapted=3, scored=CHUNKS)
 
 
 def test_a_pass_that_is_cut_before_it_learns_repeats_the_sliding_scores(slow):
     evaluation = evaluation_of(limited(100))
-    sliding = evaluation.fixed(evaluation.run.val, 4)
+    sliding = scores_of(evaluation, "final_fp32_sliding_window")
     evaluation.elapsed = lambda: 1000.0
-    assert np.array_equal(evaluation.adapted(evaluation.run.val, 4), sliding)
+    assert np.array_equal(scores_of(evaluation), sliding)
     assert slow.updates == 0 and evaluation.cut == dict(chunks=CHUNKS, adapted=0, scored=CHUNKS)
 
 
@@ -201,12 +220,12 @@ def test_ranks_whose_clocks_differ_cut_alike(speeds):
 
         evaluation.run.ranks.largest, evaluation.score = largest, score
         evaluation.elapsed = lambda: speeds[number] * scored[0]
-        evaluation.adapted(evaluation.run.val, 4)
+        scores_of(evaluation)
         return evaluation
 
     with ThreadPoolExecutor(2) as pool:
         ranks = list(pool.map(rank, (0, 1)))
-    assert ranks[0].cut == ranks[1].cut == dict(chunks=CHUNKS, adapted=4, scored=CHUNKS)
+    assert ranks[0].cut == ranks[1].cut == dict(chunks=CHUNKS, adapted=5, scored=CHUNKS)
     assert lines(ranks[0], ":cut ") == lines(ranks[1], ":cut ") != []
 
 

@@ -364,9 +364,9 @@ def full_memory(*_) -> None:
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has …")
 
 
-@pytest.mark.parametrize("where", ["accumulate_gradients", "score", "Adapter.step"])
+@pytest.mark.parametrize("where", ["accumulate_gradients", "score", "StreamTTT.step"])
 def test_a_full_gpu_is_one_line_that_names_the_settings(where, again, monkeypatch):
-    owner, name = (pg.Adapter, "step") if "." in where else (pg, where)
+    owner, name = (pg.StreamTTT, "step") if "." in where else (pg, where)
     monkeypatch.setattr(owner, name, at_call(getattr(owner, name), 2, full_memory))
     ran = again(TTT_ENABLED=1, EVAL_STRIDE=16)
     assert ran.code == 2 and ran.err.count("\n") == 1
@@ -515,7 +515,7 @@ def test_a_rank_that_dies_while_training_ends_all(tiny_data, tmp_path):
 
 def test_a_rank_that_dies_while_evaluating_ends_all(tiny_data, tmp_path):
     endless = dict(TTT_ENABLED=1, EVAL_STRIDE=16, TTT_EPOCHS=10**6, EVAL_MAX_SECONDS=0)
-    ended = end_two_ranks(tmp_path, tiny_data, "Adapter.step", 20, "die", 1, ITERATIONS=2, **endless)
+    ended = end_two_ranks(tmp_path, tiny_data, "StreamTTT.step", 20, "die", 1, ITERATIONS=2, **endless)
     said = "error: rank 0 lost another rank, see its error; the artifact is whole: EVAL_ONLY=1"
     assert ended.line.startswith(said) and not ended.traceback
     pg.unpack_artifact((tmp_path / "runs" / "run" / "artifact.pgolf").read_bytes())

@@ -4,6 +4,7 @@ import ast
 import base64
 import bz2
 import lzma
+import re
 import textwrap
 import tracemalloc
 import zlib
@@ -574,8 +575,53 @@ def test_this_project_s_script_is_left_alone():
     findings = legality.examine((ROOT / "train_gpt.py").read_text("utf-8"))
     assert [finding for finding in findings if finding.level != "note"] == []
     # LoRA TTT takes score and gradient from one forward; a reader has to see that the score is taken first.
-    (warning,) = legality.examine((ROOT / "train_gpt.py").read_text("utf-8"), {"TTT_PARAMS": "lora"})
+    findings = legality.examine((ROOT / "train_gpt.py").read_text("utf-8"), {"TTT_PARAMS": "lora"})
+    (warning,) = [finding for finding in findings if finding.level != "note"]
     assert (warning.rule, warning.level) == ("train_before_score", "warn") and "is their score" in warning.text
+
+
+def test_this_project_s_script_is_understood():
+    source = (ROOT / "train_gpt.py").read_text("utf-8")
+    kept = "                nats.append(self.score(method, visible, segment))\n"
+    learn = re.search(r"( +)if learning and .*\n +self\.learn\(.*\n", source)[0]
+    assert kept + learn in source
+    findings = legality.examine(source.replace(kept + learn, learn + kept))
+    assert ("train_before_score", "FAIL") in {(finding.rule, finding.level) for finding in findings}
+    plain = "        return nats.detach()[counted].cpu().numpy()\n"
+    assert plain in source
+    cheated = source.replace(plain, "        self.learn(tokens, segment)\n" + plain)
+    findings = legality.examine(cheated, {"TTT_PARAMS": "lora"})
+    assert ("train_before_score", "warn") in {(finding.rule, finding.level) for finding in findings}
+
+
+def test_a_table_keeps_the_row_that_a_setting_names():
+    functions = """
+        def first(model, val_tokens, optimizer):
+            model(val_tokens[:-1], val_tokens[1:]).backward()
+            optimizer.step()
+            return eval_val(model, val_tokens)
+        def second(model, val_tokens, optimizer):
+            return eval_val(model, val_tokens)
+        METHODS = dict(first=first, second=second)
+        """
+    for default, level in (("second", "note"), ("first", "FAIL")):
+        source = script(functions, "METHODS[args.method](model, val_tokens, optimizer)").replace(
+            "class Hyperparameters:\n", f"class Hyperparameters:\n    method = '{default}'\n"
+        )
+        assert "train_before_score" in rules(source, level), level
+    assert "train_before_score" in rules(source.replace("METHODS[args.method]", "METHODS.get(args.method)"))
+    changed = "METHODS['second'] = first\nMETHODS[args.method]"
+    assert rules(
+        script(functions + "\na, b = dict(a=first, b=second)", "METHODS[args.method](model, val_tokens, optimizer)")
+    )
+    source = script(functions, f"{changed}(model, val_tokens, optimizer)".replace("\n", "; "))
+    source = source.replace("class Hyperparameters:\n", "class Hyperparameters:\n    method = 'second'\n")
+    assert "train_before_score" in rules(source, "warn"), "a row that is set later is live"
+
+
+def test_a_condition_on_the_parameter_of_a_lambda_is_read_beside_calls_without_a_name():
+    source = script("TABLE = {}", "TABLE['x'](1); choose = lambda on: eval_val(args, model, val_tokens) if on else 0")
+    assert rules(source) == set()
 
 
 def test_a_finding_points_at_its_line():

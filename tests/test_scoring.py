@@ -145,21 +145,21 @@ def test_chunks_are_the_shortest_runs_of_whole_windows_that_are_long_enough(plan
 @settings(max_examples=300, deadline=None)
 @given(plans, st.integers(1, 400))
 @example((3, 2, 1), 5)
-def test_check_chunks_names_a_size_that_works(plan, chunk_tokens):
+def test_check_ttt_names_a_size_that_works(plan, chunk_tokens):
     n, context, stride = plan
     hp = tiny_hp(eval_seq_len=context, eval_stride=stride, ttt_chunk_tokens=chunk_tokens)
     enough = len(pg.plan_chunks(pg.plan_windows(n, context, stride), chunk_tokens)) > 1
     if enough:
-        pg.check_chunks(hp, n)
+        pg.check_ttt(hp, n)
         return
     with pytest.raises(pg.UserError) as error:
-        pg.check_chunks(hp, n)
+        pg.check_ttt(hp, n)
     if "TTT_CHUNK_TOKENS=" in str(error.value):
         fits = int(str(error.value).rsplit("=", 1)[1])
-        pg.check_chunks(tiny_hp(eval_seq_len=context, eval_stride=stride, ttt_chunk_tokens=fits), n)
+        pg.check_ttt(tiny_hp(eval_seq_len=context, eval_stride=stride, ttt_chunk_tokens=fits), n)
     else:
         assert "EVAL_SEQ_LEN" in str(error.value) and n <= context
 
 
-def test_check_chunks_is_silent_without_ttt():
-    pg.check_chunks(tiny_hp(ttt_enabled=False), 3)
+def test_check_ttt_is_silent_without_ttt():
+    pg.check_ttt(tiny_hp(ttt_enabled=False), 3)

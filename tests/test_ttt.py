@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from helpers import build_model, make_run, random_tokens, single_rank, tiny_hp, weights_of
+from helpers import build_model, make_run, random_tokens, scores_of, single_rank, tiny_hp, weights_of
 
 import train_gpt as pg
 
@@ -14,7 +14,7 @@ N = 90
 
 def adapter_for(hp, forward=None, **build):
     model = build_model(hp, hp.eval_seq_len, **build)
-    return pg.Adapter(model, forward or model, hp, single_rank(hp))
+    return pg.StreamTTT(make_run(hp), model, forward or model)
 
 
 def plan(hp, n=N):
@@ -26,13 +26,18 @@ def spans(hp, n=N) -> list[tuple[int, int]]:
     return [(int(c[0, 1]), int(c[-1, 2])) for c in pg.plan_chunks(plan(hp, n), hp.ttt_chunk_tokens)]
 
 
+def evaluation_of(model, hp, tokens) -> pg.Evaluation:
+    """Of an artifact with the model's weights."""
+    stored = {name: pg.Stored("fp32", w, None) for name, w in weights_of(model).items()}
+    return pg.Evaluation(make_run(hp, tokens=tokens), stored)
+
+
 def run(adapter, tokens):
     """The pass of an evaluation, with this adapter and its model."""
-    stored = {name: pg.Stored("fp32", w, None) for name, w in weights_of(adapter.model).items()}
-    evaluation = pg.Evaluation(make_run(adapter.hp, tokens=tokens), stored)
-    evaluation.adapter, evaluation.forward, evaluation.batch = adapter, adapter.forward, 4
+    evaluation = evaluation_of(adapter.model, adapter.hp, tokens)
+    evaluation.passes["legal_ttt"] = adapter
     evaluation.reset = lambda: None  # tests look at what was learned
-    return evaluation.adapted(evaluation.run.val, adapter.hp.eval_stride)
+    return scores_of(evaluation)
 
 
 def forward_only(hp, **build):
@@ -118,8 +123,9 @@ def test_no_forward_sees_a_token_that_is_not_yet_due():
             seen.append((torch.is_grad_enabled(), int(text.max()), int(targets.max()), targets.flatten().tolist()))
             return self.model(text, targets)
 
-    model = build_model(hp)
-    run(pg.Adapter(model, Spy(model), hp, single_rank(hp)), tokens)
+    adapter = adapter_for(hp)
+    adapter.forward = Spy(adapter.model)
+    run(adapter, tokens)
     scored = 0
     for training, deepest, target, targets in seen:
         if training:
@@ -145,7 +151,7 @@ def test_an_epoch_covers_every_scored_target_once_in_sequences_of_the_training_l
             nats.register_hook(lambda g: seen.extend(wanted[g != 0].tolist()))
             return nats
 
-        pg.Adapter(model, spy, hp, single_rank(hp)).adapt(tokens, 0.01)
+        pg.StreamTTT(make_run(hp), model, spy).adapt(tokens, 0.01)
         assert sorted(seen) == sorted(2 * list(range(1, targets + 1)))
     assert set(lengths) == {16}
 
@@ -191,7 +197,7 @@ def test_micro_batches_do_not_change_a_step():
     hp, tokens, weights = tiny_hp(ttt_batch_seqs=8, ttt_grad_clip=0.0), random_tokens(78), []
     for micro in (1, 3, 8):
         adapter = adapter_for(hp)
-        adapter.rows = micro
+        adapter.step_rows = micro
         adapter.adapt(tokens, 0.05)
         weights.append(weights_of(adapter.model))
     start = weights_of(build_model(hp))
@@ -250,7 +256,7 @@ def test_rotary_tables_survive_scoring_then_learning_then_scoring(mode):
     before = nats()
     model(text[:, :-1], text[:, 1:]).mean().backward()
     assert torch.equal(nats(), before)
-    pg.Adapter(model, model, hp, single_rank(hp)).adapt(random_tokens(33), 0.1)
+    pg.StreamTTT(make_run(hp), model, model).adapt(random_tokens(33), 0.1)
     assert not torch.equal(nats(), before)
 
 
@@ -289,7 +295,7 @@ def test_adamw_is_torchs_without_decay():
     for group in ours.optimizer.param_groups:
         group["lr"] = 0.01
     for _ in range(3):
-        ours.step(tokens, np.array([0, 16]))
+        ours.step(tokens, pg.plan_windows(32, 16, 16))
         reference.zero_grad()
         theirs(text[:-1].view(2, 16), text[1:].view(2, 16)).mean().backward()
         reference.step()
@@ -318,10 +324,10 @@ def test_sam_steps_along_the_gradient_of_the_worse_place():
         name: here[name] - 0.1 * g for (name, _), g in zip(reference.named_parameters(), gradients(), strict=True)
     }
     ours.optimizer.param_groups[0]["lr"] = 0.1
-    ours.step(tokens, np.array([0, 16]))
+    ours.step(tokens, pg.plan_windows(32, 16, 16))
     plain = adapter_for(tiny_hp(ttt_grad_clip=0.0, ttt_momentum=0.0))
     plain.optimizer.param_groups[0]["lr"] = 0.1
-    plain.step(tokens, np.array([0, 16]))
+    plain.step(tokens, pg.plan_windows(32, 16, 16))
     plain = weights_of(plain.model)
     assert max((plain[name] - w).abs().max() for name, w in wanted.items()) > 1e-3
     for name, w in weights_of(ours.model).items():
@@ -367,9 +373,7 @@ LENGTHS = [30, 3, 17, 1, 50, 4, 8, 22]
 
 
 def lora_scores(hp, tokens: np.ndarray) -> np.ndarray:
-    stored = {name: pg.Stored("fp32", w, None) for name, w in weights_of(build_model(hp, hp.eval_seq_len)).items()}
-    evaluation = pg.Evaluation(make_run(hp, tokens=tokens), stored)
-    return evaluation.documents(evaluation.run.val, hp.ttt_lora_chunk)
+    return scores_of(evaluation_of(build_model(hp, hp.eval_seq_len), hp, tokens))
 
 
 def one_by_one(hp, tokens: np.ndarray, learn: bool = True) -> np.ndarray:
@@ -419,14 +423,23 @@ def test_zero_b_reproduces_the_plain_scores_of_each_document():
     np.testing.assert_allclose(lora_scores(hp, tokens), plain, atol=1e-5)
     model = build_model(hp)
     piece = next(pg.plan_pieces(pg.plan_documents(tokens), hp.eval_seq_len, 4))
-    adapter = pg.LoRAAdapter(model, hp, single_rank(hp))
-    inputs, targets, _ = adapter.inputs(tokens, piece._replace(windows=piece.windows[: adapter.rows]))
+    method = pg.DocumentLoRA(make_run(hp), model, model)
+    inputs, targets, _ = method.batch_of(tokens, piece.windows[: method.rows])
     without = model(inputs, targets)
-    with adapter.attached():
+    with method.attached():
         assert torch.equal(model(inputs, targets), without)
-        adapter.parameters[1].data.fill_(1.0)
+        method.parameters[1].data.fill_(1.0)
         assert not torch.equal(model(inputs, targets), without)
     assert torch.equal(model(inputs, targets), without)
+
+
+def test_lora_compiles_nothing():
+    hp = lora_hp()
+    method = pg.DocumentLoRA(make_run(hp), build_model(hp), lambda *_: pytest.fail("the compiled forward is called"))
+    method.warm_up(lambda *shape: torch.ones(2, *shape, dtype=torch.int64))
+    method.score(
+        documents_of([9]), pg.Segment(np.array([[0, 0, 4]]), fresh=True), pg.progress_bar(None, "", pg.Log(None))
+    )
 
 
 def test_pieces_score_every_target_once_within_its_own_document():
@@ -435,11 +448,13 @@ def test_pieces_score_every_target_once_within_its_own_document():
     assert (documents[:, 1] - documents[:, 0]).tolist() == LENGTHS
     for context, chunk in ((16, 4), (16, 16), (8, 1)):
         scored = np.zeros(len(tokens) - 1, dtype=int)
-        for piece in pg.plan_pieces(documents, context, chunk):
-            for (start, first, end), last in zip(piece.windows, piece.last, strict=True):
+        for number, piece in enumerate(pg.plan_pieces(documents, context, chunk)):
+            assert piece.fresh == (number == 0)
+            for (start, first, end), useful in zip(piece.windows, piece.useful, strict=True):
                 document = documents[(documents[:, 0] <= first) & (first < documents[:, 1])][0]
-                assert document[0] <= start <= first < end <= document[1] and end - start <= piece.length <= context
-                assert start == max(document[0], first + chunk - context) and last == (end == document[1])
+                assert document[0] <= start <= first < end <= document[1] and end - start <= context
+                assert first - start == piece.windows[0, 1] - piece.windows[0, 0], "one shape serves them"
+                assert start == max(document[0], first + chunk - context) and useful == (end < document[1])
                 scored[first:end] += 1
         assert (scored == 1).all()
 
@@ -459,41 +474,85 @@ def test_a_document_learns_nothing_from_another_unless_adapters_are_carried():
 @pytest.mark.parametrize("reset", [True, False])
 def test_a_piece_is_scored_before_it_is_learned_and_the_end_of_a_document_never(reset, monkeypatch):
     hp, tokens, events = lora_hp(ttt_lora_reset=reset), documents_of(LENGTHS), []
-    score, learn = pg.LoRAAdapter.score, pg.LoRAAdapter.learn
+    score, learn = pg.DocumentLoRA.score, pg.DocumentLoRA.learn
 
-    def spy_score(self, tokens, piece):
+    def spy_score(self, visible, piece, bar):
+        assert len(visible) == piece.windows[:, 2].max() + 1, "text beyond the piece is within reach"
         events.append(piece)
-        return score(self, tokens, piece)
+        return score(self, visible, piece, bar)
 
-    def spy_learn(self, losses, wanted):
-        piece = events[-1]
-        assert isinstance(piece, pg.Piece) and len(wanted) == len(piece.windows) and wanted.any()
-        assert (wanted == ~piece.last).all() or not reset
+    def spy_learn(self, visible, piece):
+        assert piece is events[-1] and len(piece.useful) == len(piece.windows) and piece.useful.any()
+        goes_on = [tokens[end] != pg.BOS_ID and end + 1 < len(tokens) for end in piece.windows[:, 2]]
+        assert piece.useful.tolist() == goes_on or not reset
         events.append("learned")
-        learn(self, losses, wanted)
+        learn(self, visible, piece)
 
-    monkeypatch.setattr(pg.LoRAAdapter, "score", spy_score)
-    monkeypatch.setattr(pg.LoRAAdapter, "learn", spy_learn)
+    monkeypatch.setattr(pg.DocumentLoRA, "score", spy_score)
+    monkeypatch.setattr(pg.DocumentLoRA, "learn", spy_learn)
     lora_scores(hp, tokens)
-    pieces = [e for e in events if isinstance(e, pg.Piece)]
-    learned = events.count("learned")
-    assert learned == (sum(not p.last.all() for p in pieces) if reset else len(pieces) - 1)
-    assert isinstance(events[-1], pg.Piece)
+    pieces = [e for e in events if e != "learned"]
+    assert events.count("learned") == (sum(p.useful.any() for p in pieces) if reset else len(pieces) - 1)
+    assert 1 < sum(p.fresh for p in pieces) < len(pieces) if reset else [p.fresh for p in pieces].index(False) == 1
+    assert events[-1] != "learned"
 
 
 def test_the_clip_is_each_documents_own():
     hp = lora_hp(ttt_grad_clip=1e-3, ttt_momentum=0.0, val_batch_size=64)
-    model = build_model(hp)
-    adapter = pg.LoRAAdapter(model, hp, single_rank(hp))
-    tokens = documents_of([9, 9, 9, 9])
+    model, tokens = build_model(hp), documents_of([9, 9, 9, 9])
+    method = pg.DocumentLoRA(make_run(hp), model, model)
     piece = next(pg.plan_pieces(pg.plan_documents(tokens), 16, 4))
-    with adapter.attached():
-        adapter.reset()
-        before = [p.detach().clone() for p in adapter.parameters]
-        _, losses = adapter.score(tokens, piece)
-        adapter.learn(losses * torch.tensor([1.0, 100.0, 1.0, 0.0]), np.array([True, True, True, True]))
-    moved = torch.stack([(p - b).flatten(1).norm(dim=1) for p, b in zip(adapter.parameters, before, strict=True)])
+    before = [p.detach().clone() for p in method.parameters]
+    method.score(tokens, piece, pg.progress_bar(None, "", pg.Log(None)))
+    method.losses = method.losses * torch.tensor([1.0, 100.0, 1.0, 0.0])
+    method.learn(tokens, piece)
+    moved = torch.stack([(p - b).flatten(1).norm(dim=1) for p, b in zip(method.parameters, before, strict=True)])
     torch.testing.assert_close(moved.norm(dim=0).detach(), torch.tensor([5e-4, 5e-4, 5e-4, 0.0]), rtol=5e-3, atol=1e-9)
+
+
+class PhasedLoRA(pg.DocumentLoRA):
+    """A method of its own: documents in the stream's order, and after each batch of them a step of the model itself on
+    all that was scored so far."""
+
+    def plan(self, tokens):
+        documents, self.scored = pg.plan_documents(tokens), []
+        batches = [documents[i : i + self.rows] for i in range(0, len(documents), self.rows)]
+        batches = [batch[np.argsort(batch[:, 0] - batch[:, 1], kind="stable")] for batch in batches]
+        rounds = [list(pg.plan_pieces(batch, self.hp.eval_seq_len, self.stride)) for batch in batches]
+        for pieces in rounds[:-1]:
+            pieces.append(pg.Segment(np.zeros((0, 3), dtype=np.int64), useful=np.ones(1, dtype=bool)))
+        return pg.Plan(rounds, len(rounds), count=len(documents))
+
+    def score(self, tokens, segment, bar):
+        if len(segment.windows) == 0:
+            return np.zeros(0, dtype=np.float32)
+        self.scored += [tokens[start : end + 1] for start, _, end in segment.windows]
+        return super().score(tokens, segment, bar)
+
+    def learn(self, tokens, segment):
+        if len(segment.windows):
+            return super().learn(tokens, segment)
+        parameters = list(self.model.requires_grad_(True).parameters())
+        texts = [torch.from_numpy(text.astype(np.int64))[None] for text in self.scored]
+        loss = torch.stack([self.model(text[:, :-1], text[:, 1:]).mean() for text in texts]).mean()
+        with torch.no_grad():
+            torch._foreach_add_(parameters, torch.autograd.grad(loss, parameters), alpha=-0.2)
+        self.model.requires_grad_(False)
+
+
+def test_a_new_method_is_one_class_and_one_row(monkeypatch):
+    monkeypatch.setitem(pg.TTT_METHODS, "lora", PhasedLoRA)
+    hp, tokens = lora_hp(val_batch_size=32, eval_max_seconds=1000.0), documents_of(LENGTHS)  # two documents a batch
+    evaluation = evaluation_of(build_model(hp), hp, tokens)
+    scores = evaluation.score_all()
+    assert list(scores)[-1] == "legal_ttt" and "ttt:start documents:8 " in "\n".join(evaluation.run.log)
+    assert all(torch.equal(w, evaluation.tensors[name].data) for name, w in weights_of(evaluation.model).items())
+    ours, changed = scores_of(evaluation), tokens.copy()
+    assert scores["legal_ttt"].nats == ours.sum(dtype=np.float64)
+    changed[60] = 9 if tokens[60] != 9 else 10  # within the fifth document, of the third batch
+    after = scores_of(evaluation_of(build_model(hp), hp, changed))
+    assert np.array_equal(ours[:59], after[:59])
+    assert (ours[sum(LENGTHS[:6]) :] != after[sum(LENGTHS[:6]) :]).all(), "the fourth batch hears of it"
 
 
 # -----------------------------------------------------------------------------
@@ -520,9 +579,7 @@ def test_the_temperature_is_that_of_the_chunks_before():
     model = build_model(hp)
     with torch.no_grad():
         model.tok_emb.weight.mul_(4.0)  # much too sure of itself
-    stored = {name: pg.Stored("fp32", w, None) for name, w in weights_of(model).items()}
-    evaluation = pg.Evaluation(make_run(hp, tokens=tokens), stored)
-    ours = evaluation.adapted(evaluation.run.val, hp.eval_stride)
+    ours = scores_of(evaluation_of(model, hp, tokens))
     columns = columns_of(model, tokens, hp, pg.TEMPERATURES)
     assert pg.TEMPERATURES[8] == 1.0 and pg.TEMPERATURES[0] == pytest.approx(0.8) and len(pg.TEMPERATURES) == 17
     chosen = []
@@ -548,13 +605,12 @@ def by_counting(tokens: np.ndarray, scored: int, i: int, x: int, alpha: float, v
 
 
 def test_ngrams_are_exact_counts_of_scored_text():
-    tokens = random_tokens(400, vocab_size=7, seed=3)
-    ngrams = pg.NGrams(7, 1.5)
+    tokens = random_tokens(400, vocab_size=8, seed=3)
+    readout = pg.Readout(tiny_hp(vocab_size=8, hedge_alpha=1.5, hedge_enabled=True))
     for first, end in ((0, 1), (1, 90), (90, 91), (91, 300)):
-        ngrams.add(tokens[: end + 1], first)
-    contexts, targets = ngrams.keys(tokens, 300)
-    ours = np.stack(ngrams.probabilities(contexts, targets), -1)
-    wanted = [by_counting(tokens, 300, i, int(tokens[i + 1]), 1.5, 7) for i in range(300, 399)]
+        readout.add(*readout.keys(tokens[: end + 1], first))
+    ours = readout.ngrams(*readout.keys(tokens, 300))
+    wanted = [by_counting(tokens, 300, i, int(tokens[i + 1]), 1.5, 8) for i in range(300, 399)]
     np.testing.assert_allclose(ours, wanted, rtol=1e-12)
 
 
@@ -575,9 +631,8 @@ def test_counts_survive_any_order_of_merges(seed):
 def test_the_mixture_is_hedge_by_its_definition(temperature):
     hp = tiny_hp(hedge_enabled=True, hedge_eta=0.7, hedge_alpha=2.0, ttt_lr=0.0, ttt_temperature=temperature)
     tokens, model = random_tokens(N + 1), build_model(hp)
-    stored = {name: pg.Stored("fp32", w, None) for name, w in weights_of(model).items()}
-    evaluation = pg.Evaluation(make_run(hp, tokens=tokens), stored)
-    ours = evaluation.adapted(evaluation.run.val, hp.eval_stride)
+    evaluation = evaluation_of(model, hp, tokens)
+    ours = scores_of(evaluation)
     grid = pg.TEMPERATURES if temperature else (1.0,)
     columns = columns_of(model, tokens, hp, (*grid, hp.hedge_temperature)).astype(np.float64)
     weights = np.full(5, 0.2)
@@ -589,7 +644,7 @@ def test_the_mixture_is_hedge_by_its_definition(temperature):
             assert ours[i] == pytest.approx(-math.log(weights @ p), abs=1e-4)
             weights = weights * p**0.7
             weights /= weights.sum()
-    assert evaluation.readout.ngrams.followed[0].runs == [], "the next evaluation starts anew"
+    assert evaluation.passes["legal_ttt"].readout.followed.runs == [], "the next evaluation starts anew"
 
 
 def test_a_mixture_over_the_vocabulary_sums_to_one():
@@ -599,7 +654,7 @@ def test_a_mixture_over_the_vocabulary_sums_to_one():
     every, rng = np.arange(48), np.random.default_rng(0)
     logits = rng.normal(size=48)
     columns = np.stack([pg.log_sum_exp(logits / t) - logits / t for t in readout.temperatures], -1)
-    contexts, _ = readout.ngrams.keys(tokens[:62], 60)
-    log_p = readout.experts(columns, [np.repeat(c, 48) for c in contexts], every)
+    contexts, _ = readout.keys(tokens[:62], 60)
+    log_p = readout.experts(columns, np.repeat(contexts, 48, axis=1), every)
     mixture = np.exp(pg.log_sum_exp(readout.log_weights + log_p) - pg.log_sum_exp(readout.log_weights))
     assert mixture.sum() == pytest.approx(1, abs=1e-9) and np.exp(log_p).sum(0) == pytest.approx(np.ones(5))

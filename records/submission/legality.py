@@ -295,8 +295,9 @@ class Settings:
 
     def parameter(self, function: ast.AST, name: str) -> Any:
         """What every call of a function gives for a parameter."""
-        calls = self.calls.get(getattr(function, "name", ""), [])
-        if not calls or function.name in self.handed or self.functions.get(function.name) is not function:
+        called = getattr(function, "name", "")  # a lambda has none
+        calls = self.calls.get(called, [])
+        if not calls or called in self.handed or self.functions.get(called) is not function:
             return UNKNOWN
         names, given = parameters(function), []
         defaults = dict(zip(reversed(names[: len(function.args.args)]), reversed(function.args.defaults), strict=False))
@@ -481,7 +482,24 @@ class Pruner(ast.NodeTransformer):
 
 def prune(tree: ast.Module, logged: Mapping[str, Any]) -> ast.Module:
     """The tree without what the settings switch off (changes it)."""
-    return Pruner(Settings(tree, logged)).generic_visit(tree)
+    settings = Settings(tree, logged)
+    tree = Pruner(settings).generic_visit(tree)
+    keep_rows(tree, settings)
+    return tree
+
+
+def keep_rows(tree: ast.Module, settings: Settings) -> None:
+    """A module's tables of functions or classes that are only read by known settings keep the rows that these name."""
+    nodes = list(ast.walk(tree))
+    for table in (node for node in tree.body if isinstance(node, (ast.Assign, ast.AnnAssign))):
+        rows, names = table.value, {name_of(target) for target in targets_of(table)} - {""}
+        if not (isinstance(rows, ast.Call) and name_of(rows.func) == "dict" and not rows.args and not is_open(rows)):
+            continue
+        uses = {id(node) for node in nodes if name_of(node) in names and isinstance(node.ctx, ast.Load)}
+        reads = [node for node in nodes if isinstance(node, ast.Subscript) and id(node.value) in uses]
+        keys = [settings.value(node.slice, ()) for node in reads]
+        if reads and len(reads) == len(uses) and all(isinstance(key, str) for key in keys):
+            rows.keywords = [row for row in rows.keywords if row.arg in keys]
 
 
 def reachable(tree: ast.Module) -> ast.Module:
@@ -730,9 +748,14 @@ class Flow:
                 inner = [event for part in arguments for event in self.expression(part, state)]
                 return [*inner, self.kept(node, state)]
         events: list[Event] = []
+        meant = []
         for function, levels in self.targets(node, state):
             self.called.add(id(function))
-            events += self.summary(function, levels, state.quiet)[0]
+            meant.append(self.summary(function, levels, state.quiet))
+        # Several may be meant: where one of them makes its result without a certain score, none is for certain.
+        doubt = any(level == RESULT and all(event.kind != "score" for event in found) for found, level in meant)
+        for event in (event for found, _ in meant for event in found):
+            events.append(event._replace(kind="score?") if doubt and event.kind == "score" else event)
         for part in arguments:  # a function that is handed over is taken as called here: closures, callbacks
             for function in self.by_name.get(part.id, ()) if isinstance(part, ast.Name) else ():
                 if id(function) not in self.methods and name not in {"compile", "checkpoint", "print"}:
@@ -926,7 +949,7 @@ def order_of_events(tree: ast.Module) -> Iterator[Finding]:
                 later = event.kind == "late" or (scores and scores[-1] > i)
                 earlier = scores and scores[0] < i
                 text = texts[rule].format(line=where)
-                if not later and (earlier or scores):
+                if not later and (earlier or scores) and not (doubt and kept):
                     continue  # after every score: it can change none
                 if kept and (doubt or not later):
                     # One forward can give the score and, before any step, the gradient. But a loss that is logged looks
