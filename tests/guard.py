@@ -6,10 +6,13 @@
 Each recipe, and settings that no recipe has, run at world sizes 1 and 2, in fp32 and bf16, with the script of COMMIT
 and with the one of the working tree: the same data, the same machine, one thread. Their artifacts' tensors, decoded by
 the present reader, and all scores must be equal to the bit; whether the files are is told too, as a header may change.
+A fitted artifact makes room for a larger header: there, as many packs, a file in the window and about the same scores.
 One line a run, exit code 1 where something differs.
 """
 
 import itertools
+import math
+import re
 import subprocess
 import sys
 import tempfile
@@ -68,7 +71,14 @@ def differences(then: Ran, now: Ran) -> Iterator[str]:
     if then.code or now.code:
         yield f"exit codes {then.code} and {now.code}"
         return
-    (_, theirs), (_, ours) = (pg.unpack_artifact(ran.artifact) for ran in (then, now))
+    (header, theirs), (our_header, ours) = (pg.unpack_artifact(ran.artifact) for ran in (then, now))
+    fits = [fit_of(ran) for ran in (then, now)]
+    if (
+        all(fits)
+        and header["architecture"] | header["evaluation"] != our_header["architecture"] | our_header["evaluation"]
+    ):
+        yield from fit_differences(then, now, *fits)
+        return
     if theirs.keys() != ours.keys():
         yield f"other tensors: {sorted(theirs.keys() ^ ours.keys())}"
     for name in theirs.keys() & ours.keys():
@@ -78,6 +88,26 @@ def differences(then: Ran, now: Ran) -> Iterator[str]:
             yield f"{name} differs"
     if then.result["scores"] != now.result["scores"]:
         yield f"scores {then.result['scores']} and {now.result['scores']}"
+
+
+def fit_of(ran: Ran) -> tuple[int, int] | None:
+    """(packs, bytes left below the cap) of a fitted artifact."""
+    text = ran.log.read_text("utf-8")
+    left = re.search(r"^fit:factor:\S+ left:(-?\d+)$", text, re.MULTILINE)
+    return (len(re.findall(r"^fit:\d+ factor:", text, re.MULTILINE)), int(left[1])) if left else None
+
+
+def fit_differences(then: Ran, now: Ran, old_fit: tuple[int, int], new_fit: tuple[int, int]) -> Iterator[str]:
+    """Of two artifacts that were fitted beside headers of different lengths."""
+    (old_packs, old_left), (packs, left) = old_fit, new_fit
+    if packs > old_packs:
+        yield f"{packs} packs to fit, {old_packs} before"
+    if (0 <= left <= pg.FIT_WINDOW) != (0 <= old_left <= pg.FIT_WINDOW):
+        yield f"{left} bytes left of the cap, {old_left} before"
+    old_scores, scores = then.result["scores"], now.result["scores"]
+    far = [k for k in old_scores if not math.isclose(old_scores[k]["val_loss"], scores[k]["val_loss"], rel_tol=2e-3)]
+    if old_scores.keys() != scores.keys() or far:
+        yield f"scores {old_scores} and {scores}"
 
 
 def main(commit: str, words: list[str]) -> int:

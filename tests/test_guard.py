@@ -40,6 +40,31 @@ def test_one_code_one_scale_and_one_digit_of_a_score_are_differences(ran, tmp_pa
     assert list(guard.differences(ran._replace(code=2), ran)) == ["exit codes 2 and 0"]
 
 
+def test_a_fit_beside_another_header_may_move_within_its_window_and_packs(ran, tmp_path):
+    def fitted(name: str, packs: int, left: int, **changes) -> Ran:
+        (tmp_path / name).mkdir()
+        log = tmp_path / name / "log.txt"
+        log.write_text(
+            "".join(f"fit:{k + 1} factor:1.0 …\n" for k in range(packs)) + f"fit:factor:1.000000 left:{left}\n"
+        )
+        other = changed(ran, tmp_path / name, lambda stored: stored._replace(data=stored.data.roll(1)), **changes)
+        header, tensors = pg.unpack_artifact(other.artifact)
+        header["architecture"]["xsa_last_n"] = 0 if name != "then" else header["architecture"]["xsa_last_n"]
+        (tmp_path / name / "artifact.pgolf").write_bytes(pg.pack_artifact(header, tensors, "lzma"))
+        return other._replace(log=log)
+
+    label, score = next(iter(ran.result["scores"].items()))
+    then = fitted("then", 2, 100)
+    assert list(guard.differences(then, fitted("near", 2, 4000))) == []
+    (said,) = guard.differences(then, fitted("more", 3, 100))
+    assert said == "3 packs to fit, 2 before"
+    (said,) = guard.differences(then, fitted("outside", 2, 5000))
+    assert said == "5000 bytes left of the cap, 100 before"
+    worse = {label: score | dict(val_loss=1.01 * score["val_loss"])}
+    (said,) = guard.differences(then, fitted("worse", 2, 100, **worse))
+    assert said.startswith("scores ")
+
+
 def test_every_recipe_is_guarded_in_both_dtypes():
     named = guard.configurations([])
     for path in (ROOT / "records" / "recipes").glob("*.env"):
