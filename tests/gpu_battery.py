@@ -573,12 +573,14 @@ def resume(bench: Bench) -> None:
     expect(off <= (0 if bench.cpu else 0.02), f"the resumed run ends {off:.3g} nats from the undisturbed one")
 
 
+LAST = "the last layer"
 VARIANTS = {  # between them every branch of the model's forward
     "default": {},
     "more": dict(QAT_ENABLED=1, NUM_LOOPS=2, LOOP_START=1, LOOP_END=1, MLP_KIND="swiglu", VALUE_RESIDUAL=1)
-    | dict(GATED_ATTENTION=1, NUM_KV_HEADS=4, ROPE_DIMS=0),
+    | dict(GATED_ATTENTION=1, NUM_KV_HEADS=4, ROPE_DIMS=0, SKIP_GATES_ENABLED=1, SPARSE_ATTN_GATE_ENABLED=1)
+    | dict(SMEAR_GATE_KIND="token"),
     "less": dict(MLP_KIND="star_relu", TIE_EMBEDDINGS=0, BIGRAM_VOCAB_SIZE=0, SMEAR_GATE_ENABLED=0, VE_ENABLED=0)
-    | dict(XSA_LAST_N=0, UNET_SKIPS=0, LN_SCALE=0),
+    | dict(XSA_LAST_N=0, UNET_SKIPS=0, LN_SCALE=0, PARALLEL_START_LAYER=LAST),
 }
 
 
@@ -591,9 +593,9 @@ def variants(bench: Bench) -> None:
     import train_gpt as pg
 
     for name, changes in VARIANTS.items():
-        hp = hyperparameters(
-            bench.settings(small=True, VOCAB_SIZE=512, COMPILE=1) | {k: str(v) for k, v in changes.items()}
-        )
+        settings = bench.settings(small=True, VOCAB_SIZE=512, COMPILE=1)
+        last = int(settings["NUM_LAYERS"]) - 1
+        hp = hyperparameters(settings | {k: str(last if v == LAST else v) for k, v in changes.items()})
         run = helpers.make_run(hp)._replace(compile=True)
         model = helpers.randomize(run.build(hp.train_seq_len)).to(bench.device)
         qat, forward = pg.QAT(model, hp), run.compiled(model)
