@@ -97,7 +97,9 @@ def test_its_saved_weights_give_the_same_artifact_again(ran, tiny_data, tmp_path
 # -----------------------------------------------------------------------------
 
 EVERYTHING = dict(VALUE_RESIDUAL=1, GATED_ATTENTION=1, MLP_KIND="swiglu", NUM_LOOPS=2, LOOP_START=1, LOOP_END=1,
-                  ENABLE_LOOPING_AT=0.4, DECODER_LR_MULT=2, CROWN_Q=1000, ATTN_OUT_BITS=8)  # fmt: skip
+                  ENABLE_LOOPING_AT=0.4, DECODER_LR_MULT=2, CROWN_Q=1000, ATTN_OUT_BITS=8, SKIP_GATES_ENABLED=1,
+                  SPARSE_ATTN_GATE_ENABLED=1, SMEAR_GATE_KIND="token", PARALLEL_START_LAYER=2, MUON_ROW_NORMALIZE=1,
+                  EMBED_WD=0.085, MIN_LR=0.05)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +123,7 @@ def worlds(tiny_data, tmp_path_factory) -> dict[str, dict]:
     evaluation = dict(EVAL_ONLY="1", ARTIFACT_PATH=str(alone.folder / "artifact.pgolf"))
     named = {name: evaluation | changes for name, changes in passes.items()}
     named["gptq"] = gptq | dict(GPTQ_CALIBRATION_TOKENS="2048")
-    named["rd"] = named["gptq"] | dict(QUANT="rd", FIT_TO_CAP="1", COMPRESSOR="ans")
+    named["rd"] = named["gptq"] | dict(QUANT="rd", FIT_TO_CAP="1", COMPRESSOR="ans", GPTQ_HEAD_ENABLED="1")
     ones = {name: run_here(folder / "alone", tiny_data, name, **changes) for name, changes in named.items()}
     jobs += [job(name, **changes) for name, changes in named.items()]
     _, codes = jobs_in_world(2, folder, jobs)
@@ -174,6 +176,11 @@ def test_a_run_with_every_technique_resumes_to_the_same_artifact(step, tiny_data
     then = run_here(tmp_path / "parts", tiny_data, "run", **settings, RESUME="auto")
     assert then.code == 0 and f"resume:step:{step} " in then.out
     assert then.result["artifact_sha256"] == whole.result["artifact_sha256"]
+
+
+def test_gates_lanes_and_loops_pass_the_audit(tiny_data, tmp_path):
+    ran = run_here(tmp_path, tiny_data, **EVERYTHING, LOOP_VECTORS=0, AUDIT=1, VAL_LOSS_EVERY=0)
+    assert ran.code == 0 and all(finding["passed"] for finding in ran.result["audit"].values())
 
 
 # -----------------------------------------------------------------------------
