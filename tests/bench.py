@@ -323,11 +323,16 @@ class Phases:
         run = run._replace(ranks=ranks, phases=pg.Phases(ranks.device), dtype=dtype, attend=attend, compile=compile)
         self.run = run._replace(val=pg.load_validation(hp), folder=folder)
 
+    def say(self, what: str) -> None:
+        if self.run.ranks.is_main:
+            print(f"measuring {what}", file=sys.stderr, flush=True)
+
     def keep(self, spent: Mapping[str, Sequence[float]]) -> None:
         self.seconds |= {name: Spread.of(values) for name, values in spent.items()}
 
     def train(self, trace: Path | None) -> pg.Trainer:
         """A step as it is, in turn with one whose parts are watched."""
+        self.say("steps")
         run, trainer = self.run, pg.Trainer(self.run)
         trainer.warm_up()
         loader = pg.BatchLoader(run.stream, self.hp, run.ranks, run.log)
@@ -370,6 +375,7 @@ class Phases:
 
     def export(self, trainer: pg.Trainer) -> bytes:
         """Calibration, quantization and coding by the run's own clock; the artifact."""
+        self.say("exports")
         names, spent = dict(calibrate="calibration", quantize="quantize", compress="encode", fit="fit"), {}
         weights = trainer.exported_weights()[1]
         for i in range(1 + self.repeats):
@@ -386,6 +392,7 @@ class Phases:
 
     def evaluate(self, blob: bytes) -> None:
         """The passes over the cut split, by the run's own log."""
+        self.say("passes over a little text")
         run, spent = self.run._replace(log=Lines()), {}
         evaluation = pg.Evaluation(run, pg.unpack_artifact(blob)[1])
         for i in range(1 + self.repeats):
@@ -414,7 +421,7 @@ def measure_phases(args: argparse.Namespace, environ: dict[str, str], folder: Pa
     speeds = matmul_peak(forward.products, device, dtype, args.repeats)
     bandwidth = memory_bandwidth(device, args.repeats, 1 << 24 if args.quick else 1 << 28)
     own = ranks.sum_(torch.tensor(load.own_seconds(), dtype=torch.float64, device=device)).item()
-    others = load.others(own)  # of other hosts' processors it knows nothing
+    others = load.others(own) if pg.Place.from_env(environ).local_size == ranks.size else None  # it sees one host
     ranks.close()
     flops, moved, peak = step_flops(hp), optimizer_bytes(hp, ranks.size, dtype), max(speeds.values())
     step, seconds = bench.seconds["step"], bench.seconds
@@ -650,6 +657,8 @@ def main(argv: Sequence[str], environ: Mapping[str, str]) -> int:
             found = bench(args, environ, Path(folder))
         if environ.get("RANK", "0") == "0":
             report(args, found)
+    except BrokenPipeError:  # `| head`: who reads has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (BenchError, ExperimentError, pg.UserError, pg.LimitError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -657,15 +666,16 @@ def main(argv: Sequence[str], environ: Mapping[str, str]) -> int:
 
 
 def report(args: argparse.Namespace, found: Mapping) -> None:
+    if args.json is not None:
+        pg.write_atomic(args.json, [(json.dumps(found, indent=1) + "\n").encode()])
     facts = ("recipe", "device", "dtype", "torch", "threads", "world_size")
     print(f"bench: {', '.join(f'{name} {found[name]}' for name in facts)}")
     for line in (show_ratios if args.against else show_phases)(found):
         print(line)
-    if args.json is not None:
-        pg.write_atomic(args.json, [(json.dumps(found, indent=1) + "\n").encode()])
-        print(f"wrote {args.json}")
+    sys.stdout.flush()
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # a run is ended, the temporary folder goes
+    for number in (signal.SIGINT, signal.SIGTERM):  # what runs is ended and the temporary folder goes
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
     sys.exit(main(sys.argv[1:], os.environ))

@@ -1,6 +1,7 @@
 """The benchmark counts what is computed, its phases are the step's, and a ratio is a result only on an idle machine."""
 
 import json
+import time
 from pathlib import Path
 
 import bench
@@ -129,6 +130,34 @@ def test_time_inside_another_phase_counts_once(monkeypatch):
     assert watch.seconds == dict(outer=20, inner=10) and not watch.open
 
 
+def test_what_is_slow_is_in_the_phase_that_says_so(recipe, tiny_data, tmp_path, monkeypatch):
+    parts = {
+        "data wait": (pg.BatchLoader, "next"),
+        "forward": (pg.GPT, "forward"),
+        "backward": (torch.Tensor, "backward"),
+        "optimizer": (pg.Optimizers, "step"),
+        "averaging": (pg.Averages, "update"),
+        "other": (pg.Clock, "post"),
+    }
+    seconds = {name: 0.02 * (i + 1) for i, name in enumerate(parts)}
+
+    def slowed(work, wait: float):
+        def slow(*args, **more):
+            time.sleep(wait)
+            return work(*args, **more)
+
+        return slow
+
+    for name, (owner, method) in parts.items():
+        monkeypatch.setattr(owner, method, slowed(getattr(owner, method), seconds[name]))
+    environ = bench.environment(recipe, clean_environ(DATA_PATH=tiny_data, WARMUP_STEPS=0))
+    phases = bench.Phases(pg.Hyperparameters.from_env(environ), environ, tmp_path, repeats=1)
+    phases.train(trace=None)
+    found = {name: spread.median for name, spread in phases.seconds.items()}
+    assert {*found} == {*seconds, "step"}
+    assert all(found[name] >= seconds[name] for name in seconds) and found["step"] >= sum(seconds.values())
+
+
 def test_the_phases_of_a_step_are_the_step(command, capsys, tmp_path):
     assert command("--trace", tmp_path / "trace.json", GPTQ_ENABLED="1", GPTQ_CALIBRATION_TOKENS="512") == 0
     found, out = command.found(), capsys.readouterr().out
@@ -173,6 +202,14 @@ def test_a_script_is_as_fast_as_itself(command, capsys):
     assert list(ratios) == list(bench.COMPARED)
     assert all(0.02 < ratio["median"] < 50 and ratio["verdict"] == "undecided" for ratio in ratios.values()), ratios
     assert len({*command.found()["code_sha256"].values()}) == 1
+
+
+@pytest.mark.slow
+def test_a_script_of_long_ago_can_be_compared(command, capsys):
+    code = command("--against", "105231d", "--pairs", "1", "--busy")
+    if "neither a file nor a commit" in capsys.readouterr().err:
+        pytest.skip("this checkout's history begins later")
+    assert code == 0 and list(command.found()["ratios"]) == list(bench.COMPARED)
 
 
 def test_pairs_turn_and_a_faster_script_is_called_so(command, fake, monkeypatch, capsys):
