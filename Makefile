@@ -1,5 +1,6 @@
 # make train: from nothing to a scored artifact (about two minutes of training on two CPU cores). make test: all tests
-# but the slow ones; make test-slow: those.
+# but the slow ones; make test-slow: those. make bench: where the time of a run goes; BENCH has its arguments, as in
+#   make bench BENCH="--against HEAD"
 PYTHON ?= python3
 # A plain `pip install torch` on Linux fetches the CUDA build. CPU only, smaller:
 #   make train PIP_FLAGS="--extra-index-url https://download.pytorch.org/whl/cpu" TORCH=torch==2.13.0+cpu
@@ -11,7 +12,7 @@ DEMO_DATA := data/datasets/offline
 # Two torch processes on two cores spin against each other with libgomp's default policy (measured: up to 37x slower).
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: train test test-slow lint clean
+.PHONY: train test test-slow bench lint clean
 .DELETE_ON_ERROR:
 
 train: $(DEMO_DATA)/manifest.json
@@ -22,6 +23,9 @@ test: .venv/dev
 
 test-slow: .venv/dev
 	$(BIN)/python -m pytest -m slow
+
+bench: .venv/run
+	$(BIN)/python tests/bench.py $(BENCH)
 
 lint: .venv/dev
 	$(BIN)/ruff check .

@@ -158,21 +158,6 @@ def matmul_peak(bench: Bench) -> float:
     return 2 * n**3 / (milliseconds(lambda: a @ b, 10) / 1000)
 
 
-def train_flops(hp) -> float:
-    """FLOPs of training on one token: three times those of a forward, which are two for each weight of each product
-    (the head's too, no table's) and four times the width for each position that is attended to, half the context."""
-    import torch
-
-    import train_gpt as pg
-
-    with torch.device("meta"):
-        model = pg.GPT(hp, 2, pg.sdpa, torch.float32)
-    weights = sum(m.weight.numel() for m in model.modules() if isinstance(m, pg.CastedLinear))
-    weights += model.tok_emb.weight.numel() if hp.tie_embeddings else 0
-    attended = 4 * hp.model_dim * hp.train_seq_len / 2 * hp.num_layers
-    return 3 * (2 * weights + attended)
-
-
 def hyperparameters(environ: dict[str, str]):
     import train_gpt as pg
 
@@ -254,6 +239,7 @@ def data(bench: Bench) -> None:
 def step(bench: Bench, **changes) -> None:
     """The default model compiled: the training loop as it is, timed by its own clock; then where a step's time goes."""
     import torch
+    from bench import step_flops
 
     import train_gpt as pg
 
@@ -286,7 +272,7 @@ def step(bench: Bench, **changes) -> None:
         spread_ms=max(list(trainer.clock.durations)[2:]) - ms,
         tokens_per_s=hp.train_batch_tokens / ms * 1000,
     )
-    flops = train_flops(hp) * hp.train_batch_tokens / (ms / 1000)
+    flops = sum(step_flops(hp).values()) / (ms / 1000)
     figure(model_tflops=flops / 1e12, of_matmul_peak=flops / peak, peak_mib=allocated, reserved_mib=reserved)
     figure(loss=trainer.clock.loss, recompiled=graphs() - compiled)
     expect(

@@ -31,14 +31,31 @@ def busy_seconds() -> float | None:
     return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
 
 
+class Load:
+    """Cores that work other than this process and its ended children takes, from its making on."""
+
+    def __init__(self):
+        self.busy, self.own, self.start = busy_seconds(), os.times(), time.monotonic()
+
+    def own_seconds(self) -> float:
+        return sum(os.times()[:4]) - sum(self.own[:4])
+
+    def others(self, own_seconds: float | None = None) -> float | None:
+        """None where the machine does not say; own_seconds where more than this process is no other work."""
+        now, wall = busy_seconds(), time.monotonic() - self.start
+        if self.busy is None or now is None:
+            return None
+        own = self.own_seconds() if own_seconds is None else own_seconds
+        return max(0.0, (now - self.busy - own) / wall)
+
+
 def time_one(job: Job, out: Path, names: Sequence[str], steps: int, tag: str) -> tuple[float, float | None]:
     """(median milliseconds of a step, cores that other work took meanwhile). The run ends with its last step."""
     run_id = f"time-{job.run_id}-{tag}"
     environ = shell(names) | job.environ | STEPS | dict(ITERATIONS=str(steps), SEED=str(job.row["seed"]), RUN_ID=run_id)
     environ |= dict(OUT_DIR=str(out), OMP_NUM_THREADS=str(job.row["threads"]), OMP_WAIT_POLICY="PASSIVE")
     command = [*(shlex.split(job.row["launch"]) or [sys.executable]), str(job.script)]
-    marks, tail, others = [], deque(maxlen=5), None
-    before, own, start = busy_seconds(), os.times(), time.monotonic()
+    marks, tail, load = [], deque(maxlen=5), Load()
     process = subprocess.Popen(
         command, env=environ | dict(PYTHONUNBUFFERED="1"), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
@@ -51,14 +68,11 @@ def time_one(job: Job, out: Path, names: Sequence[str], steps: int, tag: str) ->
                 break
     process.stdout.close()
     process.wait()
-    wall, now, after = time.monotonic() - start, os.times(), busy_seconds()
+    others = load.others()
     shutil.rmtree(out / "runs" / run_id, ignore_errors=True)
     (out / "logs" / f"{run_id}.txt").unlink(missing_ok=True)
     if len(marks) < 4:
         raise ExperimentError(f"{job.row['name']}: no steps to time: {tail[-1] if tail else 'no output'}")
-    if before is not None and after is not None:
-        spent = sum(now[:4]) - sum(own[:4])
-        others = max(0.0, (after - before - spent) / wall)
     return statistics.median(b - a for a, b in zip(marks[1:], marks[2:], strict=False)), others
 
 
