@@ -5194,7 +5194,7 @@ class Checks(Log):
                 print(f"check: {line}", flush=True)
 
 
-TRIED_SECONDS = 1.0  # of what --check tries, by its multiplications; all the rest takes a few times as long
+TRIED_SECONDS = 0.1  # of what --check tries, by its multiplications alone; a CPU takes ten times as long in fact
 
 
 def check_job(run: Run, job: Job) -> int:
@@ -5203,7 +5203,7 @@ def check_job(run: Run, job: Job) -> int:
     hp, log, ranks, device = run.hp, run.log, run.ranks, run.ranks.device
     quiet = run._replace(log=Log(None), phases=Phases(device))
     ones = torch.ones(1024, 1024, device=device, dtype=run.dtype)
-    flops = 2 * 1024**3 / min(seconds_of(run, lambda: ones @ ones) for _ in range(3))
+    flops = 4 * 2 * 1024**3 / min(seconds_of(run, lambda: [ones @ ones for _ in range(4)]) for _ in range(3))
     if device.type == "cuda" and not run.compile:
         log("warning: COMPILE=0 trains and scores uncompiled")
     if ranks.is_main:
@@ -5277,13 +5277,13 @@ def check_size(run: Run, job: Job, log: Log) -> None:
 
 def check_training(run: Run, flops: float, log: Log) -> None:
     """A step's time from synthetic tokens, before and after all that comes on while a run trains, and the steps that
-    the clock holds. On a slow device the micro-batch is cut, which moves a step's time little."""
-    hp, length, cap_ms = run.hp, run.hp.train_seq_len, 1000 * run.hp.max_wallclock_seconds
+    the clock holds. A CPU gets a smaller micro-batch, which makes a step seem longer."""
+    hp, length, cuda = run.hp, run.hp.train_seq_len, run.ranks.device.type == "cuda"
     rows, row_s = hp.train_batch_tokens // run.ranks.size // length, 6 * count_weights(hp) * length / flops
-    if row_s > TRIED_SECONDS:
+    if row_s > 4 * TRIED_SECONDS:
         return log(f"training not measured: a step takes more than {rows * row_s:.0f} s here")
-    fit = range(1, max(1, min(hp.micro_batch(run.ranks.size) // length, int(TRIED_SECONDS / row_s))) + 1)
-    micro = max(n for n in fit if rows % n == 0)
+    most = min(hp.micro_batch(run.ranks.size) // length, 1 << 30 if cuda else int(TRIED_SECONDS / row_s))
+    micro = max(n for n in range(1, max(1, most) + 1) if rows % n == 0)
     trainer = Trainer(run._replace(hp=dataclasses.replace(hp, warmup_steps=1, micro_batch_tokens=micro * length)))
     trainer.warm_up()
     tokens, clock, ms = torch.randint(hp.vocab_size, (micro, length)).to(run.ranks.device), trainer.clock, []
@@ -5295,11 +5295,11 @@ def check_training(run: Run, flops: float, log: Log) -> None:
     variants = [*itertools.product(*(switch.states for switch in trainer.switches))]
     for variant in dict.fromkeys((variants[0], variants[-1])):
         trainer.set_switches(variant)
+        works[0][1]()  # one that is not timed
         ms.append(1000 * sum(times * seconds_of(run, work) for times, work in works))
-    held = [max(1, int((cap_ms - clock.reserve_ms) / m) - 2) if cap_ms else hp.iterations for m in ms]
-    step_ms, steps = (
-        " then ".join(map(str, f)) for f in ([round(m, 1) for m in ms], [min(hp.iterations, n) for n in held])
-    )
+    left_ms = 1000 * hp.max_wallclock_seconds - clock.reserve_ms if hp.max_wallclock_seconds else math.inf
+    steps = [math.floor(min(hp.iterations, max(1, left_ms / m - 2))) for m in ms]  # as out_of_time leaves
+    step_ms, steps = (" then ".join(map(str, figures)) for figures in ([round(m, 1) for m in ms], steps))
     log(f"training step_ms:{step_ms} steps:{steps} of:{hp.iterations} limit:{hp.max_wallclock_seconds:g}")
     clock.durations.extend(5 * ms[:1])
     warn_of_warmdown(hp, clock, log)
@@ -5310,11 +5310,18 @@ def check_evaluation(run: Run, tensors: Mapping[str, Stored] | None, flops: floa
     hp, val, context, limit = run.hp, run.val, run.hp.eval_seq_len, run.hp.eval_max_seconds
     forwards = 1 + (1 + hp.ttt_enabled) * context / (hp.eval_stride or context) + 3 * hp.ttt_epochs * hp.ttt_enabled
     target_s = 2 * count_weights(hp) * forwards / flops / run.ranks.size
-    if 4 * context * target_s > 4 * TRIED_SECONDS:
+    if 2 * context * target_s > 10 * TRIED_SECONDS:
         return log(f"evaluation not measured: it takes more than {val.targets * target_s:.0f} s here")
-    n = min(val.targets, max(4 * context, int(TRIED_SECONDS / target_s)))
+    n = min(val.targets, max(2 * context, int(TRIED_SECONDS / target_s)))
     chunk = 0 if hp.ttt_params == "lora" else min(hp.ttt_chunk_tokens, n // 2)
-    less = dataclasses.replace(hp, ttt_chunk_tokens=max(1, chunk), ttt_max_chunks=0, eval_max_seconds=0.0)
+    batch = max(1, n // 4 // (hp.eval_stride or context)) * context * run.ranks.size  # more would be padding
+    less = dict(
+        val_batch_size=min(batch, hp.val_batch_size),
+        ttt_chunk_tokens=max(1, chunk),
+        ttt_max_chunks=0,
+        eval_max_seconds=0.0,
+    )
+    less = dataclasses.replace(hp, **less)
     run = run._replace(hp=less, val=val._replace(tokens=val.tokens[: n + 1], bytes=val.bytes[:n]))
     if tensors is None:
         init_weights(model := run.build(context), hp)
