@@ -9,6 +9,7 @@ the validation split in bits per byte: plain windows, sliding windows, and legal
     torchrun --standalone --nproc_per_node=8 train_gpt.py             eight GPUs (NCCL) or eight CPU processes (gloo)
     torchrun --nnodes=2 --node_rank=$N --nproc_per_node=8 \\
              --rdzv_backend=c10d --rdzv_endpoint=$HOST:29500 train_gpt.py          two hosts; N is 0 or 1
+    python train_gpt.py --check                                       what would go wrong or be cut; writes nothing
     python train_gpt.py --settings                                    every setting, as a Markdown table
     EVAL_ONLY=1 ARTIFACT_PATH=runs/ID/artifact.pgolf python train_gpt.py           repeat an artifact's scores
 
@@ -5017,37 +5018,56 @@ def read_job(environ: Mapping[str, str]) -> Job:
     return Job(hp, blob if mode.eval_only else None, tensors, sha256, tuple(notes))
 
 
-def open_outputs(hp: Hyperparameters, run_id: str, ranks: Ranks, goes_on: bool) -> tuple[Log, Path]:
+def open_outputs(
+    hp: Hyperparameters, run_id: str, ranks: Ranks, goes_on: bool, checks: "Checks | None"
+) -> tuple[Log, Path]:
     """The log and the folder of results, made on the main rank. Raises UserError where they cannot be made.
 
-    A log of a run that left no checkpoint to go on from is set aside: a log is of one run.
+    A log of a run that left no checkpoint to go on from is set aside: a log is of one run. With `checks` nothing is
+    made, and that is the log.
     """
     path, folder = output_paths(hp, run_id)
     if not ranks.is_main:
-        return Log(None), folder
+        return checks or Log(None), folder
     try:
-        if path.exists() and not hp.resume:
-            open_locked(path).close()  # says so if that run is still alive
-            raise UserError(f"RUN_ID={run_id} has a log already; choose another or move {path} away")
-        if (folder / "result.json").exists():
-            raise UserError(f"RUN_ID={run_id} has ended already: {folder / 'result.json'}; choose another RUN_ID")
-        for parent in (path.parent, folder):
-            parent.mkdir(parents=True, exist_ok=True)
-        written = [p.stat().st_size for p in (path, *find_checkpoints(folder)) if p.exists()]  # by the run that goes on
-        free = shutil.disk_usage(folder).free + sum(written)
-        needed = bytes_to_write(hp)
+        free, needed = check_outputs(hp, path, folder, goes_on), bytes_to_write(hp)
         if free < needed:
             raise UserError(f"OUT_DIR={hp.out_dir} has {free:,} bytes free; this run may write {needed:,}")
+        if checks is not None:
+            checks(f"disk free:{free} may_write:{needed}")
+            return checks, folder
+        for parent in (path.parent, folder):
+            parent.mkdir(parents=True, exist_ok=True)
         log = Log(path)
         if not log.fresh and not goes_on:
-            if log.written().rstrip().rpartition(b"\n")[2].startswith(b"result {"):  # its result.json is elsewhere
-                log.close()
-                raise UserError(f"RUN_ID={run_id} has ended already: see the end of {path}; choose another RUN_ID")
             aside = log.set_aside()
             log(f"log:set_aside {aside} left no checkpoint to go on from")
         return log, folder
     except OSError as error:
         raise UserError(f"cannot write to OUT_DIR={hp.out_dir}: {error.strerror} ({error.filename})") from None
+
+
+def check_outputs(hp: Hyperparameters, path: Path, folder: Path, goes_on: bool) -> int:
+    """Bytes free for this log and folder, neither of which is made. Raises UserError, OSError where a run must not or
+    cannot write there."""
+    if path.exists():
+        with open_locked(path) as file:  # says so if that run is still alive
+            file.seek(0)
+            ended = file.read().rstrip().rpartition(b"\n")[2].startswith(b"result {")
+        if not hp.resume:
+            raise UserError(f"RUN_ID={path.stem} has a log already; choose another or move {path} away")
+        if ended and not goes_on:  # its result.json is elsewhere
+            raise UserError(f"RUN_ID={path.stem} has ended already: see the end of {path}; choose another RUN_ID")
+    if (folder / "result.json").exists():
+        raise UserError(f"RUN_ID={path.stem} has ended already: {folder / 'result.json'}; choose another RUN_ID")
+    for wanted in (path.parent, folder):
+        there = next(p for p in (wanted, *wanted.absolute().parents) if p.exists())
+        try:
+            tempfile.TemporaryFile(dir=there).close()  # a file without a name
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(wanted)) from None
+    written = [p.stat().st_size for p in (path, *find_checkpoints(folder)) if p.exists()]  # by the run that goes on
+    return shutil.disk_usage(there).free + sum(written)
 
 
 def count_weights(hp: Hyperparameters) -> int:
@@ -5056,15 +5076,19 @@ def count_weights(hp: Hyperparameters) -> int:
         return sum(p.numel() for p in GPT(hp, 2, sdpa, torch.float32).parameters())
 
 
+def device_memory(device: torch.device) -> int:
+    """Bytes."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
 def check_memory(hp: Hyperparameters, device: torch.device) -> None:
     """Whether there can be room for the weights and what training keeps of each. Raises UserError.
 
     Without this the kernel kills the run, and no line says why.
     """
-    if device.type == "cuda":
-        memory = torch.cuda.get_device_properties(device).total_memory
-    else:
-        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    memory = device_memory(device)
     count, names = count_weights(hp), "MODEL_DIM, NUM_LAYERS, MLP_MULT or BIGRAM_VOCAB_SIZE"
     needed = 4 * count * (1 if hp.eval_only or hp.export_only else 2 + hp.ema_enabled)  # weights, gradients, averages
     if needed > memory:
@@ -5119,8 +5143,11 @@ def write_result(run: Run, path: Path, data: bytes) -> Path:
         return kept
 
 
-def prepare(job: Job, ranks: Ranks, signals: Signals) -> Run:
-    """All that can go wrong before any work goes wrong here, on all ranks alike. Raises UserError."""
+def prepare(job: Job, ranks: Ranks, signals: Signals, checks: "Checks | None" = None) -> Run:
+    """All that can go wrong before any work goes wrong here, on all ranks alike. Raises UserError.
+
+    With `checks` nothing is written.
+    """
     hp, device, source = job.hp, ranks.device, Path(__file__).read_bytes()
     dtype = activation_dtype(hp.dtype, device)
     compile = hp.compile == "1" or (hp.compile == "auto" and device.type == "cuda")
@@ -5145,11 +5172,169 @@ def prepare(job: Job, ranks: Ranks, signals: Signals) -> Run:
         signals.resume_from(checkpoint.path)
     stamp = f"{time.strftime('%Y%m%d-%H%M%S')}-seed{hp.seed}-{os.urandom(2).hex()}"
     run_id = ranks.broadcast_object(hp.run_id or (checkpoint.meta["run_id"] if checkpoint else stamp))
-    log, folder = ranks.agree(lambda: open_outputs(hp, run_id, ranks, checkpoint is not None))
+    log, folder = ranks.agree(lambda: open_outputs(hp, run_id, ranks, checkpoint is not None, checks))
     phases, signals.log = Phases(device), log
     run = Run(hp, ranks, log, phases, dtype, attend, compile, val, stream, folder, source, signals, checkpoint)
     log_run(run, attention, job.notes)
     return run
+
+
+class Checks(Log):
+    """The lines of `--check`: on the console alone, its warnings counted."""
+
+    def __init__(self, place: Place):
+        super().__init__(None)
+        self.is_main, self.warnings = place.rank == 0, 0
+
+    def __call__(self, line: str, console: bool = True) -> None:
+        self.warnings += line.startswith("warning: ")
+        if console and self.is_main:
+            with contextlib.suppress(OSError):  # a console that is gone
+                print(f"check: {line}", flush=True)
+
+
+TRIED_SECONDS = 0.1  # of what --check tries, by its multiplications alone; a CPU takes ten times as long in fact
+
+
+def check_job(run: Run, job: Job) -> int:
+    """`--check`: what the run would be, by formulas and, where seconds do for it, by a step and a slice of the
+    evaluation. Returns the exit code."""
+    hp, log, ranks, device = run.hp, run.log, run.ranks, run.ranks.device
+    quiet = run._replace(log=Log(None), phases=Phases(device))
+    ones = torch.ones(1024, 1024, device=device, dtype=run.dtype)
+    flops = 4 * 2 * 1024**3 / min(seconds_of(run, lambda: [ones @ ones for _ in range(4)]) for _ in range(3))
+    if device.type == "cuda" and not run.compile:
+        log("warning: COMPILE=0 trains and scores uncompiled")
+    if ranks.is_main:
+        check_size(quiet, job, log)
+    if job.trains:
+        tokens, needed, memory = hp.iterations * hp.train_batch_tokens, predict_memory(run), device_memory(device)
+        log(f"data tokens_to_train:{tokens} of:{len(run.stream)} reads:{tokens / len(run.stream):.2f}")
+        log(f"memory predicted:{needed >> 20} MiB of:{memory >> 20} MiB weights:{count_weights(hp)}")
+        if needed > memory:
+            log("warning: a step is predicted not to fit in memory; lower MICRO_BATCH_TOKENS")
+        check_training(quiet, flops, log)
+    check_evaluation(quiet, job.tensors, flops, log)
+    log(f"{log.warnings} warning{'s' * (log.warnings > 1)}" if log.warnings else "ok")
+    return 0
+
+
+def seconds_of(run: Run, work: Callable) -> float:
+    """That the slowest rank takes."""
+    phases = Phases(run.ranks.device)
+    with phases("work"):
+        work()
+    return run.ranks.largest(phases.seconds["work"])
+
+
+def predict_memory(run: Run) -> int:
+    """Bytes of each rank at the peak of an uncompiled step; a compiled one takes less.
+
+    Of each weight 4 (itself), 4 (gradient) and 4 for each average; of a matrix 4 over the ranks (momentum) and twice
+    the activations' size (banks of gradients and updates); of any other weight 8 (AdamW) and 4 (flat gradient). Then
+    what autograd keeps of one micro-batch, counted on tensors without storage, and a quarter for what is not kept.
+    """
+    hp, kept = run.hp, {}
+    fused = run.attend is not matmul_attention  # such a kernel keeps q, k, v and its output
+    attend = (lambda q, k, v: q * q + (k * k).sum() + (v * v).sum()) if fused else run.attend
+    with torch.device("meta"):
+        model = GPT(hp, hp.train_seq_len, attend, run.dtype)
+        tokens = torch.zeros(hp.micro_batch(run.ranks.size) // hp.train_seq_len, hp.train_seq_len, dtype=torch.long)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.setdefault(t.untyped_storage()._cdata, t), id):
+        model(tokens, tokens)
+    matrices = sum(p.numel() for name, p in model.named_parameters() if row_of(name).optimizer == "matrix")
+    others = count_weights(hp) - matrices
+    fixed = 4 * (matrices + others) * (2 + hp.ema_enabled + hp.swa_enabled) + 12 * others
+    fixed += matrices * (4 // run.ranks.size + 2 * run.dtype.itemsize)
+    own = {p.untyped_storage()._cdata for p in model.parameters()}
+    return fixed + 5 * sum(t.untyped_storage().nbytes() for place, t in kept.items() if place not in own) // 4
+
+
+def check_size(run: Run, job: Job, log: Log) -> None:
+    """Bytes of code and artifact. The artifact is predicted as FIT_TO_CAP predicts it, by the entropy of its codes,
+    of Gaussian weights (EXPORT_ONLY: of those that there are), QUANT=rd as sdclip, and no compressor's own ways."""
+    hp, code, label = run.hp, len(run.source), "artifact_predicted"
+    room, size = hp.artifact_cap_bytes - code, 0
+    if job.blob is not None:
+        label, size = "artifact", len(job.blob)
+    else:
+        generator = torch.Generator().manual_seed(0)
+        with torch.device("meta"):
+            shapes = {name: p.shape for name, p in GPT(hp, 2, sdpa, torch.float32).named_parameters()}
+        weights = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+        if job.tensors:
+            weights = {name: stored.dequantize() for name, stored in job.tensors.items()}
+        simple = dataclasses.replace(hp, gptq_enabled=False, quant="sdclip" if hp.quant == "rd" else hp.quant)
+        exporter = Exporter(run._replace(hp=simple), weights, Calibration())
+        size = round(exporter.predict(exporter.solve(room) if hp.fit_to_cap else 1.0))
+    log(f"bytes code:{code} {label}:{size} cap:{hp.artifact_cap_bytes} left:{room - size}")
+    if size > room:
+        log(f"warning: code and {label} are {size - room} bytes over {hp.named.artifact_cap_bytes}")
+    if (packed := len(lzma.compress(run.source)) * 5 // 4) < 0.9 * code:
+        log(f"warning: the script counts {code} bytes, below {packed} packed: python records/submit.py pack")
+
+
+def check_training(run: Run, flops: float, log: Log) -> None:
+    """A step's time from synthetic tokens, before and after all that comes on while a run trains, and the steps that
+    the clock holds. A CPU gets a smaller micro-batch, which makes a step seem longer."""
+    hp, length, cuda = run.hp, run.hp.train_seq_len, run.ranks.device.type == "cuda"
+    rows, row_s = hp.train_batch_tokens // run.ranks.size // length, 6 * count_weights(hp) * length / flops
+    if row_s > 4 * TRIED_SECONDS:
+        return log(f"training not measured: a step takes more than {rows * row_s:.0f} s here")
+    most = min(hp.micro_batch(run.ranks.size) // length, 1 << 30 if cuda else int(TRIED_SECONDS / row_s))
+    micro = max(n for n in range(1, max(1, most) + 1) if rows % n == 0)
+    trainer = Trainer(run._replace(hp=dataclasses.replace(hp, warmup_steps=1, micro_batch_tokens=micro * length)))
+    trainer.warm_up()
+    tokens, clock, ms = torch.randint(hp.vocab_size, (micro, length)).to(run.ranks.device), trainer.clock, []
+    works = [
+        (rows // micro, lambda: accumulate_gradients(trainer.forward, tokens, tokens, micro, hp.train_batch_tokens)),
+        (1, lambda: trainer.optimizers.step(1.0, hp.muon_momentum)),
+        (1, lambda: trainer.averages.update(1, 1.0)),
+    ]
+    variants = [*itertools.product(*(switch.states for switch in trainer.switches))]
+    for variant in dict.fromkeys((variants[0], variants[-1])):
+        trainer.set_switches(variant)
+        works[0][1]()  # one that is not timed
+        ms.append(1000 * sum(times * seconds_of(run, work) for times, work in works))
+    left_ms = 1000 * hp.max_wallclock_seconds - clock.reserve_ms if hp.max_wallclock_seconds else math.inf
+    steps = [math.floor(min(hp.iterations, max(1, left_ms / m - 2))) for m in ms]  # as out_of_time leaves
+    step_ms, steps = (" then ".join(map(str, figures)) for figures in ([round(m, 1) for m in ms], steps))
+    log(f"training step_ms:{step_ms} steps:{steps} of:{hp.iterations} limit:{hp.max_wallclock_seconds:g}")
+    clock.durations.extend(5 * ms[:1])
+    warn_of_warmdown(hp, clock, log)
+
+
+def check_evaluation(run: Run, tensors: Mapping[str, Stored] | None, flops: float, log: Log) -> None:
+    """Seconds of the evaluation from those of a slice of the split, with a file's weights or new ones."""
+    hp, val, context, limit = run.hp, run.val, run.hp.eval_seq_len, run.hp.eval_max_seconds
+    forwards = 1 + (1 + hp.ttt_enabled) * context / (hp.eval_stride or context) + 3 * hp.ttt_epochs * hp.ttt_enabled
+    target_s = 2 * count_weights(hp) * forwards / flops / run.ranks.size
+    if 2 * context * target_s > 10 * TRIED_SECONDS:
+        return log(f"evaluation not measured: it takes more than {val.targets * target_s:.0f} s here")
+    n = min(val.targets, max(2 * context, int(TRIED_SECONDS / target_s)))
+    chunk = 0 if hp.ttt_params == "lora" else min(hp.ttt_chunk_tokens, n // 2)
+    batch = max(1, n // 4 // (hp.eval_stride or context)) * context * run.ranks.size  # more would be padding
+    less = dict(
+        val_batch_size=min(batch, hp.val_batch_size),
+        ttt_chunk_tokens=max(1, chunk),
+        ttt_max_chunks=0,
+        eval_max_seconds=0.0,
+    )
+    less = dataclasses.replace(hp, **less)
+    run = run._replace(hp=less, val=val._replace(tokens=val.tokens[: n + 1], bytes=val.bytes[:n]))
+    if tensors is None:
+        init_weights(model := run.build(context), hp)
+        tensors = {name: Stored("fp32", p.detach(), None) for name, p in model.named_parameters()}
+    evaluation = Evaluation(run, tensors)
+    evaluation.warm_up()
+    ready = evaluation.elapsed() if run.compile else 0.0
+    evaluation.score_all()
+    score, adapt = (run.phases.seconds.get(name, 0.0) for name in ("score", "adapt"))
+    learned = min(val.targets, hp.ttt_max_chunks * hp.ttt_chunk_tokens or val.targets)
+    seconds = run.ranks.largest(ready + score * val.targets / n + adapt * learned / (n - chunk))
+    log(f"evaluation seconds:{seconds:.1f} limit:{limit:g} from_targets:{n} of:{val.targets}")
+    if seconds > limit > 0:
+        log(f"warning: the evaluation may pass EVAL_MAX_SECONDS={limit:g}; raise EVAL_STRIDE, or TTT is cut")
 
 
 def check_resumed(checkpoint: Checkpoint, stream: TokenStream, val: Validation, dtype: torch.dtype) -> None:
@@ -5259,7 +5444,8 @@ def main(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     ranks = None
     with Signals() as signals:
         try:
-            if argv:
+            only_checks = list(argv) == ["--check"]
+            if argv and not only_checks:
                 return show(argv)
             place = Place.from_env(environ)
             signals.is_main = place.rank == 0
@@ -5269,7 +5455,8 @@ def main(argv: Sequence[str], environ: Mapping[str, str]) -> int:
             load_compressor(job.hp.compressor)
             with signals.waiting():
                 ranks = Ranks(job.hp, environ)
-            code = run_job(prepare(job, ranks, signals), job)
+            run = prepare(job, ranks, signals, Checks(place) if only_checks else None)
+            code = check_job(run, job) if only_checks else run_job(run, job)
             ranks.close()
             return code
         except BaseException as error:
@@ -5320,7 +5507,7 @@ def show(argv: Sequence[str]) -> int:
             return 0
         if argv[0] == "--inspect":
             raise UserError("--inspect has moved: python records/submit.py inspect ARTIFACT [--png]")
-        raise UserError(f"unknown argument {argv[0]}; settings are environment variables: `--settings`")
+        raise UserError(f"unknown argument {argv[0]}; settings are environment variables: `--settings`, `--check`")
     except BrokenPipeError:  # `| head`: who reads has enough
         return 0
 

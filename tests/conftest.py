@@ -91,7 +91,9 @@ class Ran(NamedTuple):
         return (self.folder / "artifact.pgolf").read_bytes()
 
 
-def run_here(out: Path, data: Path, run_id: str = "run", tiny: bool = True, **settings) -> Ran:
+def run_here(
+    out: Path, data: Path, run_id: str = "run", tiny: bool = True, argv: tuple[str, ...] = (), **settings
+) -> Ran:
     """train_gpt.main in this process: a subprocess would import torch again."""
     import torch
 
@@ -103,7 +105,7 @@ def run_here(out: Path, data: Path, run_id: str = "run", tiny: bool = True, **se
     torch.set_num_threads(1)  # the order of floating-point sums depends on it
     try:
         with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
-            code = train_gpt.main([], environ)
+            code = train_gpt.main(argv, environ)
     finally:
         torch.set_num_threads(threads)
     return Ran(code, stdout.getvalue(), stderr.getvalue(), out / "runs" / run_id, out / "logs" / f"{run_id}.txt")
