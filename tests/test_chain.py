@@ -377,7 +377,7 @@ def test_weights_too_large_to_store_are_a_limit_and_no_damaged_artifact(settings
 def switched_on(ran) -> list[int]:
     """Steps of late QAT and of the first SWA snapshot, as the log has them."""
     lines = (r"late_qat:enabled step:(\d+) scale:0\.[0-5]\d*", r"swa:start step:(\d+)")
-    return [int(re.search(f"^{line}$", ran.out, re.MULTILINE)[1]) for line in lines]
+    return [int(found[1]) for line in lines if (found := re.search(f"^{line}$", ran.out, re.MULTILINE))]
 
 
 def test_the_wallclock_cap_stops_the_run_in_time_with_its_switches_done(again):
@@ -385,7 +385,7 @@ def test_the_wallclock_cap_stops_the_run_in_time_with_its_switches_done(again):
     # the reserve breaks the cap, which the run says, and one that makes a dozen steps has no room for two switches:
     # both get a longer cap.
     slow = dict(TRAIN_BATCH_TOKENS=6144, WARMDOWN_ITERS=25)
-    for cap in (5.0, 10.0, 20.0):
+    for cap in (5.0, 10.0, 20.0, 40.0):
         timed = dict(run_id=f"cap{cap:g}", MAX_WALLCLOCK_SECONDS=cap, ITERATIONS=100_000)
         ran = again(**timed, **slow, VAL_LOSS_EVERY=0, TTT_ENABLED=0)
         if ran.code == 0 and len({*switched_on(ran)}) == 2:
@@ -395,7 +395,7 @@ def test_the_wallclock_cap_stops_the_run_in_time_with_its_switches_done(again):
     assert ran.code == 0
     stopped = re.search(r"^stopping_early: wallclock_cap train_time:(\d+)ms step:(\d+)/100000$", ran.out, re.MULTILINE)
     steps = ran.result["steps"]
-    assert int(stopped[2]) == steps and 0 < steps < 1000
+    assert int(stopped[2]) == steps and 0 < steps < 4000
     assert 0.5 * cap < ran.result["train_seconds"] <= cap and int(stopped[1]) <= 1000 * cap
     qat, swa = switched_on(ran)
     assert 0 < qat < swa < steps
