@@ -729,12 +729,20 @@ def test_a_lock_is_not_taken_for_a_folder_that_was_just_renamed(tmp_path):
 
 
 def test_training_a_tokenizer_can_be_interrupted():
-    def interrupt():
-        os.kill(os.getpid(), signal.SIGINT)
+    heard = threading.Event()
 
-    threading.Timer(0.5, interrupt).start()
+    def interrupt():  # again where Python dropped the first one: one that comes while it forks may be lost
+        pause = 0.5
+        while not heard.wait(pause):
+            os.kill(os.getpid(), signal.SIGINT)
+            pause = 10.0
+
+    insistent = threading.Thread(target=interrupt)
+    insistent.start()
     with pytest.raises(KeyboardInterrupt):
         prepare.in_child(time.sleep, 600)
+    heard.set()
+    insistent.join()
     assert not multiprocessing.active_children()
     with pytest.raises(prepare.UserError, match="died, perhaps for lack of memory"):
         prepare.in_child(os._exit, 1)
