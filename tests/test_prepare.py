@@ -737,12 +737,14 @@ def test_training_a_tokenizer_can_be_interrupted():
             os.kill(os.getpid(), signal.SIGINT)
             pause = 10.0
 
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
     insistent = threading.Thread(target=interrupt)
     insistent.start()
     with pytest.raises(KeyboardInterrupt):
         prepare.in_child(time.sleep, 600)
     heard.set()
     insistent.join()
+    signal.signal(signal.SIGINT, before)
     assert not multiprocessing.active_children()
     with pytest.raises(prepare.UserError, match="died, perhaps for lack of memory"):
         prepare.in_child(os._exit, 1)
