@@ -2084,18 +2084,20 @@ def orthogonal(w: Tensor, hp: Hyperparameters, generator: torch.Generator) -> No
     nn.init.orthogonal_(w, generator=generator)
 
 
-def normal(std: float | str) -> Callable:
-    """Initial values of this deviation, or of the one that a setting of this name has."""
-    return lambda w, hp, generator: nn.init.normal_(w, std=setting_or(std, hp), generator=generator)
+def normal(std: float) -> Callable:
+    return lambda w, hp, generator: nn.init.normal_(w, std=std, generator=generator)
 
 
-def constant(value: float | str) -> Callable:
-    """The same of a constant."""
-    return lambda w, hp, generator: nn.init.constant_(w, setting_or(value, hp))
+def constant(value: float) -> Callable:
+    return lambda w, hp, generator: nn.init.constant_(w, value)
 
 
-def setting_or(value: float | str, hp: Hyperparameters) -> float:
-    return getattr(hp, value) if isinstance(value, str) else value
+def token_table(w: Tensor, hp: Hyperparameters, generator: torch.Generator) -> None:
+    nn.init.normal_(w, std=hp.tied_embed_init_std, generator=generator)
+
+
+def query_gain(w: Tensor, hp: Hyperparameters, generator: torch.Generator) -> None:
+    nn.init.constant_(w, hp.qk_gain_init)
 
 
 def lane_weights(w: Tensor, hp: Hyperparameters, generator: torch.Generator) -> None:
@@ -2113,18 +2115,18 @@ class Storage(NamedTuple):
 
     label: str
     forms: tuple[str, ...]  # what each may be held as
-    bits: str = ""  # the setting that chooses among these
-    sigmas: str = ""  # the setting of QUANT=sdclip and rd: standard deviations to the last level
+    bits: Callable[[Hyperparameters], int] | None = None  # what chooses among these; None: the first
+    sigmas: Callable[[Hyperparameters], float] | None = None  # QUANT=sdclip and rd: deviations to the last level
     reconstructed: bool = False  # by late QAT while training, and by full GPTQ from calibration text
 
 
 CODES = ("int6", "int5", "int7", "int8")
 STORAGE = (  # in the artifact's order: like beside like
-    Storage("attention", CODES, "attn_bits", "attn_clip_sigmas", reconstructed=True),
-    Storage("attention_out", CODES, "attn_out_bits", "attn_clip_sigmas", reconstructed=True),
-    Storage("mlp", CODES, "mlp_bits", "mlp_clip_sigmas", reconstructed=True),
-    Storage("embedding", (*CODES, "fp16"), "embed_bits", "embed_clip_sigmas"),
-    Storage("head", (*CODES, "fp16"), "embed_bits", "embed_clip_sigmas"),
+    Storage("attention", CODES, lambda hp: hp.attn_bits, lambda hp: hp.attn_clip_sigmas, reconstructed=True),
+    Storage("attention_out", CODES, lambda hp: hp.attn_out_bits, lambda hp: hp.attn_clip_sigmas, reconstructed=True),
+    Storage("mlp", CODES, lambda hp: hp.mlp_bits, lambda hp: hp.mlp_clip_sigmas, reconstructed=True),
+    Storage("embedding", (*CODES, "fp16"), lambda hp: hp.embed_bits, lambda hp: hp.embed_clip_sigmas),
+    Storage("head", (*CODES, "fp16"), lambda hp: hp.embed_bits, lambda hp: hp.embed_clip_sigmas),
     Storage("gate", ("int8",)),
     Storage("projection", ("fp16",)),
     Storage("control", ("fp32",)),
@@ -2153,7 +2155,7 @@ PARAMETERS = (
     parameter_row(r"#.attn\.out\.weight", constant(0), "matrix", "attention_out"),
     parameter_row(r"#.mlp\.(up|gate)\.weight", orthogonal, "matrix", "mlp"),
     parameter_row(r"#.mlp\.down\.weight", constant(0), "matrix", "mlp"),
-    parameter_row(r"tok_emb\.weight", normal("tied_embed_init_std"), "table", "embedding"),
+    parameter_row(r"tok_emb\.weight", token_table, "table", "embedding"),
     parameter_row(r"bigram\.table\.weight", constant(0), "table", "embedding"),
     parameter_row(r"value_embedding\.table\.weight", normal(0.01), "table", "embedding"),
     parameter_row(r"lm_head\.weight", constant(0), "head", "head"),
@@ -2168,7 +2170,7 @@ PARAMETERS = (
     parameter_row(r"#.resid_mix", first_of_two, "scalar", "control"),
     parameter_row(r"#.lane_weights", lane_weights, "scalar", "control"),
     parameter_row(r"#.(attn_scale|mlp_scale)", constant(1), "scalar", "control"),
-    parameter_row(r"#.attn\.q_gain", constant("qk_gain_init"), "scalar", "control"),
+    parameter_row(r"#.attn\.q_gain", query_gain, "scalar", "control"),
     parameter_row(r"#.attn\.ve_scale", constant(1), "scalar", "control"),
     parameter_row(r"#.attn\.first_share", constant(0), "scalar", "control"),
     parameter_row(r"#.attn\.gate\.proj\.weight", constant(0), "scalar", "gate"),
@@ -2937,16 +2939,16 @@ QAT_REFRESH_STEPS = 16  # the scale search in every forward would cost about a t
 def storage_of(name: str, hp: Hyperparameters) -> str:
     """How a parameter is stored under these settings."""
     storage = row_of(name).storage
-    if not storage.bits:
+    if storage.bits is None:
         return storage.forms[0]
-    bits = getattr(hp, storage.bits)
+    bits = storage.bits(hp)
     return "fp16" if bits == 16 else f"int{bits}"
 
 
 def sigmas_of(name: str, hp: Hyperparameters) -> float | None:
     """Standard deviations of a row to the last level of its grid; None where no setting reaches: a gate stays int8."""
-    setting = row_of(name).storage.sigmas
-    return getattr(hp, setting) if setting else None
+    sigmas = row_of(name).storage.sigmas
+    return None if sigmas is None else sigmas(hp)
 
 
 def levels(storage: str) -> int:
@@ -3008,7 +3010,7 @@ class Quantizer(NamedTuple):
     steps: Callable[[Mapping[str, Tensor], Hyperparameters, Calibration], dict[str, Tensor]]
     clips: bool = False  # beyond the last level of a storage; else a class has all levels that its weights need
     needs: tuple[str, ...] = ()  # fields of Calibration
-    qat: str = ""  # the quantizer whose grid QAT trains on, where that is another: one that needs no calibration
+    qat: str = ""  # the quantizer that stands in where there is no calibration, as in QAT; "": this one
 
     def q_max(self, storage: str) -> int:
         """The largest code that a weight may have."""
@@ -3077,6 +3079,11 @@ QUANTIZERS = {
     "sdclip": Quantizer(sdclip),
     "rd": Quantizer(rate_distortion, needs=("sensitivity",), qat="sdclip"),
 }
+
+
+def uncalibrated(hp: Hyperparameters) -> str:
+    """The choice of QUANT where there is no calibration text."""
+    return QUANTIZERS[hp.quant].qat or hp.quant
 
 
 def choose_steps(weights: Mapping[str, Tensor], hp: Hyperparameters, calibration: Calibration) -> dict[str, Tensor]:
@@ -3284,7 +3291,7 @@ class QAT:
 
     def __init__(self, model: GPT, hp: Hyperparameters):
         self.on, self.hp, self.layers = False, hp, reconstructed_layers(model)
-        self.quantizer = QUANTIZERS[QUANTIZERS[hp.quant].qat or hp.quant]
+        self.quantizer = QUANTIZERS[uncalibrated(hp)]
         for name, layer in self.layers.items():
             layer.q_max = self.quantizer.q_max(storage_of(name, hp))
             layer.row_scale = torch.ones(layer.weight.size(0), 1, device=layer.weight.device)
@@ -4563,7 +4570,7 @@ class Evaluation:
         log, limit, seconds = self.run.log, self.run.hp.eval_max_seconds, self.run.phases.seconds
         if k:
             score_s, adapt_s = (seconds.get(name, 0.0) - self.before.get(name, 0.0) for name in ("score", "adapt"))
-            to_score = score_s * (plan.windows[-1] / plan.windows[k] - 1)
+            to_score = score_s * (plan.windows[-1] / max(1, plan.windows[k]) - 1)
             step_s = adapt_s / max(1, plan.steps[k])
         else:
             to_score = self.expected
@@ -5018,8 +5025,22 @@ def read_job(environ: Mapping[str, str]) -> Job:
     return Job(hp, blob if mode.eval_only else None, tensors, sha256, tuple(notes))
 
 
+class Checks(Log):
+    """The lines of `--check`: on the console alone, its warnings counted."""
+
+    def __init__(self, place: Place):
+        super().__init__(None)
+        self.is_main, self.warnings = place.rank == 0, 0
+
+    def __call__(self, line: str, console: bool = True) -> None:
+        self.warnings += line.startswith("warning: ")
+        if console and self.is_main:
+            with contextlib.suppress(OSError):  # a console that is gone
+                print(f"check: {line}", flush=True)
+
+
 def open_outputs(
-    hp: Hyperparameters, run_id: str, ranks: Ranks, goes_on: bool, checks: "Checks | None"
+    hp: Hyperparameters, run_id: str, ranks: Ranks, goes_on: bool, checks: Checks | None
 ) -> tuple[Log, Path]:
     """The log and the folder of results, made on the main rank. Raises UserError where they cannot be made.
 
@@ -5143,7 +5164,7 @@ def write_result(run: Run, path: Path, data: bytes) -> Path:
         return kept
 
 
-def prepare(job: Job, ranks: Ranks, signals: Signals, checks: "Checks | None" = None) -> Run:
+def prepare(job: Job, ranks: Ranks, signals: Signals, checks: Checks | None = None) -> Run:
     """All that can go wrong before any work goes wrong here, on all ranks alike. Raises UserError.
 
     With `checks` nothing is written.
@@ -5177,20 +5198,6 @@ def prepare(job: Job, ranks: Ranks, signals: Signals, checks: "Checks | None" = 
     run = Run(hp, ranks, log, phases, dtype, attend, compile, val, stream, folder, source, signals, checkpoint)
     log_run(run, attention, job.notes)
     return run
-
-
-class Checks(Log):
-    """The lines of `--check`: on the console alone, its warnings counted."""
-
-    def __init__(self, place: Place):
-        super().__init__(None)
-        self.is_main, self.warnings = place.rank == 0, 0
-
-    def __call__(self, line: str, console: bool = True) -> None:
-        self.warnings += line.startswith("warning: ")
-        if console and self.is_main:
-            with contextlib.suppress(OSError):  # a console that is gone
-                print(f"check: {line}", flush=True)
 
 
 TRIED_SECONDS = 0.1  # of what --check tries, by its multiplications alone; a CPU takes ten times as long in fact
@@ -5245,7 +5252,7 @@ def predict_memory(run: Run) -> int:
     matrices = sum(p.numel() for name, p in model.named_parameters() if row_of(name).optimizer == "matrix")
     others = count_weights(hp) - matrices
     fixed = 4 * (matrices + others) * (2 + hp.ema_enabled + hp.swa_enabled) + 12 * others
-    fixed += matrices * (4 // run.ranks.size + 2 * run.dtype.itemsize)
+    fixed += matrices * 4 // run.ranks.size + matrices * 2 * run.dtype.itemsize
     own = {p.untyped_storage()._cdata for p in model.parameters()}
     return fixed + 5 * sum(t.untyped_storage().nbytes() for place, t in kept.items() if place not in own) // 4
 
@@ -5264,7 +5271,7 @@ def check_size(run: Run, job: Job, log: Log) -> None:
         weights = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
         if job.tensors:
             weights = {name: stored.dequantize() for name, stored in job.tensors.items()}
-        simple = dataclasses.replace(hp, gptq_enabled=False, quant="sdclip" if hp.quant == "rd" else hp.quant)
+        simple = dataclasses.replace(hp, gptq_enabled=False, gptq_head_enabled=False, quant=uncalibrated(hp))
         exporter = Exporter(run._replace(hp=simple), weights, Calibration())
         size = round(exporter.predict(exporter.solve(room) if hp.fit_to_cap else 1.0))
     log(f"bytes code:{code} {label}:{size} cap:{hp.artifact_cap_bytes} left:{room - size}")

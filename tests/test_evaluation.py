@@ -121,6 +121,7 @@ def test_a_rank_without_documents_has_time(slow):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert evaluation.on_time(pg.Plan([[]], 1), 0)
+        assert all(evaluation.on_time(pg.Plan([[], [], []], 3), k) for k in range(3))
 
 
 def test_after_a_cut_nothing_learns_however_fast_it_gets(slow):
