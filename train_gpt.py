@@ -423,6 +423,10 @@ class Hyperparameters:
         if refused:
             first, *others = refused
             raise UserError(refused[first] + (f". Nor are {', '.join(others)}" if others else ""))
+        if {"SMEAR_GATE_ENABLED", "GATE_WINDOW"} <= given.keys() and "SMEAR_GATE_KIND" not in given:
+            if values["smear_gate_enabled"]:
+                says = "published commands mean two gates by SMEAR_GATE_ENABLED=1, those with GATE_WINDOW a token's"
+                raise UserError(f"{says}: set SMEAR_GATE_KIND=token, or SMEAR_GATE_KIND=channel for March's")
         return cls(**values)
 
 

@@ -496,10 +496,23 @@ MUON_MOMENTUM_WARMUP_START=0.92 MUON_MOMENTUM_WARMUP_STEPS=1500 WARMDOWN_ITERS=3
 MAX_WALLCLOCK_SECONDS=600 EVAL_STRIDE=64 SEED=1337
 """
 APRIL = """
-NUM_LAYERS=11 XSA_LAST_N=11 MLP_MULT=4.0 QK_GAIN_INIT=5.0 NUM_LOOPS=2 LOOP_START=3 LOOP_END=5 ENABLE_LOOPING_AT=0.35
-MATRIX_LR=0.026 MUON_MOMENTUM=0.97 MUON_WD=0.095 ADAM_WD=0.02 BETA2=0.99 EMA_DECAY=0.9965 GPTQ_RESERVE_SECONDS=0.5
-EMBED_BITS=7 TTT_LORA_RANK=80 TTT_LORA_ALPHA=144 SMEAR_GATE_ENABLED=1 GATE_WINDOW=12 SPARSE_ATTN_GATE_ENABLED=1
-PARALLEL_START_LAYER=8 MIN_LR=0.1 WARMDOWN_FRAC=0.85 CASEOPS_ENABLED=1 LQER_ENABLED=1 PHASED_TTT_ENABLED=1
+VOCAB_SIZE=8192 CASEOPS_ENABLED=1 ITERATIONS=20000 MAX_WALLCLOCK_SECONDS=600 WARMUP_STEPS=20 TRAIN_BATCH_TOKENS=786432
+TRAIN_SEQ_LEN=2048 EVAL_SEQ_LEN=2048 VAL_LOSS_EVERY=0 NUM_LAYERS=11 MODEL_DIM=512 NUM_HEADS=8 NUM_KV_HEADS=4
+MLP_MULT=4.0 TIE_EMBEDDINGS=1 LOGIT_SOFTCAP=30 ROPE_DIMS=16 ROPE_BASE=10000 ROPE_YARN=0 LN_SCALE=1 QK_GAIN_INIT=5.0
+XSA_LAST_N=11 SKIP_GATES_ENABLED=1 NUM_LOOPS=2 LOOP_START=3 LOOP_END=5 ENABLE_LOOPING_AT=0.35 PARALLEL_START_LAYER=8
+PARALLEL_FINAL_LANE=mean SMEAR_GATE_ENABLED=1 GATE_WINDOW=12 SPARSE_ATTN_GATE_ENABLED=1 SPARSE_ATTN_GATE_INIT_STD=0
+SPARSE_ATTN_GATE_SCALE=0.5 GATED_ATTN_ENABLED=0 GATED_ATTN_QUANT_GATE=1 ATTN_OUT_GATE_ENABLED=0 MATRIX_LR=0.026
+MUON_MOMENTUM=0.97 MUON_MOMENTUM_WARMUP_START=0.92 MUON_MOMENTUM_WARMUP_STEPS=1500 MUON_BACKEND_STEPS=5
+MUON_ROW_NORMALIZE=1 MUON_WD=0.095 TIED_EMBED_LR=0.03 TIED_EMBED_INIT_STD=0.005 EMBED_WD=0.085 SCALAR_LR=0.02
+ADAM_WD=0.02 BETA1=0.9 BETA2=0.99 ADAM_EPS=1e-8 GRAD_CLIP_NORM=0.3 WARMDOWN_FRAC=0.85 MIN_LR=0.1 EMA_DECAY=0.9965
+FUSED_CE_ENABLED=1 MATRIX_BITS=6 EMBED_BITS=7 ATTN_CLIP_SIGMAS=13.0 MLP_CLIP_SIGMAS=11.5 EMBED_CLIP_SIGMAS=14.0
+MATRIX_CLIP_SIGMAS=12.85 GPTQ_CALIBRATION_BATCHES=16 GPTQ_RESERVE_SECONDS=0.5 LQER_ENABLED=1 LQER_RANK=4 LQER_TOP_K=3
+LQER_FACTOR_BITS=4 LQER_ASYM_ENABLED=1 LQER_ASYM_GROUP=64 COMPRESSOR=pergroup TTT_ENABLED=1 TTT_LORA_RANK=80
+TTT_LORA_ALPHA=144 TTT_WARM_START_A=1 TTT_LORA_LR=0.0001 TTT_BETA1=0 TTT_BETA2=0.99 TTT_WEIGHT_DECAY=0.5
+TTT_CHUNK_SIZE=48 TTT_EVAL_SEQ_LEN=2048 TTT_BATCH_SIZE=64 TTT_GRAD_STEPS=1 TTT_K_LORA=1 TTT_MLP_LORA=1 TTT_O_LORA=1
+PHASED_TTT_ENABLED=1 PHASED_TTT_NUM_PHASES=3 PHASED_TTT_PREFIX_DOCS=2500 GLOBAL_TTT_LR=0.001 GLOBAL_TTT_MOMENTUM=0.9
+GLOBAL_TTT_EPOCHS=1 GLOBAL_TTT_CHUNK_TOKENS=32768 GLOBAL_TTT_BATCH_SEQS=16 GLOBAL_TTT_GRAD_CLIP=1.0
+GLOBAL_TTT_RESPECT_DOC_BOUNDARIES=1
 """
 OTHER = "BIGRAM_VOCAB_SIZE=2048 QAT_THRESHOLD=0.15 WARMDOWN_ITERS=3000 TTT_ENABLED=0 MTP_NUM_HEADS=0 "
 OTHER += "MTP_LOSS_WEIGHT=0.2 LAWA_ENABLED=0 DTG_ENABLED=0"
@@ -520,13 +533,25 @@ def test_the_second_published_command_is_accepted():
     assert changed == same | {"BIGRAM_VOCAB_SIZE": 2048, "WARMDOWN_ITERS": 3000, "TTT_ENABLED": False}
 
 
-def test_a_command_of_another_system_is_refused_in_one_line_that_names_all_it_lacks():
-    lacking = "LQER_ENABLED PHASED_TTT_ENABLED"
-    message = refusal(**words(APRIL))
+def test_the_last_record_s_command_is_ours_but_for_what_is_refused_with_its_replacement():
+    """Every name is a setting here, another name of one, or refused by a line that says what to use; none is ignored."""
+    command = words(APRIL)
+    message = refusal(**command)
     assert message.startswith("CASEOPS_ENABLED=1 is not offered here: texts in CaseOps are not supported; leave it out")
-    assert message.endswith(f"Nor are {', '.join(lacking.split())}")
-    rest = {name: text for name, text in words(APRIL).items() if name not in f"{lacking} CASEOPS_ENABLED".split()}
-    pg.Hyperparameters.from_env(rest)
+    lacking = ["CASEOPS_ENABLED", *message.partition("Nor are ")[2].split(", ")]
+    assert {"LQER_ENABLED", "PHASED_TTT_ENABLED", "TTT_LORA_LR", "FUSED_CE_ENABLED", "TTT_K_LORA"} <= {*lacking}
+    for name in lacking:
+        assert re.search(r"is not offered here: .+; leave it out", refusal(**{name: command[name]})), name
+    rest = {name: text for name, text in command.items() if name not in lacking}
+    # SMEAR_GATE_ENABLED=1 is March's gate in older commands: the wrong one would run without a word.
+    assert refusal(**rest).endswith("set SMEAR_GATE_KIND=token, or SMEAR_GATE_KIND=channel for March's")
+    rest["SMEAR_GATE_KIND"] = "token"
+    assert "COMPRESSOR=pergroup must be" in refusal(**rest)
+    hp = pg.Hyperparameters.from_env(rest | {"COMPRESSOR": "ans"})
+    known = {name: text for name, text in rest.items() if name.lower() in FIELDS and name != "COMPRESSOR"}
+    assert len(known) > 50
+    for name, text in known.items():
+        assert getattr(hp, name.lower()) == pg.parse_value(FIELDS[name.lower()], text), name
 
 
 def test_the_defaults_are_those_of_the_first_recipe():
