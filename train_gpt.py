@@ -1442,8 +1442,8 @@ class TokenStream:
 class BatchLoader:
     """Step i's batch is the same TRAIN_BATCH_TOKENS targets for every world size; a rank takes its part by arithmetic.
 
-    Sequences follow the text, or with SHUFFLE_SEQUENCES come in a random order of their own each time through it, cut at
-    another place: neighbours are alike, and a small batch of them says less (public pull request 1394's loader).
+    Sequences follow the text or, with SHUFFLE_SEQUENCES, come in a random order: a small batch of neighbours says less.
+    Each time through the text has its own order and cuts it elsewhere (after public pull request 1394).
 
     A thread reads one batch ahead. Where the data are bad, a rank gets zeros and says why in `problem`: it still has to
     finish the step with the others, and the clock then ends the run for all.

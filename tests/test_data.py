@@ -161,8 +161,11 @@ def test_the_stream_is_circular_across_shards(tmp_path_factory, lengths, start, 
     assert np.array_equal(read, np.take(tokens, np.arange(start, start + count), mode="wrap"))
 
 
+LOADER = dict(train_seq_len=4, train_batch_tokens=24, eval_seq_len=4, eval_stride=4)
+
+
 def loader(paths, rank: int, size: int, log: list[str], **changes) -> pg.BatchLoader:
-    fields = dict(train_seq_len=4, train_batch_tokens=24, eval_seq_len=4, eval_stride=4) | changes
+    fields = LOADER | changes
     ranks = SimpleNamespace(rank=rank, size=size, device=torch.device("cpu"))
     return pg.BatchLoader(pg.TokenStream(paths, 500), pg.Hyperparameters(**fields), ranks, log.append)
 
@@ -178,6 +181,42 @@ def test_a_step_has_the_same_targets_for_every_world_size(tmp_path, size):
         assert inputs.shape == targets.shape == (6, 4) and inputs.dtype == targets.dtype == torch.int64
         assert np.array_equal(inputs.flatten(), expected[:-1])
         assert np.array_equal(targets.flatten(), expected[1:])
+
+
+def taken(loaders: list[pg.BatchLoader], steps: int) -> list[tuple[int, ...]]:
+    """Every sequence of these steps, with the target that follows it."""
+    rows = []
+    for _ in range(steps):
+        for inputs, targets in (each.next() for each in loaders):
+            assert torch.equal(inputs[:, 1:], targets[:, :-1])
+            rows += [(*row.tolist(), int(last)) for row, last in zip(inputs, targets[:, -1], strict=True)]
+    return rows
+
+
+def test_shuffled_sequences_are_the_whole_text_once_each_time_through_it(tmp_path):
+    paths, tokens = write_shards(tmp_path, 31, 17, 24)  # 72 tokens: 18 sequences, three steps
+    rows = taken([loader(paths, 0, 1, [], shuffle_sequences=True)], 6)
+    epochs = rows[:18], rows[18:]
+    for epoch in epochs:
+        phases = [p for p in range(4) if {cut(tokens, p + 4 * i) for i in range(18)} == {*epoch}]
+        assert len({*epoch}) == 18 and phases
+    assert epochs[0] != epochs[1]
+    assert rows[:6] != [cut(tokens, 4 * i) for i in range(6)]
+
+
+def cut(tokens: np.ndarray, start: int) -> tuple[int, ...]:
+    return tuple(np.take(tokens, np.arange(start, start + 5), mode="wrap").tolist())
+
+
+def test_shuffled_batches_depend_on_seed_and_step_alone(tmp_path):
+    paths, _ = write_shards(tmp_path, 31, 17, 23)
+    settings = dict(shuffle_sequences=True, seed=3)
+    whole = taken([loader(paths, 0, 1, [], **settings)], 8)
+    assert taken([loader(paths, rank, 3, [], **settings) for rank in range(3)], 8) == whole
+    late = loader(paths, 0, 1, [], **settings)
+    resumed = pg.BatchLoader(late.stream, pg.Hyperparameters(**LOADER, **settings), late.ranks, print, step=5)
+    assert taken([resumed], 3) == whole[30:]
+    assert taken([loader(paths, 0, 1, [], shuffle_sequences=True, seed=4)], 8) != whole
 
 
 def test_batches_that_wrap_are_logged(tmp_path):

@@ -534,7 +534,7 @@ def test_the_second_published_command_is_accepted():
 
 
 def test_the_last_record_s_command_is_ours_but_for_what_is_refused_with_its_replacement():
-    """Every name is a setting here, another name of one, or refused by a line that says what to use; none is ignored."""
+    """Every name is a setting, another name of one, or refused by a line that says what to use; none is ignored."""
     command = words(APRIL)
     message = refusal(**command)
     assert message.startswith("CASEOPS_ENABLED=1 is not offered here: texts in CaseOps are not supported; leave it out")
