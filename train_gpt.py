@@ -121,7 +121,7 @@ class Hyperparameters:
     tokenizer_path: str = opt("run", "", "SentencePiece model; empty: the one .model in DATA_PATH")
     run_id: str = opt("run", "", "names the log and the folder of results; empty: date, time and seed")
     out_dir: str = opt("run", ".", "where logs/ and runs/ go")
-    seed: int = opt("run", 1337, "initial weights", hi=(1 << 64) - 1)
+    seed: int = opt("run", 1337, "initial weights, and the order of SHUFFLE_SEQUENCES", hi=(1 << 64) - 1)
     device: str = opt("run", "auto", "where to run", choices="auto cuda cpu")
     dtype: str = opt("run", "auto", "activations, Newton-Schulz, gradient banks", choices="auto bf16 fp32")
     compile: str = opt("run", "auto", "torch.compile; auto: on for CUDA, off for CPU", choices="auto 0 1")

@@ -805,6 +805,7 @@ TRAINED = dict(
     warmdown_frac=(1.0, {}),
     min_lr=(0.5, {}),
     train_batch_tokens=(128, {}),
+    shuffle_sequences=(True, {}),
     embed_lr=(0.1, UNTIED),
     head_lr=(0.1, UNTIED),
     tied_embed_lr=(0.1, {}),
