@@ -124,7 +124,7 @@ class Hyperparameters:
     seed: int = opt("run", 1337, "initial weights, and the order of SHUFFLE_SEQUENCES", hi=(1 << 64) - 1)
     device: str = opt("run", "auto", "where to run", choices="auto cuda cpu")
     dtype: str = opt("run", "auto", "activations, Newton-Schulz, gradient banks", choices="auto bf16 fp32")
-    compile: str = opt("run", "auto", "torch.compile; auto: on for CUDA, off for CPU", choices="auto 0 1")
+    compile: str = opt("run", "auto", "torch.compile; auto: CUDA, and long trainings on CPU", choices="auto 0 1")
     attention: str = opt("run", "auto", "kernel; auto: the first that works", choices="auto fa3 fa2 sdpa matmul")
     train_log_every: int = opt("run", 500, "steps between training lines, after the first ten; 0: none")
     val_loss_every: int = opt("run", 4000, "steps between validations of the raw weights; 0: only after the last")
@@ -1176,6 +1176,25 @@ def activation_dtype(name: str, device: torch.device) -> torch.dtype:
     return {"bf16": torch.bfloat16, "fp32": torch.float32}[name]
 
 
+class Compiled(NamedTuple):
+    """What of a run goes through torch.compile."""
+
+    training: bool
+    scoring: bool
+
+
+# A CPU needs about three minutes to compile a step of eleven layers, which then takes two thirds of the time: that pays
+# from a few hundred steps of cpu_mini on. Decided by settings, not by the clock: so that a seed repeats to the bit.
+COMPILE_FROM_FLOPS = 1e14
+
+
+def choose_compiled(hp: Hyperparameters, device: torch.device) -> Compiled:
+    """COMPILE=auto: all on CUDA; on a CPU a training of COMPILE_FROM_FLOPS, and no scoring."""
+    if hp.compile != "auto" or device.type == "cuda":
+        return Compiled(hp.compile != "0", hp.compile != "0")
+    return Compiled(6 * count_weights(hp) * hp.train_batch_tokens * hp.iterations >= COMPILE_FROM_FLOPS, False)
+
+
 def check_compiler(compile: bool, device: torch.device) -> None:
     """Whether torch can compile here, by one small kernel, where it is to. Raises UserError.
 
@@ -1193,6 +1212,15 @@ def check_compiler(compile: bool, device: torch.device) -> None:
         reason = (re.search(".*error: .*", text) or re.search(".+", text) or [repr(error)])[0]
         needs = "it needs a C++ compiler, Python.h and room in TORCHINDUCTOR_CACHE_DIR"
         raise UserError(f"torch.compile fails ({reason}); {needs}; or set COMPILE=0") from None
+
+
+def compiled(model: nn.Module, compile: bool) -> Callable:
+    """A model's forward, compiled for fixed shapes or as it is."""
+    if not compile:
+        return model
+    # A run has about ten graphs of one forward: with and without QAT and gradients, two widths of scored windows …
+    torch._dynamo.config.recompile_limit = 64
+    return torch.compile(model, dynamic=False, fullgraph=True)
 
 
 def write_atomic(path: Path, parts: Iterable[bytes]) -> None:
@@ -1248,8 +1276,8 @@ def check_regular(path: Path) -> None:
 # ("tensors": [[name, shape, dtype], …]) without padding, SHA-256 of everything before. Nothing in it is executed.
 CHECKPOINT_MAGIC = b"PGCKPT\x01\n"
 
-CHECKPOINT_META = dict(run_id=str, settings=dict, code_sha256=str, data=list, dtype=str, step=int, loss=float)
-CHECKPOINT_META |= dict(elapsed_ms=float, durations=list, swa_samples=int, switches=dict, resumed_at=list)
+CHECKPOINT_META = dict(run_id=str, settings=dict, code_sha256=str, data=list, dtype=str, compile=bool, step=int)
+CHECKPOINT_META |= dict(loss=float, elapsed_ms=float, durations=list, swa_samples=int, switches=dict, resumed_at=list)
 
 # Neither move a weight by more than rounding nor a score: they may change when a run goes on.
 MAY_CHANGE = ("train_log_every", "val_loss_every", "save_weights", "micro_batch_tokens", *INCIDENTAL)
@@ -1673,7 +1701,7 @@ class Run(NamedTuple):
     phases: Phases
     dtype: torch.dtype  # of activations
     attend: Callable
-    compile: bool
+    compile: Compiled
     val: Validation
     stream: TokenStream | None  # training text, where the run trains
     folder: Path  # of results
@@ -1684,14 +1712,6 @@ class Run(NamedTuple):
     def build(self, context: int) -> "GPT":
         """An uninitialized model for this context, on CPU."""
         return GPT(self.hp, context, self.attend, self.dtype)
-
-    def compiled(self, model: "GPT") -> Callable:
-        """The model's forward, compiled for fixed shapes where COMPILE says so."""
-        if not self.compile:
-            return model
-        # A run has about ten graphs of one forward: with and without QAT and gradients, two widths of scored windows …
-        torch._dynamo.config.recompile_limit = 64
-        return torch.compile(model, dynamic=False, fullgraph=True)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -2641,12 +2661,12 @@ class Trainer:
         init_weights(self.model, hp)
         self.model.to(ranks.device)
         # After .to(): parameters become views of banks here, and a later move would silently part them.
-        self.optimizers = Optimizers(self.model, hp, ranks, run.dtype, run.compile)
+        self.optimizers = Optimizers(self.model, hp, ranks, run.dtype, run.compile.training)
         self.averages, self.qat = Averages(self.model, hp), QAT(self.model, hp)
         self.switches = self.switch_rows()
         for switch in self.switches:
             switch.set(False)
-        self.forward = run.compiled(self.model)
+        self.forward = compiled(self.model, run.compile.training)
         self.micro_rows = hp.micro_batch(ranks.size) // hp.train_seq_len
         self.clock, self.step = Clock(ranks, run.signals), 0
         self.saved_ms, self.resumed_at = 0.0, []
@@ -2702,7 +2722,7 @@ class Trainer:
             run.log(f"warmup_step:{i + 1}/{hp.warmup_steps}")
         self.set_switches(variants[0])
         with torch.no_grad():
-            if hp.warmup_steps and run.compile:
+            if hp.warmup_steps and run.compile.training:
                 with self.qat.switched(False):
                     self.forward(*synthetic(score_batch_windows(hp, run.ranks, hp.train_seq_len)))
             for parameter, value in zip(self.model.parameters(), initial, strict=True):
@@ -2866,6 +2886,7 @@ class Trainer:
             code_sha256=hashlib.sha256(run.source).hexdigest(),
             data=[run.stream.fingerprint, run.val.fingerprint, run.val.tokenizer_sha256],
             dtype=str(run.dtype),
+            compile=run.compile.training,
             step=self.step,
             loss=clock.loss,
             elapsed_ms=clock.elapsed_ms,
@@ -4502,7 +4523,7 @@ class Evaluation:
         self.expected = 0.0  # seconds that the scores of a pass will take, before any is measured
         with run.phases("load"):
             model = self.model = run.build(hp.eval_seq_len).to(run.ranks.device)
-            forward, grid = run.compiled(model), main_grid(tensors)
+            forward, grid = compiled(model, run.compile.scoring), main_grid(tensors)
             self.passes = {f"final_{grid}_roundtrip": Method(run, model, forward, hp.eval_seq_len)}
             if hp.eval_stride:
                 self.passes[f"final_{grid}_sliding_window"] = Method(run, model, forward, hp.eval_stride)
@@ -4525,7 +4546,7 @@ class Evaluation:
     def score_all(self) -> dict[str, Score]:
         """Every pass over the validation split, in the order of the log."""
         run, hp, log, val = self.run, self.run.hp, self.run.log, self.run.val
-        if run.compile:
+        if run.compile.scoring:
             with run.phases("warmup_evaluation"):
                 self.warm_up()
         scores: dict[str, Score] = {}
@@ -4643,7 +4664,7 @@ class Watched(Evaluation):
         super().__init__(run, tensors)
         self.bar = bar
         for method in self.passes.values():
-            if not (run.compile or isinstance(method, DocumentLoRA)):
+            if not (run.compile.scoring or isinstance(method, DocumentLoRA)):
                 method.rows = min(method.rows, 16)  # the chunks of a slice are short, every forward is filled up
         self.left_out = left_out
         self.calls: list[tuple[np.ndarray, np.ndarray]] = []  # (windows, nats) of each call of the scorer
@@ -5158,7 +5179,7 @@ def log_run(run: Run, attention: str, notes: Sequence[str]) -> None:
     python = sys.version.split()[0]
     log(f"torch:{torch.__version__} cuda:{torch.version.cuda} python:{python} device:{device_name(run.ranks.device)}")
     log(f"threads:{torch.get_num_threads()} omp_wait_policy:{os.environ.get('OMP_WAIT_POLICY', 'unset')}")
-    log(f"dtype:{str(run.dtype).removeprefix('torch.')} compile:{int(run.compile)} attention:{attention}")
+    log(f"dtype:{str(run.dtype).removeprefix('torch.')} compile:{int(any(run.compile))} attention:{attention}")
     for name, value in hp.changed().items():
         log(f"setting:{name}={int(value) if isinstance(value, bool) else value}")
     for note in notes:
@@ -5196,11 +5217,11 @@ def prepare(job: Job, ranks: Ranks, signals: Signals, checks: Checks | None = No
     """
     hp, device, source = job.hp, ranks.device, Path(__file__).read_bytes()
     dtype = activation_dtype(hp.dtype, device)
-    compile = hp.compile == "1" or (hp.compile == "auto" and device.type == "cuda")
+    must_compile = hp.compile == "1" or (hp.compile == "auto" and device.type == "cuda")
 
     def check() -> tuple[str, Callable, Validation, TokenStream | None, Checkpoint | None]:
         """What each rank does by itself: none may wait for another in here."""
-        check_compiler(compile, device)
+        check_compiler(must_compile, device)
         attention, attend = choose_attention(hp, device, dtype)
         val = load_validation(hp)
         if job.tokenizer_sha256 not in (None, val.tokenizer_sha256):
@@ -5212,16 +5233,28 @@ def prepare(job: Job, ranks: Ranks, signals: Signals, checks: Checks | None = No
         return attention, attend, val, stream, find_resumed(hp, source) if ranks.is_main else None
 
     attention, attend, val, stream, checkpoint = ranks.agree(check)
+    compile, notes = choose_compiled(hp, device), list(job.notes)
     shared = ranks.broadcast_object(checkpoint and checkpoint._replace(tensors={}))
     if checkpoint := checkpoint or shared:
         ranks.agree(lambda: check_resumed(checkpoint, stream, val, dtype))
         signals.resume_from(checkpoint.path)
+        compile = compile._replace(training=checkpoint.meta["compile"])
+    if job.trains and compile.training and not must_compile:
+        try:
+            ranks.agree(lambda: check_compiler(True, device))
+            notes.append("compile:auto training is long enough to pay for it")
+        except UserError as error:
+            if checkpoint:
+                error.args = (f"{checkpoint.path} was trained compiled: {error}",)
+                raise
+            compile = compile._replace(training=False)
+            notes.append(f"warning: training runs uncompiled, slower: {error}")
     stamp = f"{time.strftime('%Y%m%d-%H%M%S')}-seed{hp.seed}-{os.urandom(2).hex()}"
     run_id = ranks.broadcast_object(hp.run_id or (checkpoint.meta["run_id"] if checkpoint else stamp))
     log, folder = ranks.agree(lambda: open_outputs(hp, run_id, ranks, checkpoint is not None, checks))
     phases, signals.log = Phases(device), log
     run = Run(hp, ranks, log, phases, dtype, attend, compile, val, stream, folder, source, signals, checkpoint)
-    log_run(run, attention, job.notes)
+    log_run(run, attention, notes)
     return run
 
 
@@ -5235,7 +5268,7 @@ def check_job(run: Run, job: Job) -> int:
     quiet = run._replace(log=Log(None), phases=Phases(device))
     ones = torch.ones(1024, 1024, device=device, dtype=run.dtype)
     flops = 4 * 2 * 1024**3 / min(seconds_of(run, lambda: [ones @ ones for _ in range(4)]) for _ in range(3))
-    if device.type == "cuda" and not run.compile:
+    if device.type == "cuda" and not all(run.compile):
         log("warning: COMPILE=0 trains and scores uncompiled")
     if ranks.is_main:
         check_size(quiet, job, log)
@@ -5359,7 +5392,7 @@ def check_evaluation(run: Run, tensors: Mapping[str, Stored] | None, flops: floa
         tensors = {name: Stored("fp32", p.detach(), None) for name, p in model.named_parameters()}
     evaluation = Evaluation(run, tensors)
     evaluation.warm_up()
-    ready = evaluation.elapsed() if run.compile else 0.0
+    ready = evaluation.elapsed() if run.compile.scoring else 0.0
     evaluation.score_all()
     score, adapt = (run.phases.seconds.get(name, 0.0) for name in ("score", "adapt"))
     learned = min(val.targets, hp.ttt_max_chunks * hp.ttt_chunk_tokens or val.targets)

@@ -318,7 +318,7 @@ class Phases:
         self.hp, self.repeats, self.seconds = hp, repeats, {}
         run, ranks = make_run(hp, pg.TokenStream(pg.find_shards(hp, "train"), hp.vocab_size)), pg.Ranks(hp, environ)
         dtype = pg.activation_dtype(hp.dtype, ranks.device)
-        compile = hp.compile == "1" or (hp.compile == "auto" and ranks.device.type == "cuda")
+        compile = pg.choose_compiled(hp, ranks.device)
         _, attend = pg.choose_attention(hp, ranks.device, dtype)
         run = run._replace(ranks=ranks, phases=pg.Phases(ranks.device), dtype=dtype, attend=attend, compile=compile)
         self.run = run._replace(val=pg.load_validation(hp), folder=folder)

@@ -178,7 +178,7 @@ def make_run(bench: Bench, hp):
     attention, attend = pg.choose_attention(hp, run.ranks.device, run.dtype)
     figure(attention=attention.split()[0], dtype=str(run.dtype).removeprefix("torch."))
     print(f"attention: {attention}")
-    return run._replace(attend=attend, compile=hp.compile != "0")
+    return run._replace(attend=attend, compile=pg.Compiled(hp.compile != "0", hp.compile != "0"))
 
 
 def write_shard(path: Path, tokens) -> None:
@@ -582,9 +582,9 @@ def variants(bench: Bench) -> None:
         settings = bench.settings(small=True, VOCAB_SIZE=512, COMPILE=1)
         last = int(settings["NUM_LAYERS"]) - 1
         hp = hyperparameters(settings | {k: str(last if v == LAST else v) for k, v in changes.items()})
-        run = helpers.make_run(hp)._replace(compile=True)
+        run = helpers.make_run(hp)
         model = helpers.randomize(run.build(hp.train_seq_len)).to(bench.device)
-        qat, forward = pg.QAT(model, hp), run.compiled(model)
+        qat, forward = pg.QAT(model, hp), pg.compiled(model, True)
         qat.refresh()
         qat.set(hp.qat_enabled)
         text = torch.from_numpy(helpers.random_tokens(4 * (hp.train_seq_len + 1), 512).astype("int64")).to(bench.device)

@@ -239,6 +239,52 @@ def test_compile_without_a_compiler_is_one_line_before_any_work(tiny_data, tmp_p
     assert "/nonexistent" in ran.err and ran.err.endswith("or set COMPILE=0\n")
 
 
+def recipe(name: str) -> pg.Hyperparameters:
+    lines = (ROOT / "records" / "recipes" / f"{name}.env").read_text("utf-8").splitlines()
+    return pg.Hyperparameters.from_env(dict(line.split("=", 1) for line in lines if line and line[0] != "#"))
+
+
+def test_compile_auto_is_for_cuda_and_for_long_trainings_on_a_cpu():
+    cpu, cuda, on, off = torch.device("cpu"), torch.device("cuda"), (True, True), (False, False)
+    chosen = {name: pg.choose_compiled(recipe(name), cpu) for name in ("cpu_mini", "cpu_ablate", "cpu_demo", "pr714")}
+    assert chosen == dict(cpu_mini=(True, False), cpu_ablate=off, cpu_demo=off, pr714=(True, False))
+    assert pg.choose_compiled(recipe("cpu_demo"), cuda) == on
+    for word, both in {"1": on, "0": off}.items():
+        hp = pg.Hyperparameters(compile=word)
+        assert pg.choose_compiled(hp, cpu) == pg.choose_compiled(hp, cuda) == both
+
+
+def test_a_long_training_on_a_cpu_is_compiled_and_goes_on_as_it_began(whole, tiny_data, tmp_path, monkeypatch):
+    """torch.compile replaced by what it makes faster."""
+    asked = []
+    monkeypatch.setattr(pg, "COMPILE_FROM_FLOPS", 0)
+    monkeypatch.setattr(pg, "remove", lambda *_: None)  # a run that ends takes its checkpoints away
+    monkeypatch.setattr(torch, "compile", lambda f, **_: (asked.append(f), f)[1])
+    often = QUICK | dict(CHECKPOINT_EVERY=1e-6)
+    ran = run_here(tmp_path / "a", tiny_data, **often)
+    assert ran.code == 0 and "compile:1 " in ran.out and "\ncompile:auto training is long enough" in ran.out
+    # The compiler is tried; then the model's training and Newton-Schulz, and no model that only scores.
+    assert [f.__name__ for f in asked if not isinstance(f, torch.nn.Module)] == ["square", "newton_schulz"]
+    assert len(asked) == 3 and ran.artifact == whole.artifact
+    checkpoint = sorted(ran.folder.glob("*.pgckpt"))[0]
+
+    def fail(*_, **__):
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(torch, "compile", fail)
+    says = f"error: {checkpoint} was trained compiled: torch.compile fails (no compiler); it needs a C++ compiler"
+    again = run_here(tmp_path / "b", tiny_data, RESUME=checkpoint, **often)
+    assert again.code == 2 and said(again.err).startswith(says)
+    ran = run_here(tmp_path / "c", tiny_data, **often)  # from the beginning: slower, and said
+    assert ran.code == 0 and ran.artifact == whole.artifact
+    assert "compile:0 " in ran.out and "\nwarning: training runs uncompiled, slower: torch.compile fails (" in ran.out
+    checkpoint = sorted(ran.folder.glob("*.pgckpt"))[0]
+    asked.clear()
+    monkeypatch.setattr(torch, "compile", lambda f, **_: (asked.append(f), f)[1])
+    again = run_here(tmp_path / "d", tiny_data, RESUME=checkpoint, **often)
+    assert (again.code, asked, again.artifact) == (0, [], whole.artifact)
+
+
 def test_a_cache_that_torch_cannot_make_is_not_blamed_on_out_dir(tiny_data, tmp_path):
     (tmp_path / "file").touch()
     environ = {**TINY_ENV, **QUICK, "DATA_PATH": tiny_data, "TORCHINDUCTOR_CACHE_DIR": tmp_path / "file" / "cache"}
