@@ -17,6 +17,7 @@ from records.experiments.ledger import ExperimentError
 ROOT = Path(__file__).resolve().parent.parent.parent
 SEEDS = (1337, 42, 2025, 7, 8, 9, 10, 11, 12, 13)
 TRAINED_FOR = {"QAT_ENABLED", "LATE_QAT", "LATE_QAT_THRESHOLD", "CROWN_Q"}  # quantization that acts on training
+DATA = {"DATA_PATH", "TOKENIZER_PATH", "SHUFFLE_SEQUENCES"}
 OPTIMIZER = re.compile(r"_LR|LR_|_WD$|MOMENTUM|BETA|_EPS$|CLIP_NORM|BACKEND_STEPS")
 
 
@@ -140,8 +141,10 @@ def axis_of(changes: Mapping[str, str], sections: Mapping[str, str]) -> str:
 
     def axis(name: str) -> str:
         section = sections.get(name, "run")
+        if name in DATA:
+            return "data"
         if section == "run":
-            return "data" if name in ("DATA_PATH", "TOKENIZER_PATH") else "model"
+            return "model"
         if section in ("training", "averaging"):
             return "optimizer" if OPTIMIZER.search(name) else "schedule"
         return section
