@@ -3107,9 +3107,10 @@ def rate_distortion(weights: Mapping[str, Tensor], hp: Hyperparameters, calibrat
     about the bits of sdclip's steps.
 
     A row counts as sensitive as itself and half as its whole matrix, as rows that the calibration text hardly reaches
-    are not as insensitive as they look.
+    are not as insensitive as they look; a matrix that GPTQ will round, by what that leaves of rounding's error.
     """
     blended = {name: calibration.sensitivity[name] + 0.5 * calibration.sensitivity[name].mean() for name in weights}
+    blended |= {name: blended[name] * GPTQ(hessian, hp).left for name, hessian in calibration.hessians.items()}
     floor = 1e-6 * torch.cat(list(blended.values())).mean()
     halves = {name: 0.5 * h.clamp(min=floor).log() for name, h in blended.items()}
     level, size = 0.0, 0
@@ -3190,6 +3191,13 @@ class GPTQ:
         self.order = diagonal.argsort(descending=True, stable=True)
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped[self.order][:, self.order]))
         self.factor = torch.linalg.cholesky(inverse, upper=True).float()
+
+    @property
+    def left(self) -> float:
+        """The share of rounding's error of outputs that stays, for errors as independent as fine steps make them: what
+        of each input the later ones do not explain."""
+        unexplained = self.factor.diagonal().double().square().reciprocal()
+        return (unexplained.mean() / self.hessian.double().diagonal().mean()).item()
 
     def round(self, w: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
         """(scale, codes) like round_to_nearest, of the scales with the least error of the layer's outputs."""

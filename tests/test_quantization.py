@@ -386,6 +386,29 @@ def test_gptq_loses_less_of_the_outputs_than_rounding_and_more_of_the_weights():
     assert measured == pytest.approx(lost[1], rel=1e-3)
 
 
+def test_gptq_says_beforehand_what_it_leaves_of_the_error_of_rounding():
+    x = correlated_inputs(2000, 48)
+    gptq, w = pg.GPTQ(x.T @ x, tiny_hp(gptq_percdamp=1e-6)), normal(400, 48, seed=5)
+    grid = pg.Grid(torch.full((400, 1), 0.02), 127)
+    errors = []
+    for scale, codes in (gptq.round(w, grid), pg.round_to_nearest(w, grid)):
+        errors.append(pg.output_error(w, codes * scale, gptq.hessian).sum().item())
+    assert errors[0] / errors[1] == pytest.approx(gptq.left, rel=0.05) and gptq.left < 0.5
+    independent = pg.GPTQ(torch.diag(torch.rand(48) + 0.5), tiny_hp())
+    assert independent.left == pytest.approx(1 + tiny_hp().gptq_percdamp)
+
+
+def test_steps_of_rate_distortion_count_what_gptq_leaves():
+    hp = tiny_hp(quant="rd", gptq_enabled=True)
+    weights, sensitivity = matrices_of_unlike_sensitivity(hp)
+    x = correlated_inputs(2000, weights[INT6].size(1))
+    steps = pg.choose_steps(weights, hp, pg.Calibration({}, sensitivity))
+    after = pg.choose_steps(weights, hp, pg.Calibration({INT6: x.T @ x}, sensitivity))
+    ratio = {name: (after[name] / steps[name]).mean().item() for name in steps}
+    others = ratio[INT8]
+    assert ratio[INT6] / others == pytest.approx(pg.GPTQ(x.T @ x, hp).left ** -0.5, rel=1e-3) and others < 1
+
+
 def test_gptq_chooses_among_the_clips_by_the_outputs():
     """An outlier whose input is always nearly zero is worth clipping; one that matters is not."""
     w, x = normal(2, 2000), normal(4000, 2000, seed=1)
