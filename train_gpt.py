@@ -110,7 +110,8 @@ def opt(
 
 
 # Settings that no weight and no score depends on: where things lie and what is kept or checked besides.
-INCIDENTAL = tuple("run_id out_dir data_path tokenizer_path resume checkpoint_every audit audit_tokens".split())
+INCIDENTAL = ("run_id", "out_dir", "data_path", "tokenizer_path", "resume", "checkpoint_every", "save_scores")
+INCIDENTAL += ("audit", "audit_tokens")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,6 +135,7 @@ class Hyperparameters:
     resume: str = opt("run", "", "go on from a checkpoint: its path, or auto for the newest of RUN_ID")
     audit: bool = opt("run", False, "after the scores, prove on a slice of the split that they keep the rules")
     audit_tokens: int = opt("run", 0, "targets of that slice; 0: a tenth of the split, at most 65,536")
+    save_scores: bool = opt("run", False, "also keep each pass's nats by target (scores.npz), which an audit compares")
     save_weights: bool = opt("run", False, "also keep the averaged float weights (weights.pgolf)")
     export_only: bool = opt("run", False, "quantize, write and score WEIGHTS_PATH again, without training")
     weights_path: str = opt("run", "", "the saved weights that EXPORT_ONLY reads")
@@ -747,6 +749,13 @@ class Ranks:
         dist.broadcast_object_list(box, src=0, device=self.device)
         return box[0]
 
+    def gather(self, x: Any) -> list:
+        """Every rank's object, on every rank."""
+        objects = [x] * self.size
+        if self.size > 1:
+            dist.all_gather_object(objects, x)
+        return objects
+
     def agree(self, work: Callable[[], Any]) -> Any:
         """Run `work` on every rank; a UserError on any rank is raised on all, so that none waits for another."""
         result = problem = None
@@ -754,10 +763,7 @@ class Ranks:
             result = work()
         except UserError as error:
             problem = str(error)
-        problems = [problem] * self.size
-        if self.size > 1:
-            dist.all_gather_object(problems, problem)
-        if problem := next(filter(None, problems), None):
+        if problem := next(filter(None, self.gather(problem)), None):
             error = UserError(problem)
             error.agreed = True
             raise error
@@ -3936,6 +3942,7 @@ def load_model(path: str, device: str = "auto") -> tuple[GPT, Hyperparameters, d
 
 # Tokens of one scoring forward of a rank: enough to fill the device; on CPU, small enough for its caches.
 SCORE_TOKENS = {"cuda": 131_072, "cpu": 16_384}
+BLOCKS = 64  # of a pass's scores, whose sums are in the result
 EVAL_MARGIN = 0.02  # of EVAL_MAX_SECONDS: test-time training stops this much earlier
 
 
@@ -3974,6 +3981,12 @@ def plan_windows(n: int, context: int, stride: int) -> np.ndarray:
     ends = np.append(np.arange(context, n, stride), n)
     firsts = np.append(0, ends[:-1])
     return np.stack([ends - context, firsts, ends], axis=1).astype(np.int64)
+
+
+def targets_of(windows: np.ndarray) -> np.ndarray:
+    """(m,) int64: the targets that windows (W, 3) score, in their order."""
+    firsts, widths = windows[:, 1], windows[:, 2] - windows[:, 1]
+    return np.arange(widths.sum()) + np.repeat(firsts - np.cumsum(widths) + widths, widths)
 
 
 def score_batch_windows(hp: Hyperparameters, ranks: Ranks, context: int) -> int:
@@ -4091,6 +4104,7 @@ class Method:
     """
 
     unit, adapted_params = "", 0  # what it learns from, for the log; how many numbers adapt
+    apart = False  # whether each rank has segments of its own; else all go through the same ones together
     readout: "Readout | None" = None
 
     def __init__(self, run: Run, model: GPT, forward: Callable, stride: int):
@@ -4117,10 +4131,23 @@ class Method:
 
     def score(self, tokens: np.ndarray, segment: Segment, bar: Any) -> np.ndarray:
         """Nats (m,) float32 of the segment's targets, the network's or what a readout makes of them."""
+        nats = self.network_nats(tokens, segment, bar)
+        return nats if self.readout is None else self.readout(nats, tokens, int(segment.windows[0, 1]))
+
+    def network_nats(self, tokens: np.ndarray, segment: Segment, bar: Any = None) -> np.ndarray:
         temperatures = () if self.readout is None else self.readout.temperatures
-        windows = segment.windows
-        nats = score(self.forward, tokens, windows, self.stride, self.rows, self.ranks, bar, temperatures)
-        return nats if self.readout is None else self.readout(nats, tokens, int(windows[0, 1]))
+        return score(self.forward, tokens, segment.windows, self.stride, self.rows, self.ranks, bar, temperatures)
+
+    @torch.no_grad()
+    def distribution(self, tokens: np.ndarray, segment: Segment) -> np.ndarray:
+        """float64 log p (V,) of the segment's last target, which is about to be scored and not read here."""
+        start, _, end = segment.windows[-1]
+        inputs = torch.from_numpy(tokens[None, start:end].astype(np.int64)).to(self.ranks.device)
+        logits = self.model.logits(inputs)[0, -1].double()
+        if self.readout is None:
+            return logits.log_softmax(-1).cpu().numpy()
+        nats = torch.stack([-(logits / t).log_softmax(-1) for t in self.readout.temperatures], dim=-1).cpu().numpy()
+        return self.readout.distribution(nats, self.network_nats(tokens, segment), tokens, int(segment.windows[0, 1]))
 
     def learn(self, tokens: np.ndarray, segment: Segment) -> None:
         """Learn from a segment that has just been scored."""
@@ -4275,7 +4302,7 @@ class DocumentLoRA(Method):
 
     def __init__(self, run: Run, model: GPT, forward: Callable):
         super().__init__(run, model, forward, run.hp.ttt_lora_chunk)
-        hp, self.carried = run.hp, not run.hp.ttt_lora_reset
+        hp, self.carried, self.apart = run.hp, not run.hp.ttt_lora_reset, run.hp.ttt_lora_reset
         self.rows = 1 if self.carried else self.rows  # documents at once
         model.requires_grad_(False)
         layers = [model.head, *(layer for block in model.blocks for layer in (block.attn.q, block.attn.v))]
@@ -4318,11 +4345,23 @@ class DocumentLoRA(Method):
         length = int(windows[0, 1] - windows[0, 0]) + self.stride
         return gather(tokens, windows, self.rows, length, self.stride, self.ranks.device)
 
+    @torch.no_grad()
+    def distribution(self, tokens: np.ndarray, segment: Segment) -> np.ndarray:
+        self.begin(segment)
+        inputs, _, counted = self.batch_of(tokens, segment.windows)
+        row = int(segment.windows[:, 2].argmax())
+        with self.attached():
+            logits = self.model.unembed(self.model.trunk(inputs)[:, -self.stride :])[row][counted[row]][-1]
+        return logits.double().log_softmax(-1).cpu().numpy()
+
+    def begin(self, segment: Segment) -> None:
+        if segment.fresh and not self.carried:
+            self.reset()
+
     def score(self, tokens: np.ndarray, segment: Segment, bar: Any) -> np.ndarray:
         """Nats (m,) float32 of the piece's targets, document by document. Their graph serves the step that follows."""
         self.losses = None  # frees the graph of a piece that was not learned from
-        if segment.fresh and not self.carried:
-            self.reset()
+        self.begin(segment)
         inputs, targets, counted = self.batch_of(tokens, segment.windows)
         with self.attached():
             nats = self.model(inputs, targets)
@@ -4345,8 +4384,8 @@ class DocumentLoRA(Method):
         whole = np.zeros(targets, dtype=np.float32)
         for segment, scored in zip(itertools.chain(*plan.rounds), nats, strict=True):
             if len(scored):
-                whole[np.concatenate([np.arange(first, end) for _, first, end in segment.windows])] = scored
-        return whole if self.carried else self.ranks.sum_(torch.from_numpy(whole).to(self.ranks.device)).cpu().numpy()
+                whole[targets_of(segment.windows)] = scored
+        return self.ranks.sum_(torch.from_numpy(whole).to(self.ranks.device)).cpu().numpy() if self.apart else whole
 
 
 def plan_documents(tokens: np.ndarray) -> np.ndarray:
@@ -4445,6 +4484,17 @@ class Readout:
         network = -columns[..., [self.chosen, -1]].astype(np.float64)
         return np.concatenate([network, np.log(self.ngrams(contexts, targets))], axis=-1)
 
+    def distribution(self, every: np.ndarray, columns: np.ndarray, tokens: np.ndarray, first: int) -> np.ndarray:
+        """float64 log p (V,) at the last of the targets tokens[first+1:]; every (V, temperatures) are the network's
+        nats of each token there, columns (m, temperatures) those of the targets."""
+        if not self.hp.hedge_enabled:
+            return -every[:, self.chosen]
+        contexts, targets = self.keys(tokens, first)
+        known = self.experts(columns[:-1], contexts[:, :-1], targets[:-1])
+        log_weights = self.log_weights + self.hp.hedge_eta * known.sum(0)
+        log_p = self.experts(every, np.repeat(contexts[:, -1:], len(every), axis=1), np.arange(len(every)))
+        return log_sum_exp(log_weights + log_p) - log_sum_exp(log_weights)
+
     def __call__(self, columns: np.ndarray, tokens: np.ndarray, first: int) -> np.ndarray:
         """Nats (m,) float32 of the targets tokens[first+1:], then learn from them. columns is (m, temperatures)."""
         nats = columns[:, self.chosen]
@@ -4493,6 +4543,8 @@ class Evaluation:
         self.run, self.tensors = run, tensors
         self.started = time.perf_counter()
         self.nats: dict[str, np.ndarray] = {}  # of each pass over the split, for the audit
+        self.blocks: dict[str, list[float]] = {}  # of each pass: sums of its scores, in the order of scoring
+        self.saved: dict[str, np.ndarray] = {}  # SAVE_SCORES: arrays of each pass
         self.cut: dict[str, int] | None = None  # what EVAL_MAX_SECONDS took from the last pass
         self.label, self.bar = "", progress_bar(None, "", Log(None))
         self.expected = 0.0  # seconds that the scores of a pass will take, before any is measured
@@ -4538,6 +4590,7 @@ class Evaluation:
             self.label, self.bar = label, progress_bar(-(-val.targets // stride) // run.ranks.size, label, log)
             nats = self.run_pass(method, val.tokens, plan)
             scores[label] = total(nats, val.bytes)
+            self.keep(label, method, nats)
             if hp.audit:
                 self.nats[label] = nats
             self.bar.close()
@@ -4548,6 +4601,7 @@ class Evaluation:
     def run_pass(self, method: Method, tokens: np.ndarray, plan: Plan) -> np.ndarray:
         """Nats (n,) float32 of all targets of a text, on every rank; the artifact's weights are back after it."""
         self.before = dict(self.run.phases.seconds)
+        self.scored, self.last = [], None  # windows of each segment; the text's last target, over the vocabulary
         try:
             return method.collect(plan, self.score_first(method, tokens, plan), len(tokens) - 1)
         finally:
@@ -4572,8 +4626,22 @@ class Evaluation:
         return nats
 
     def score(self, method: Method, tokens: np.ndarray, segment: Segment) -> np.ndarray:
+        if self.run.hp.save_scores and segment.windows[:, 2].max(initial=0) == self.run.val.targets:
+            self.last = method.distribution(tokens, segment)
+        self.scored.append(segment.windows)
         with self.run.phases("score"):
             return method.score(tokens, segment, self.bar)
+
+    def keep(self, label: str, method: Method, nats: np.ndarray) -> None:
+        """What an audit compares of a pass over the split: what it scored, in which order, over all ranks."""
+        ranks = self.run.ranks
+        in_turn = itertools.zip_longest(*(ranks.gather(self.scored) if method.apart else [self.scored]))
+        order = targets_of(np.concatenate([windows for turn in in_turn for windows in turn if windows is not None]))
+        sums = [float(part.sum(dtype=np.float64)) for part in np.array_split(nats[order], BLOCKS)]
+        self.blocks[label] = [round(x, 6) if math.isfinite(x) else None for x in sums]
+        if self.run.hp.save_scores:
+            last = next(found for found in ranks.gather(self.last) if found is not None)
+            self.saved |= {f"{label}.nats": nats, f"{label}.order": order, f"{label}.last": last}
 
     def learn(self, method: Method, tokens: np.ndarray, segment: Segment) -> None:
         with self.run.phases("adapt"):
@@ -5412,6 +5480,10 @@ def run_job(run: Run, job: Job) -> int:
     evaluation = Evaluation(run, tensors)
     evaluated = evaluation.score_all()
     facts |= dict(mode=mode, eval_seconds=run.ranks.largest(evaluation.elapsed()), eval_cut=evaluation.cut)
+    facts["blocks"] = evaluation.blocks
+    if hp.save_scores and run.ranks.is_main:
+        np.savez(data := io.BytesIO(), bytes=run.val.bytes, **evaluation.saved)
+        write_result(run, run.folder / "scores.npz", data.getvalue())
     if hp.audit:
         ledger = run.phases.seconds | dict(evaluation=facts["eval_seconds"])
         with run.phases("audit"):

@@ -1025,6 +1025,7 @@ def test_every_setting_has_a_liveness_test():
     chain = {"eval_only", "artifact_path", "save_weights", "export_only", "weights_path", "run_id", "out_dir"}
     chain |= {"compressor", "artifact_cap_bytes", "data_path", "tokenizer_path"}  # in test_chain.py and test_data.py
     chain |= {"checkpoint_every", "resume"}  # in test_resume.py
+    chain |= {"save_scores"}  # in test_saved_scores.py
     chain |= {"audit", "audit_tokens", "eval_max_seconds"}  # in test_audit.py and test_evaluation.py
     here |= {"gptq_reserve_seconds"}
     tables = [*TRAINED, *EXPORTED, *STORED, *SCORED, *here, *chain]
