@@ -374,7 +374,9 @@ class Judge:
         s, wanted = types_of(self.settings), self.args.tokens or min(65_536, len(self.tokens) // 16)
         wanted = min(max(wanted, 4 * self.context), len(self.tokens) - 1)
         chunk, changed = max(1, wanted // 8), {}
-        if s.ttt_enabled and not self.by_document:
+        if not self.by_document:  # a forward is filled up with windows that do not count
+            rows = max(4, chunk // self.stride) * self.script.world.size
+            changed["VAL_BATCH_SIZE"] = str(min(s.val_batch_size, rows * self.context))
             changed["TTT_CHUNK_TOKENS"] = str(chunk)
         n = self.slice_length(wanted, chunk)
         text = self.tokens[: n + 1]
@@ -438,12 +440,11 @@ class Judge:
     def full_length(self) -> None:
         """A copy of the split, disturbed in what comes last: of the text or, where documents are scored in another
         order, in the shortest of them, whichever leaves more before it in the slice."""
-        n, text = len(self.tokens) - 1, self.tokens
-        candidates = [lambda tokens: np.arange(3 * (len(tokens) - 1) // 4, len(tokens) - 1), shortest_documents]
-        kept = [len(self.base.tokens) - len(before(self.base, choose(self.base.tokens))) for choose in candidates]
-        targets = candidates[int(np.argmin(kept))](text) if n > 1 else np.array([0])
-        self.full = self.script.copy("full_length", self.disturbed(text, targets))
-        self.full_targets = targets
+        order, choices = self.base.headline.order, [last_quarter]
+        if (order != np.arange(len(order))).any():
+            choices.append(shortest_documents)
+        choose = max(choices, key=lambda choose: len(before(choose(self.base.tokens), order)))
+        self.full = self.script.copy("full_length", self.disturbed(self.tokens, choose(self.tokens)))
 
     def look_inside(self) -> None:
         """The reference's nats of some targets, and the slice without attention."""
@@ -520,7 +521,7 @@ class Judge:
         for copy in [copy for name, copy in self.copies.items() if name != "slice"]:
             places = np.flatnonzero(copy.tokens[1:] != self.base.tokens[1:])
             for label, ours in self.base.passes.items():
-                theirs, kept = copy.passes[label], before(self.base, places, ours.order)
+                theirs, kept = copy.passes[label], before(places, ours.order)
                 moved = larger(moved, distance(theirs.nats[kept], ours.nats[kept]))
                 free = np.ones(len(ours.nats), dtype=bool)
                 free[kept] = False
@@ -605,7 +606,7 @@ class Judge:
                 continue
             scored = self.full.passes[label]
             kept = np.zeros(len(scored.nats), dtype=bool)
-            kept[before(self.full, places, scored.order)] = True
+            kept[before(places, scored.order)] = True
             for ours, theirs, inside in zip(
                 block_sums(scored), sums, np.array_split(kept[scored.order], len(sums)), strict=True
             ):
@@ -700,6 +701,11 @@ def types_of(settings: Mapping[str, Any]) -> argparse.Namespace:
     return argparse.Namespace(**settings)
 
 
+def last_quarter(tokens: np.ndarray) -> np.ndarray:
+    """The targets that come last in a text."""
+    return np.arange(3 * (len(tokens) - 1) // 4, len(tokens) - 1)
+
+
 def shortest_documents(tokens: np.ndarray) -> np.ndarray:
     """The targets of the shortest documents that together are a quarter of a text."""
     document, n = document_of(tokens), len(tokens) - 1
@@ -709,9 +715,8 @@ def shortest_documents(tokens: np.ndarray) -> np.ndarray:
     return np.flatnonzero(np.isin(document, 1 + (chosen if len(chosen) else shortest[:1])))
 
 
-def before(copy: Copy, changed: np.ndarray, order: np.ndarray | None = None) -> np.ndarray:
+def before(changed: np.ndarray, order: np.ndarray) -> np.ndarray:
     """The targets that a change of these may not reach: earlier ones of the text, and those scored earlier."""
-    order = copy.headline.order if order is None else order
     place = np.argsort(order)
     return np.union1d(np.arange(changed.min()), order[: place[changed].min()])
 

@@ -473,6 +473,7 @@ def evaluation(bench: Bench) -> None:
 
 def audit(bench: Bench) -> None:
     """The auditor on the chain's artifact: how far scores move that must not, against its tolerances."""
+    import torch
     from forks import forked
 
     import train_gpt as pg
@@ -484,6 +485,8 @@ def audit(bench: Bench) -> None:
         raise Skip("needs the artifact that the part chain leaves")
     words = [bench.artifact, "--script", pg.__file__, "--data", bench.data, "--tokens", 256 if bench.cpu else 16384]
     environ = os.environ | dict(COMPILE="0", DEVICE="cpu" if bench.cpu else "cuda")
+    with torch.device("meta"):  # for which torch loads parts of itself: once, before there are forks
+        pg.GPT(pg.Hyperparameters(), 2, pg.sdpa, torch.float32)
     code = audit.audit(audit.parse([str(word) for word in words]), environ, forked)
     told = json.loads((bench.artifact.parent / "audit.json").read_text())
     for name, finding in told["audit"].items():
