@@ -189,6 +189,20 @@ def attention_of_one_layer_sees_the_next_position(pg):
     pg.sdpa = look_ahead
 
 
+@mutant("normalised", "unwatched", **TTT)
+def attention_sees_the_next_position_where_it_has_adapted(pg):
+    plain, score, ahead = pg.sdpa, pg.Evaluation.score, []
+    pg.sdpa = lambda q, k, v: (look_ahead if ahead else plain)(q, k, v)
+
+    def changed(self, method, tokens, segment):
+        ahead[:] = [None] * (method.adapted_params > 0 and segment.windows[0, 1] > 0)
+        nats = score(self, method, tokens, segment)
+        ahead.clear()
+        return nats
+
+    pg.Evaluation.score = changed
+
+
 @mutant("normalised")
 def inputs_hold_the_next_token(pg):
     trunk = pg.GPT.trunk
