@@ -430,12 +430,16 @@ class Judge:
 
     def full_length(self) -> None:
         """A copy of the split, disturbed in what comes last: of the text or, where documents are scored in another
-        order, in the shortest of them, whichever leaves more before it in the slice."""
+        order, in the shortest of them, whichever leaves more before it in the slice. If that leaves nothing here, the
+        other."""
         order, choices = self.base.headline.order, [last_quarter]
         if (order != np.arange(len(order))).any():
             choices.append(shortest_documents)
-        choose = max(choices, key=lambda choose: before(choose(self.base.tokens), order).sum())
-        self.full = self.script.copy("full_length", self.disturbed(self.tokens, choose(self.tokens)))
+        choices.sort(key=lambda choose: before(choose(self.base.tokens), order).sum(), reverse=True)
+        for choose in choices:
+            self.full = self.script.copy(choose.__name__, self.disturbed(self.tokens, choose(self.tokens)))
+            if any(whole_blocks(self.full.headline, changed_targets(self.full.tokens, self.tokens))):
+                break
 
     def look_inside(self) -> None:
         """The reference's nats of some targets, and the slice without attention."""
@@ -463,7 +467,7 @@ class Judge:
         n, tokens, found = len(self.base.tokens) - 1, self.base.tokens, []
         passes, s = list(self.base.passes.values()), self.settings
         length = min(self.context, n)
-        unlearned = (self.learned or self.base).headline  # what the model itself gives
+        unlearned = (self.learned or self.base).headline  # with TTT_LR=0, what the model itself gives
         plans = [(passes[0], self.context, n), *((scored, self.stride, n) for scored in passes[1:2])]
         if s.ttt_enabled and not self.by_document and not s.hedge_enabled:  # a temperature is 1 in the first window
             plans.append((unlearned, self.stride, length if s.ttt_temperature else n))
@@ -510,7 +514,7 @@ class Judge:
         """C1: what lies behind a point, in the text or in the order of scoring, moves no score before it."""
         moved, changed, points = 0.0, True, 0
         for copy in [copy for name, copy in self.copies.items() if name != "slice"]:
-            places = np.flatnonzero(copy.tokens[1:] != self.base.tokens[1:])
+            places = changed_targets(copy.tokens, self.base.tokens)
             for label, ours in self.base.passes.items():
                 theirs, kept = copy.passes[label], before(places, ours.order)
                 moved = larger(moved, distance(theirs.nats[kept], ours.nats[kept]))
@@ -590,23 +594,27 @@ class Judge:
         """The run that was not asked for scores has those that are told of a text that is the same up to a point; where
         it had to be made here, the log's run came to the same."""
         worst = off_log = 0.0
-        compared, places = 0, np.flatnonzero(self.full.tokens[1:] != self.tokens[1:])
+        compared, places = {}, changed_targets(self.full.tokens, self.tokens)
         logged = self.log.result if self.log else self.own
         cut = {run["headline"]["label"] for run in (self.own, logged) if run.get("eval_cut")}
-        for label, sums in self.own["blocks"].items():
-            if label in cut:  # where it was cut depends on the machine
-                continue
-            scored = self.full.passes[label]
-            kept = np.array_split(before(places, scored.order)[scored.order], len(sums))
-            for ours, theirs, block in zip(block_sums(scored), sums, kept, strict=True):
-                if len(block) and block.all():
-                    off, compared = abs(ours - (math.nan if theirs is None else theirs)) / len(block), compared + 1
-                    worst = larger(worst, off)
+        for label in [label for label in self.own["blocks"] if label not in cut]:  # a cut depends on the machine
+            scored, sums = self.full.passes[label], self.own["blocks"][label]
+            sums = np.array([math.nan if x is None else x for x in sums])
+            whole = np.array(whole_blocks(scored, places, len(sums)))
+            off, compared[label] = (
+                np.abs(block_sums(scored, len(sums)) - sums) * len(sums) / len(scored.nats),
+                whole.sum(),
+            )
+            worst = larger(worst, *off[whole])
             off_log = larger(off_log, abs(logged["scores"][label]["val_loss"] - self.own["scores"][label]["val_loss"]))
         limit = MOVED_NATS[self.kind] + 1e-6 if self.made_here else SAME_NATS[self.kind]
-        passed = worst <= limit and off_log <= SAME_NATS[self.kind] and (compared > 0 or len(self.tokens) <= 64)
-        figure = f"blocks:{compared} run:{'made_here' if self.made_here else 'of_the_log'} nats_off:{worst:.2g}"
-        figure += f" nats_off_log:{off_log:.2g}" * (self.made_here and self.log is not None)
+        passed = (
+            worst <= limit and off_log <= SAME_NATS[self.kind] and (all(compared.values()) or len(self.tokens) <= 64)
+        )
+        counts, whose = "+".join(map(str, compared.values())), "made_here" if self.made_here else "of_the_log"
+        figure = f"blocks:{counts} run:{whose} nats_off:{worst:.2g}"
+        if self.made_here and self.log is not None:
+            figure += f" nats_off_log:{off_log:.2g}"
         return Finding(passed, figure + "".join(f" {label} was cut" for label in cut))
 
     def documents(self) -> Finding:
@@ -706,6 +714,16 @@ def before(changed: np.ndarray, order: np.ndarray) -> np.ndarray:
     kept[: changed.min()] = True
     kept[order[: place[changed].min()]] = True
     return kept
+
+
+def changed_targets(tokens: np.ndarray, others: np.ndarray) -> np.ndarray:
+    return np.flatnonzero(tokens[1:] != others[1:])
+
+
+def whole_blocks(scored: Pass, changed: np.ndarray, blocks: int = 64) -> list[bool]:
+    """Whether each block of a pass has targets, of which none may be reached by a change of these."""
+    parts = np.array_split(before(changed, scored.order)[scored.order], blocks)
+    return [bool(len(part)) and bool(part.all()) for part in parts]
 
 
 def block_sums(scored: Pass, blocks: int = 64) -> np.ndarray:

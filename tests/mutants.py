@@ -195,7 +195,8 @@ def attention_sees_the_next_position_where_it_has_adapted(pg):
     pg.sdpa = lambda q, k, v: (look_ahead if ahead else plain)(q, k, v)
 
     def changed(self, method, tokens, segment):
-        ahead[:] = [None] * (method.adapted_params > 0 and segment.windows[0, 1] > 0)
+        if method.adapted_params and segment.windows[0, 1] > 0:
+            ahead.append("of the first chunk")
         nats = score(self, method, tokens, segment)
         ahead.clear()
         return nats

@@ -226,7 +226,7 @@ class PEEK(PhasedLoRA):
         self.scored.append(tokens[-12:])
         return planned
 
-TTT_METHODS["lora"] = METHOD
+TTT_METHODS["lora"] = NAMED
 """
 
 
@@ -234,9 +234,11 @@ TTT_METHODS["lora"] = METHOD
 @pytest.mark.slow
 def test_a_method_of_ones_own_is_audited_like_the_others(method, caught, short, tmp_path):
     head, end, tail = SCRIPT.rpartition('\nif __name__ == "__main__":\n')
-    ours = inspect.getsource(PhasedLoRA).replace("pg.", "") + METHOD_OF_ONES_OWN.replace("METHOD", method)
+    ours = inspect.getsource(PhasedLoRA).replace("pg.", "").replace("alpha=-0.2", "alpha=-0.4 * self.hp.ttt_lr")
+    ours += METHOD_OF_ONES_OWN.replace("NAMED", method)
     (tmp_path / "ours.py").write_text(f"{head}\n{ours}\n{end}{tail}", "utf-8")
-    ran = audit_settings(tmp_path, short, script=tmp_path / "ours.py", val_batch_size=32, **LORA)
+    settings = LORA | dict(ttt_lora_reset=False)  # it promises no new beginning with each document
+    ran = audit_settings(tmp_path, short, "--tokens", 200, script=tmp_path / "ours.py", **settings)
     assert (caught <= set(ran.failed)) if caught else (ran.failed == {} and ran.code == 0), ran.failed
 
 
