@@ -80,7 +80,7 @@ MALFORMED = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError
 
 def read_split(folder: Path) -> tuple[list[Path], np.ndarray]:
     """(shards, tokens (n+1,) uint16) of a folder's validation split. Raises Unusable."""
-    shards = sorted(folder.glob("fineweb_val_*.bin"))
+    shards = sorted(filter(Path.is_file, folder.glob("fineweb_val_*.bin")))
     if not shards:
         raise Unusable(f"no fineweb_val_*.bin in {folder}; --data names the folder that the artifact was scored on")
     parts = []
@@ -108,14 +108,14 @@ def prepared_documents(folder: Path) -> list[tuple[int, str]] | None:
         entry = json.loads((folder / "manifest.json").read_text("utf-8")).get("validation_documents")
         if entry is None:
             return None
+        if not (folder / entry["file"]).is_file():
+            raise Unusable(f"{folder / 'manifest.json'} names {entry['file']}, which is missing or no plain file")
         data = (folder / entry["file"]).read_bytes()
         if hashlib.sha256(data).hexdigest() != entry["sha256"]:
             raise Unusable(f"{folder / entry['file']} is not what the manifest says; build the data set again")
         return [(int(size), digest) for size, digest in (line.split("\t") for line in data.decode().splitlines())]
-    except FileNotFoundError as error:
-        if error.filename == str(folder / "manifest.json"):
-            return None
-        raise Unusable(f"{folder / 'manifest.json'} names {error.filename}, which is missing") from None
+    except FileNotFoundError:
+        return None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise Unusable(f"{folder / 'manifest.json'} cannot be used: {error!r}") from None
 
@@ -398,7 +398,8 @@ class Judge:
     def points(self) -> dict[str, np.ndarray]:
         """Targets to disturb, by the place of the first of them: at and inside windows, chunks, documents."""
         n, tokens = len(self.base.tokens) - 1, self.base.tokens
-        middle = self.ends[min(len(self.ends) // 2, max(0, len(self.ends) - 2))]
+        learned = min(len(self.ends) - 1, self.settings.ttt_max_chunks or len(self.ends))  # chunks, never the last
+        middle = self.ends[max(0, min(len(self.ends) // 2, learned - 1))]
         following = next((end for end in self.ends if end > middle), n)
         borders = np.flatnonzero(tokens[1:n] == BOS_ID) + 1
         text = dict(last=n - 1, window=int(self.random.integers(1, max(2, min(self.context, n)))))

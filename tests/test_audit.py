@@ -9,6 +9,7 @@ import hashlib
 import inspect
 import io
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -297,6 +298,11 @@ def test_a_record_that_does_not_fit_its_manifest_cannot_be_used(tmp_path):
             record.write_bytes(data)
         with pytest.raises(Unusable, match=said):
             audit.prepared_documents(tmp_path)
+    record.unlink()
+    os.mkfifo(record)
+    with pytest.raises(Unusable, match="no plain file"):
+        audit.prepared_documents(tmp_path)
+    record.unlink()
     record.write_bytes(b"3\tabc\n")
     assert audit.prepared_documents(tmp_path) == [(3, "abc")]
     manifest.write_text("{")

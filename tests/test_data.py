@@ -263,9 +263,7 @@ def test_damaged_shards_are_refused(name, data, tmp_path):
     refused(tmp_path, data, name, "holds no tokens")
 
 
-@pytest.mark.parametrize(
-    "name", ["fineweb_val_000000.bin", "fineweb_train_000001.bin", "manifest.json", "fineweb_val_documents.tsv"]
-)
+@pytest.mark.parametrize("name", ["fineweb_val_000000.bin", "fineweb_train_000001.bin", "manifest.json"])
 def test_a_pipe_is_refused_and_not_waited_for(name, data, tmp_path):
     (data / name).unlink()
     os.mkfifo(data / name)
