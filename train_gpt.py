@@ -20,7 +20,6 @@ Shapes are written with B batch, T tokens, D model width, H heads, K head width,
 """
 
 import contextlib
-import copy
 import dataclasses
 import errno
 import functools
@@ -110,7 +109,7 @@ def opt(
 
 
 # Settings that no weight and no score depends on: where things lie and what is kept or checked besides.
-INCIDENTAL = tuple("run_id out_dir data_path tokenizer_path resume checkpoint_every audit audit_tokens".split())
+INCIDENTAL = ("run_id", "out_dir", "data_path", "tokenizer_path", "resume", "checkpoint_every", "save_scores")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,8 +131,7 @@ class Hyperparameters:
     artifact_path: str = opt("run", "", "the artifact that EVAL_ONLY reads")
     checkpoint_every: float = opt("run", 0.0, "seconds of training between checkpoints; 0: none")
     resume: str = opt("run", "", "go on from a checkpoint: its path, or auto for the newest of RUN_ID")
-    audit: bool = opt("run", False, "after the scores, prove on a slice of the split that they keep the rules")
-    audit_tokens: int = opt("run", 0, "targets of that slice; 0: a tenth of the split, at most 65,536")
+    save_scores: bool = opt("run", False, "also keep each pass's nats by target (scores.npz), which an audit compares")
     save_weights: bool = opt("run", False, "also keep the averaged float weights (weights.pgolf)")
     export_only: bool = opt("run", False, "quantize, write and score WEIGHTS_PATH again, without training")
     weights_path: str = opt("run", "", "the saved weights that EXPORT_ONLY reads")
@@ -450,6 +448,7 @@ NOT_HERE = {
         "texts in CaseOps are not supported": "CASEOPS_ENABLED=0",
         "the whole split is scored, always in the same way": "VAL_DOC_FRACTION=1 TTT_EVAL_BATCHES TTT_DEBUG_BYPASS=0",
         "EVAL_ONLY=1 or EXPORT_ONLY=1 starts from a file": "TTT_EVAL_ONLY=0 PREQUANT_ONLY=0",
+        "`python records/audit.py ARTIFACT` judges a finished run": "AUDIT=0 AUDIT_TOKENS",
         "FIT_TO_CAP=1 and ARTIFACT_CAP_BYTES do it": "TARGET_MB",
         # model
         "multi-token prediction was measured as a loss by its authors": "MTP_NUM_HEADS=0",
@@ -751,6 +750,13 @@ class Ranks:
         dist.broadcast_object_list(box, src=0, device=self.device)
         return box[0]
 
+    def gather(self, x: Any) -> list:
+        """Every rank's object, on every rank."""
+        objects = [x] * self.size
+        if self.size > 1:
+            dist.all_gather_object(objects, x)
+        return objects
+
     def agree(self, work: Callable[[], Any]) -> Any:
         """Run `work` on every rank; a UserError on any rank is raised on all, so that none waits for another."""
         result = problem = None
@@ -758,10 +764,7 @@ class Ranks:
             result = work()
         except UserError as error:
             problem = str(error)
-        problems = [problem] * self.size
-        if self.size > 1:
-            dist.all_gather_object(problems, problem)
-        if problem := next(filter(None, problems), None):
+        if problem := next(filter(None, self.gather(problem)), None):
             error = UserError(problem)
             error.agreed = True
             raise error
@@ -1634,7 +1637,6 @@ class Validation(NamedTuple):
     fingerprint: str
     tokenizer_path: Path
     tokenizer_sha256: str
-    documents: list[tuple[int, str]] | None  # (bytes, SHA-256 of the UTF-8 text) of each, where prepare.py kept them
 
     @property
     def targets(self) -> int:
@@ -1657,39 +1659,25 @@ def load_validation(hp: Hyperparameters) -> Validation:
         if found:
             split = f"the validation split in DATA_PATH={hp.data_path}"
             raise UserError(f"{split} {problem}; build it with data/prepare.py")
-    documents = prepared_documents(Path(hp.data_path), counter.sha256)
-    return Validation(tokens, counter.count(tokens), stream.fingerprint, path, counter.sha256, documents)
+    check_manifest(Path(hp.data_path) / "manifest.json", counter.sha256)
+    return Validation(tokens, counter.count(tokens), stream.fingerprint, path, counter.sha256)
 
 
-def prepared_documents(folder: Path, tokenizer_sha256: str) -> list[tuple[int, str]] | None:
-    """(bytes, SHA-256) of each validation document's normalized text, as the manifest of data/prepare.py names them.
-
-    None where there is no such manifest (published shards). Raises UserError where it does not fit what lies beside it.
-    """
-    path = folder / "manifest.json"
+def check_manifest(path: Path, tokenizer_sha256: str) -> None:
+    """Raises UserError where data/prepare.py made the shards beside this manifest with another tokenizer."""
     try:
         manifest = json.loads(read_file(path))
         if not isinstance(manifest, dict) or "prepare_version" not in manifest:
-            return None
+            return  # of published shards
         named = str(manifest["tokenizer"]["sha256"])
-        entry = manifest.get("validation_documents")  # older data sets have none
-        data = read_file(folder / entry["file"]) if entry else b""
-        intact = entry is None or hashlib.sha256(data).hexdigest() == entry["sha256"]
-        rows = [line.split("\t") for line in data.decode().splitlines()]
-        documents = [(int(count), digest) for count, digest in rows]
-    except FileNotFoundError as error:
-        if error.filename == str(path):
-            return None
-        raise UserError(f"{path} names {error.filename}, which is missing; build the data set again") from None
+    except FileNotFoundError:
+        return
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         advice = "build the data set again, or move it away"
         raise UserError(f"{path} cannot be used ({shown(repr(error))}); {advice}") from None
     if named != tokenizer_sha256:
         other = f"another tokenizer (sha256 {shown(named[:16])}…)"
-        raise UserError(f"the shards in {folder} were made with {other}; see {path}")
-    if not intact:
-        raise UserError(f"{folder / entry['file']} is not what {path} says; build the data set again")
-    return documents if entry else None
+        raise UserError(f"the shards in {path.parent} were made with {other}; see {path}")
 
 
 class Run(NamedTuple):
@@ -3969,6 +3957,7 @@ def load_model(path: str, device: str = "auto") -> tuple[GPT, Hyperparameters, d
 
 # Tokens of one scoring forward of a rank: enough to fill the device; on CPU, small enough for its caches.
 SCORE_TOKENS = {"cuda": 131_072, "cpu": 16_384}
+BLOCKS = 64  # of a pass's scores, whose sums are in the result
 EVAL_MARGIN = 0.02  # of EVAL_MAX_SECONDS: test-time training stops this much earlier
 
 
@@ -4007,6 +3996,12 @@ def plan_windows(n: int, context: int, stride: int) -> np.ndarray:
     ends = np.append(np.arange(context, n, stride), n)
     firsts = np.append(0, ends[:-1])
     return np.stack([ends - context, firsts, ends], axis=1).astype(np.int64)
+
+
+def targets_of(windows: np.ndarray) -> np.ndarray:
+    """(m,) int64: the targets that windows (W, 3) score, in their order."""
+    firsts, widths = windows[:, 1], windows[:, 2] - windows[:, 1]
+    return np.arange(widths.sum()) + np.repeat(firsts - np.cumsum(widths) + widths, widths)
 
 
 def score_batch_windows(hp: Hyperparameters, ranks: Ranks, context: int) -> int:
@@ -4124,6 +4119,7 @@ class Method:
     """
 
     unit, adapted_params = "", 0  # what it learns from, for the log; how many numbers adapt
+    apart = False  # whether each rank has segments of its own; else all go through the same ones together
     readout: "Readout | None" = None
 
     def __init__(self, run: Run, model: GPT, forward: Callable, stride: int):
@@ -4150,10 +4146,23 @@ class Method:
 
     def score(self, tokens: np.ndarray, segment: Segment, bar: Any) -> np.ndarray:
         """Nats (m,) float32 of the segment's targets, the network's or what a readout makes of them."""
+        nats = self.network_nats(tokens, segment, bar)
+        return nats if self.readout is None else self.readout(nats, tokens, int(segment.windows[0, 1]))
+
+    def network_nats(self, tokens: np.ndarray, segment: Segment, bar: Any = None) -> np.ndarray:
         temperatures = () if self.readout is None else self.readout.temperatures
-        windows = segment.windows
-        nats = score(self.forward, tokens, windows, self.stride, self.rows, self.ranks, bar, temperatures)
-        return nats if self.readout is None else self.readout(nats, tokens, int(windows[0, 1]))
+        return score(self.forward, tokens, segment.windows, self.stride, self.rows, self.ranks, bar, temperatures)
+
+    @torch.no_grad()
+    def distribution(self, tokens: np.ndarray, segment: Segment) -> np.ndarray:
+        """float64 log p (V,) of the segment's last target, which is about to be scored and not read here."""
+        start, _, end = segment.windows[-1]
+        inputs = torch.from_numpy(tokens[None, start:end].astype(np.int64)).to(self.ranks.device)
+        logits = self.model.logits(inputs)[0, -1].double()
+        if self.readout is None:
+            return logits.log_softmax(-1).cpu().numpy()
+        nats = torch.stack([-(logits / t).log_softmax(-1) for t in self.readout.temperatures], dim=-1).cpu().numpy()
+        return self.readout.distribution(nats, self.network_nats(tokens, segment), tokens, int(segment.windows[0, 1]))
 
     def learn(self, tokens: np.ndarray, segment: Segment) -> None:
         """Learn from a segment that has just been scored."""
@@ -4308,7 +4317,7 @@ class DocumentLoRA(Method):
 
     def __init__(self, run: Run, model: GPT, forward: Callable):
         super().__init__(run, model, forward, run.hp.ttt_lora_chunk)
-        hp, self.carried = run.hp, not run.hp.ttt_lora_reset
+        hp, self.carried, self.apart = run.hp, not run.hp.ttt_lora_reset, run.hp.ttt_lora_reset
         self.rows = 1 if self.carried else self.rows  # documents at once
         model.requires_grad_(False)
         layers = [model.head, *(layer for block in model.blocks for layer in (block.attn.q, block.attn.v))]
@@ -4351,11 +4360,23 @@ class DocumentLoRA(Method):
         length = int(windows[0, 1] - windows[0, 0]) + self.stride
         return gather(tokens, windows, self.rows, length, self.stride, self.ranks.device)
 
+    @torch.no_grad()
+    def distribution(self, tokens: np.ndarray, segment: Segment) -> np.ndarray:
+        self.begin(segment)
+        inputs, _, counted = self.batch_of(tokens, segment.windows)
+        row = int(segment.windows[:, 2].argmax())
+        with self.attached():
+            logits = self.model.unembed(self.model.trunk(inputs)[:, -self.stride :])[row][counted[row]][-1]
+        return logits.double().log_softmax(-1).cpu().numpy()
+
+    def begin(self, segment: Segment) -> None:
+        if segment.fresh and not self.carried:
+            self.reset()
+
     def score(self, tokens: np.ndarray, segment: Segment, bar: Any) -> np.ndarray:
         """Nats (m,) float32 of the piece's targets, document by document. Their graph serves the step that follows."""
         self.losses = None  # frees the graph of a piece that was not learned from
-        if segment.fresh and not self.carried:
-            self.reset()
+        self.begin(segment)
         inputs, targets, counted = self.batch_of(tokens, segment.windows)
         with self.attached():
             nats = self.model(inputs, targets)
@@ -4378,8 +4399,8 @@ class DocumentLoRA(Method):
         whole = np.zeros(targets, dtype=np.float32)
         for segment, scored in zip(itertools.chain(*plan.rounds), nats, strict=True):
             if len(scored):
-                whole[np.concatenate([np.arange(first, end) for _, first, end in segment.windows])] = scored
-        return whole if self.carried else self.ranks.sum_(torch.from_numpy(whole).to(self.ranks.device)).cpu().numpy()
+                whole[targets_of(segment.windows)] = scored
+        return self.ranks.sum_(torch.from_numpy(whole).to(self.ranks.device)).cpu().numpy() if self.apart else whole
 
 
 def plan_documents(tokens: np.ndarray) -> np.ndarray:
@@ -4478,6 +4499,17 @@ class Readout:
         network = -columns[..., [self.chosen, -1]].astype(np.float64)
         return np.concatenate([network, np.log(self.ngrams(contexts, targets))], axis=-1)
 
+    def distribution(self, every: np.ndarray, columns: np.ndarray, tokens: np.ndarray, first: int) -> np.ndarray:
+        """float64 log p (V,) at the last of the targets tokens[first+1:]; every (V, temperatures) are the network's
+        nats of each token there, columns (m, temperatures) those of the targets."""
+        if not self.hp.hedge_enabled:
+            return -every[:, self.chosen]
+        contexts, targets = self.keys(tokens, first)
+        known = self.experts(columns[:-1], contexts[:, :-1], targets[:-1])
+        log_weights = self.log_weights + self.hp.hedge_eta * known.sum(0)
+        log_p = self.experts(every, np.repeat(contexts[:, -1:], len(every), axis=1), np.arange(len(every)))
+        return log_sum_exp(log_weights + log_p) - log_sum_exp(log_weights)
+
     def __call__(self, columns: np.ndarray, tokens: np.ndarray, first: int) -> np.ndarray:
         """Nats (m,) float32 of the targets tokens[first+1:], then learn from them. columns is (m, temperatures)."""
         nats = columns[:, self.chosen]
@@ -4525,7 +4557,8 @@ class Evaluation:
         hp = run.hp
         self.run, self.tensors = run, tensors
         self.started = time.perf_counter()
-        self.nats: dict[str, np.ndarray] = {}  # of each pass over the split, for the audit
+        self.blocks: dict[str, list[float]] = {}  # of each pass: sums of its scores, in the order of scoring
+        self.saved: dict[str, np.ndarray] = {}  # SAVE_SCORES: arrays of each pass
         self.cut: dict[str, int] | None = None  # what EVAL_MAX_SECONDS took from the last pass
         self.label, self.bar = "", progress_bar(None, "", Log(None))
         self.expected = 0.0  # seconds that the scores of a pass will take, before any is measured
@@ -4571,8 +4604,7 @@ class Evaluation:
             self.label, self.bar = label, progress_bar(-(-val.targets // stride) // run.ranks.size, label, log)
             nats = self.run_pass(method, val.tokens, plan)
             scores[label] = total(nats, val.bytes)
-            if hp.audit:
-                self.nats[label] = nats
+            self.keep(label, method, nats)
             self.bar.close()
             log_score(log, label, scores[label], start, f"stride:{stride} " if label.endswith("window") else "")
             log(f"{label}_exact val_loss:{scores[label].loss:.8f} val_bpb:{scores[label].bpb:.8f}")
@@ -4581,6 +4613,7 @@ class Evaluation:
     def run_pass(self, method: Method, tokens: np.ndarray, plan: Plan) -> np.ndarray:
         """Nats (n,) float32 of all targets of a text, on every rank; the artifact's weights are back after it."""
         self.before = dict(self.run.phases.seconds)
+        self.scored, self.last = [], None  # windows of each segment; the text's last target, over the vocabulary
         try:
             return method.collect(plan, self.score_first(method, tokens, plan), len(tokens) - 1)
         finally:
@@ -4605,8 +4638,22 @@ class Evaluation:
         return nats
 
     def score(self, method: Method, tokens: np.ndarray, segment: Segment) -> np.ndarray:
+        if self.run.hp.save_scores and segment.windows[:, 2].max(initial=0) == self.run.val.targets:
+            self.last = method.distribution(tokens, segment)
+        self.scored.append(segment.windows)
         with self.run.phases("score"):
             return method.score(tokens, segment, self.bar)
+
+    def keep(self, label: str, method: Method, nats: np.ndarray) -> None:
+        """What an audit compares of a pass over the split: what it scored, in which order, over all ranks."""
+        ranks = self.run.ranks
+        in_turn = itertools.zip_longest(*(ranks.gather(self.scored) if method.apart else [self.scored]))
+        order = targets_of(np.concatenate([windows for turn in in_turn for windows in turn if windows is not None]))
+        sums = [float(part.sum(dtype=np.float64)) for part in np.array_split(nats[order], BLOCKS)]
+        self.blocks[label] = [round(x, 6) if math.isfinite(x) else None for x in sums]
+        if self.run.hp.save_scores:
+            last = next(found for found in ranks.gather(self.last) if found is not None)
+            self.saved |= {f"{label}.nats": nats, f"{label}.order": order, f"{label}.last": last}
 
     def learn(self, method: Method, tokens: np.ndarray, segment: Segment) -> None:
         with self.run.phases("adapt"):
@@ -4645,390 +4692,6 @@ class Evaluation:
                 "where it is cut depends on the machine, so this score does not repeat"
             )
         return self.cut is None
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Audit: the same passes on a slice of the split, watched and disturbed
-# ----------------------------------------------------------------------------------------------------------------------
-
-# Nats that a score may move where it must not: none on CPU. CUDA adds up some gradients in no fixed order.
-MOVED_NATS = {"cpu": 0.0, "cuda": 0.02}
-# Nats between a score and the reference, which runs eagerly: on CUDA that rounds otherwise than the compiled graph.
-REFERENCE_NATS = {"cpu": 1e-3, "cuda": 0.05}
-# Nats between the headline's scores and the same windows of the slice, which other batches hold.
-SAME_NATS = {"cpu": 1e-4, "cuda": 0.02}
-UNIT_SUM = 1e-4  # how far a distribution's sum may lie from 1
-
-
-class Finding(NamedTuple):
-    passed: bool
-    figure: str
-
-
-class Watched(Evaluation):
-    """An evaluation of an audit: it remembers what its passes asked for, and can leave out an update."""
-
-    def __init__(self, run: Run, tensors: Mapping[str, Stored], bar: Any, left_out: int | None = None):
-        super().__init__(run, tensors)
-        self.bar = bar
-        for method in self.passes.values():
-            if not (run.compile.scoring or isinstance(method, DocumentLoRA)):
-                method.rows = min(method.rows, 16)  # the chunks of a slice are short, every forward is filled up
-        self.left_out = left_out
-        self.calls: list[tuple[np.ndarray, np.ndarray]] = []  # (windows, nats) of each call of the scorer
-        self.referee, self.off_reference, self.off_one = False, 0.0, 0.0
-        self.learned_unscored = False
-        self.updates: list[int] = []  # scorer calls before each update
-
-    def watch(self, label: str) -> np.ndarray:
-        method, tokens = self.passes[label], self.run.val.tokens
-        self.calls, self.updates = [], []
-        return self.run_pass(method, tokens, method.plan(tokens))
-
-    def scan(self, tokens: np.ndarray, windows: np.ndarray, stride: int) -> np.ndarray:
-        """Scores of these windows by the weights as they are."""
-        method = next(m for m in self.passes.values() if m.stride == stride and not m.adapted_params)
-        return self.run_pass(method, tokens, Plan([[Segment(windows)]]))
-
-    def score(self, method: Method, tokens: np.ndarray, segment: Segment) -> np.ndarray:
-        before = copy.deepcopy(method.readout) if self.referee else None
-        nats = super().score(method, tokens, segment)
-        self.calls.append((segment.windows, nats))
-        if self.referee and len(nats):
-            if before is None:
-                self.off_reference = larger(self.off_reference, self.compare(method, tokens, segment.windows, nats))
-            else:
-                self.compare_mixture(method, before, tokens, segment.windows, nats)
-        return nats
-
-    def learn(self, method: Method, tokens: np.ndarray, segment: Segment) -> None:
-        just_scored = bool(self.calls) and self.calls[-1][0] is segment.windows
-        text = self.run.val.tokens[: segment.windows[:, 2].max(initial=-1) + 1]
-        self.learned_unscored |= not (just_scored and np.array_equal(tokens, text))
-        self.updates.append(len(self.calls))
-        if len(self.updates) - 1 != self.left_out:
-            super().learn(method, tokens, segment)
-
-    @torch.no_grad()
-    def compare(self, method: Method, tokens: np.ndarray, windows: np.ndarray, nats: np.ndarray) -> float:
-        """Largest distance of the scores of up to four windows, or of a piece of documents, from the present model's
-        float64 log-softmax."""
-        if len(nats) != (windows[:, 2] - windows[:, 1]).sum():
-            return math.inf
-        if isinstance(method, DocumentLoRA):  # each row of its heads belongs to a document
-            chosen, compared, width, attached = np.arange(len(windows)), method.rows, method.stride, method.attached()
-            inputs, targets, counted = method.batch_of(tokens, windows)
-        else:
-            compared, length = min(4, method.rows), int(windows[0, 2] - windows[0, 0])
-            chosen = np.unique(np.linspace(0, len(windows) - 1, min(compared, len(windows))).astype(int))
-            width, attached = min(method.stride, length), contextlib.nullcontext()
-            device = self.run.ranks.device
-            inputs, targets, counted = gather(tokens, windows[chosen], method.rows, length, width, device)
-        with attached:
-            entries = self.model.unembed(self.model.trunk(inputs)[:compared, -width:]).double().log_softmax(-1)
-        entries = entries.gather(-1, targets[:compared, :, None])[..., 0][counted[:compared]].cpu().numpy()
-        widths = windows[:, 2] - windows[:, 1]
-        spans = zip(np.cumsum(widths)[chosen], widths[chosen], strict=True)
-        place = np.concatenate([np.arange(end - min(n, width), end) for end, n in spans])
-        return distance(nats[place], -entries)
-
-    @torch.no_grad()
-    def compare_mixture(
-        self, method: Method, readout: Readout, tokens: np.ndarray, windows: np.ndarray, nats: np.ndarray
-    ) -> None:
-        """The first target of a chunk: its distribution by the readout as it was before has to sum to 1 and hold the
-        score. readout is that state."""
-        start, first, end = (int(n) for n in windows[0])
-        inputs, *_ = gather(tokens, windows[:1], method.rows, end - start, end - start, self.run.ranks.device)
-        hidden = self.model.trunk(inputs)[:, first - start, None]  # the scorer's shape, every row the same
-        logits = self.model.unembed(hidden)[0, 0].double()
-        columns = torch.stack([-(logits / t).log_softmax(-1) for t in readout.temperatures], -1).cpu().numpy()
-        entries = -columns[:, readout.chosen]
-        if readout.hp.hedge_enabled:
-            contexts, _ = readout.keys(tokens[: first + 2], first)
-            every = np.arange(readout.hp.vocab_size)
-            log_p = readout.experts(columns, np.repeat(contexts, len(every), axis=1), every)
-            entries = log_sum_exp(readout.log_weights + log_p) - log_sum_exp(readout.log_weights)
-        self.off_one = larger(self.off_one, abs(float(np.exp(entries).sum()) - 1))
-        self.off_reference = larger(self.off_reference, abs(float(nats[0] + entries[tokens[first + 1]])))
-
-
-class Audit:
-    """Proof by experiment that an evaluation keeps the rules: its own passes again, over a slice of the split.
-
-    The four conditions are those that reviewers of the challenge cite (openai/parameter-golf #1017): scores depend on
-    the past alone, come from a distribution over the whole vocabulary, are fixed before anything learns from them, and
-    count every token once. A disturbed text or a left-out update must not move what it cannot legally reach. Every
-    experiment builds its evaluation anew from the artifact, so that nothing seen before can be known in it.
-    """
-
-    def __init__(self, evaluation: Evaluation):
-        run, hp = evaluation.run, evaluation.run.hp
-        self.evaluation, self.whole, self.tensors = evaluation, run.val, evaluation.tensors
-        n = max(hp.audit_tokens or min(65_536, run.val.targets // 10), 4 * hp.eval_seq_len)
-        self.n = n = min(n, run.val.targets)
-        self.run = run._replace(
-            hp=dataclasses.replace(hp, ttt_chunk_tokens=max(1, n // 8), eval_max_seconds=0.0),
-            log=Log(None),
-            phases=Phases(run.ranks.device),
-            val=run.val._replace(tokens=run.val.tokens[: n + 1], bytes=run.val.bytes[:n]),
-        )
-        self.tokens, self.context = self.run.val.tokens, hp.eval_seq_len
-        self.stride = hp.eval_stride or self.context
-        self.moved_nats = MOVED_NATS[run.ranks.device.type]
-        self.random = np.random.default_rng(hp.seed)  # the same on every rank
-        self.bar = progress_bar(None, "audit", evaluation.run.log)
-        self.watched = Watched(self.run, self.tensors, self.bar)
-        self.watched.referee = True
-        self.base, self.updates = {}, {}
-        for label in self.watched.passes:
-            self.base[label] = (self.watched.watch(label), self.watched.calls.copy())
-            self.updates[label] = self.watched.updates
-        self.watched.referee = False
-
-    def check(self, scores: Mapping[str, Score], size: tuple[int, int], seconds: Mapping[str, float]) -> dict:
-        """Every finding by name. scores and size (code, artifact; bytes) are the run's, seconds its ledger."""
-        checks = dict(
-            causal=self.causal,
-            normalised=self.normalised,
-            score_first=self.score_first,
-            once=lambda: self.once(scores),
-            documents=self.documents,
-            bytes=self.bytes,
-            clocks=lambda: self.clocks(seconds),
-            size=lambda: self.size(*size),
-        )
-        findings = {}
-        for name, check in checks.items():
-            try:
-                findings[name] = check()
-            except (IndexError, KeyError, ValueError) as error:  # scores that do not even have the form they should
-                findings[name] = Finding(False, f"could not be carried out: {error}")
-        self.bar.close()
-        return findings
-
-    def causal(self) -> Finding:
-        """C1: with every token after p replaced, no score up to p moves, and some score after it does."""
-        moved, changed, points = 0.0, True, 0
-        for p in self.borders():
-            val = self.run.val._replace(tokens=self.disturbed(self.tokens, p))
-            disturbed = Watched(self.run._replace(val=val), self.tensors, self.bar)
-            for label, (nats, _) in self.base.items():
-                after, points = disturbed.watch(label), points + 1
-                moved = larger(moved, distance(after[:p], nats[:p]))
-                changed &= distance(after[p:], nats[p:]) > 0
-        for label, method in self.watched.passes.items():
-            if not method.adapted_params:  # windows do not hear of each other: another p for each of them in one pass
-                windows = plan_windows(self.n, self.context, method.stride)
-                cuts = self.random.integers(windows[:, 1], windows[:, 2])
-                texts = [
-                    self.disturbed(self.tokens[start : end + 1], p - start)
-                    for (start, _, end), p in zip(windows, cuts, strict=True)
-                ]
-                after = self.watched.scan(*side_by_side(texts, windows[:, 1] - windows[:, 0]), method.stride)
-                kept = np.concatenate([np.arange(f, e) < p for (_, f, e), p in zip(windows, cuts, strict=True)])
-                moved = larger(moved, distance(after[kept], self.base[label][0][kept]))
-                points += len(windows)
-        figure = f"disturbed_at:{points} scores_before_moved:{moved:.2g}"
-        return Finding(moved <= self.moved_nats and changed, figure + ("" if changed else " nothing_after_moved"))
-
-    def normalised(self) -> Finding:
-        """C2: the scores of all V possible tokens at one place are a distribution, and what is scored is its entry.
-
-        The place lies inside a window, where the token is input to the position after it: who looks ahead by one sees
-        the target itself, which moves no earlier score but leaves no distribution.
-        """
-        vocab, worst, points = self.run.hp.vocab_size, 0.0, 0
-        stride = self.stride if self.stride > 1 else self.context
-        for start, _, end in self.random.choice(plan_windows(self.n, self.context, stride), max(1, 1024 // vocab)):
-            target = int(self.random.integers(max(start, end - stride), max(start, end - 1) + (end == start + 1)))
-            tokens, windows = side_by_side(self.every_token(start, end, target), np.full(vocab, target - start))
-            ends = np.cumsum(windows[:, 2] - windows[:, 1])
-            nats = self.watched.scan(tokens, windows, stride)[np.append(0, ends[:-1])].astype(np.float64)
-            worst, points = larger(worst, abs(float(np.exp(-nats).sum()) - 1)), points + 1
-        method = list(self.watched.passes.values())[-1]
-        if isinstance(method, DocumentLoRA):
-            worst, points = larger(worst, self.off_one_in_a_piece(method)), points + 1
-        off, worst = self.watched.off_reference, larger(worst, self.watched.off_one)
-        passed = worst <= UNIT_SUM and off <= REFERENCE_NATS[self.run.ranks.device.type]
-        return Finding(passed, f"whole_sums:{points} off_one:{worst:.2g} scores_off_reference:{off:.2g}")
-
-    def every_token(self, start: int, end: int, target: int) -> np.ndarray:
-        """(V, end - start + 1): the text of a window with each of the V tokens as that target."""
-        texts = np.repeat(self.tokens[None, start : end + 1], self.run.hp.vocab_size, axis=0)
-        texts[:, target + 1 - start] = np.arange(self.run.hp.vocab_size)
-        return texts
-
-    @torch.no_grad()
-    def off_one_in_a_piece(self, method: DocumentLoRA) -> float:
-        """The same of a document's first piece, by the method's own way of reading; its LoRAs are fresh, so that every
-        row of a batch has the same."""
-        documents = plan_documents(self.tokens)
-        start, end = documents[(documents[:, 1] - documents[:, 0]).argmax()]
-        end = min(end, start + method.stride)
-        target = int(self.random.integers(start, max(start + 1, end - 1)))
-        texts = self.every_token(start, end, target)
-        tokens, windows = side_by_side(texts, np.zeros(len(texts), dtype=int))
-        pieces = [Segment(windows[i : i + method.rows], fresh=True) for i in range(0, len(texts), method.rows)]
-        nats = np.concatenate([method.score(tokens, piece, self.bar) for piece in pieces]).reshape(-1, end - start)
-        return abs(float(np.exp(-nats[:, target - start].astype(np.float64)).sum()) - 1)
-
-    def score_first(self) -> Finding:
-        """C3: an update learns from scored text alone; without it the scores so far stay, and later ones change."""
-        if "legal_ttt" not in self.base:
-            return Finding(True, "nothing adapts")
-        calls, moved, learned, left_out = self.base["legal_ttt"][1], 0.0, True, []
-        updates = self.updates["legal_ttt"]
-        for k in sorted({(len(updates) - 1) // 2, len(updates) - 1} & set(range(len(updates)))):
-            without = Watched(self.run, self.tensors, self.bar, left_out=k)
-            without.watch("legal_ttt")
-            before, after = (
-                [np.concatenate([nats for _, nats in part]) for part in (calls[place], without.calls[place])]
-                for place in (slice(updates[k]), slice(updates[k], None))
-            )
-            moved = larger(moved, distance(*before))
-            learned &= distance(*after) > 0
-            left_out.append(k)
-        learned |= self.run.hp.ttt_lr == 0
-        unscored = self.watched.learned_unscored
-        figure = f"updates_left_out:{len(left_out)} of:{len(updates)} scores_before_moved:{moved:.2g}"
-        figure += ("" if learned else " nothing_learned") + (" learned_from_unscored_text" if unscored else "")
-        return Finding(moved <= self.moved_nats and learned and not unscored, figure)
-
-    def once(self, scores: Mapping[str, Score]) -> Finding:
-        """C4: a pass asks the scorer for every target once and in order and counts just what it answers; the totals
-        are those of the whole split, and its scores are the ones that the artifact gives again."""
-        problems = []
-        for label, (nats, calls) in self.base.items():
-            spans = np.concatenate([windows[:, 1:] for windows, _ in calls])
-            answered = np.concatenate([answer for _, answer in calls])
-            if len(answered) == (spans[:, 1] - spans[:, 0]).sum():  # documents come the longest first
-                order = np.argsort(spans[:, 0], kind="stable")
-                parts = np.split(answered, np.cumsum(spans[:, 1] - spans[:, 0])[:-1])
-                spans, answered = spans[order], np.concatenate([parts[i] for i in order])
-            in_order = spans[0, 0] == 0 and spans[-1, 1] == self.n and (spans[1:, 0] == spans[:-1, 1]).all()
-            if not in_order or len(nats) != self.n:
-                problems.append(f"{label} scored {len(answered)} and counted {len(nats)} targets of {self.n}")
-            elif not np.array_equal(answered, nats, equal_nan=True):
-                problems.append(f"{label} counts other scores than it was given")
-        for label, score in scores.items():
-            method, headline = self.watched.passes[label], self.evaluation.nats[label]
-            counted = (float(headline.sum(dtype=np.float64)), self.whole.targets, int(self.whole.bytes.sum()))
-            if tuple(score) != counted:
-                problems.append(f"{label} is over {score.tokens} tokens, {score.bytes} bytes, {score.nats:.1f} nats")
-            same = int(plan_windows(self.n, self.context, method.stride)[-1, 1])  # a slice ends with its own window
-            if isinstance(method, DocumentLoRA):
-                same = int(plan_documents(self.tokens)[-1, 0])  # and with a part of a document
-            elif method.adapted_params:  # the first chunk, before anything was learned
-                both = [(self.evaluation.passes[label], self.whole.tokens), (method, self.tokens)]
-                ends = [int(m.plan(tokens).rounds[0][0].windows[-1, 2]) for m, tokens in both]
-                if method.readout is None:
-                    label = f"final_{main_grid(self.tensors)}_sliding_window"
-                same = min(same, *ends[: 1 if method.readout is None else 2])
-            if not distance(headline[:same], self.base[label][0][:same]) <= SAME_NATS[self.run.ranks.device.type]:
-                problems.append(f"{label} does not give again the scores that the artifact had")
-        figure = f"tokens:{self.whole.targets} bytes:{int(self.whole.bytes.sum())}"
-        return Finding(not problems, "; ".join(problems) or figure)
-
-    def documents(self) -> Finding:
-        """With attention switched off, the token before a document's BOS reaches no score inside that document.
-
-        Attention may look into the text before, as in the published systems; what mixes neighbours must not.
-        """
-        borders = np.flatnonzero(self.tokens == BOS_ID)
-        last = borders[borders > 1] - 1  # of the documents before
-        last = last[self.tokens[last] != BOS_ID]
-        disturbed = self.tokens.copy()
-        disturbed[last] = self.random.integers(BOS_ID + 1, self.run.hp.vocab_size, len(last))
-        silenced = {
-            name: stored._replace(data=torch.zeros_like(stored.data)) if name.endswith(".attn_scale") else stored
-            for name, stored in self.tensors.items()
-        }
-        silent = Watched(self.run, silenced, self.bar)
-        windows = plan_windows(self.n, self.context, self.context)
-        before, after = (silent.scan(text, windows, self.context) for text in (self.tokens, disturbed))
-        free = np.ones(self.n, dtype=bool)
-        free[last - 1], free[last[last < self.n]] = False, False  # the token itself and what follows it
-        moved = distance(after[free], before[free])
-        return Finding(moved <= self.moved_nats, f"borders:{len(last)} scores_across_moved:{moved:.2g}")
-
-    def bytes(self) -> Finding:
-        """Counted bytes against each document's text, for all that begin in the slice.
-
-        The text is the one that prepare.py recorded, as SentencePiece's normaliser gave it before there were any ids;
-        for shards without such a record, it is what SentencePiece decodes.
-        """
-        import sentencepiece
-
-        model = sentencepiece.SentencePieceProcessor(model_proto=self.whole.tokenizer_path.read_bytes())
-        tokens, counted = self.whole.tokens, self.whole.bytes
-        ends = np.append(np.flatnonzero(tokens == BOS_ID), len(tokens))
-        documents = [(start, end) for start, end in itertools.pairwise(ends) if start < self.n]
-        record, total_bytes = self.whole.documents, 0
-        if record is not None and len(record) != len(ends) - 1:
-            return Finding(False, f"{len(ends) - 1} documents in the split, {len(record)} in prepare.py's record")
-        for document, (start, end) in enumerate(documents):
-            text = model.decode(tokens[start + 1 : end].tolist()).encode()
-            theirs, digest = (len(text), None) if record is None else record[document]
-            ours = int(counted[max(0, start - 1) : end - 1].sum())  # BOS is a target too
-            if theirs != ours:
-                return Finding(False, f"document {document} counts {ours} bytes, its text has {theirs}")
-            if digest not in (None, hashlib.sha256(text).hexdigest()):
-                return Finding(False, f"document {document} is not the text that was prepared")
-            total_bytes += theirs
-        source = "decoded" if record is None else "recorded"
-        return Finding(True, f"documents:{len(documents)} {source}_bytes:{total_bytes}")
-
-    def clocks(self, seconds: Mapping[str, float]) -> Finding:
-        """The measured ledger against both clocks; 0 is no limit."""
-        hp, evaluation = self.evaluation.run.hp, seconds["evaluation"]
-        training = sum(seconds.get(phase, 0.0) for phase in TRAINING_PHASES)
-        limits = (hp.max_wallclock_seconds, hp.eval_max_seconds)
-        passed = all(spent <= limit or limit == 0 for spent, limit in zip((training, evaluation), limits, strict=True))
-        caps = [f"{limit:g}s" if limit else "no_limit" for limit in limits]
-        train = f"train:{training:.1f}s of {caps[0]}" if "train" in seconds else "train:not_in_this_run"
-        return Finding(passed, f"{train} evaluation:{evaluation:.1f}s of {caps[1]}")
-
-    def size(self, code: int, artifact: int) -> Finding:
-        cap = self.run.hp.artifact_cap_bytes
-        return Finding(code + artifact <= cap, f"code:{code} artifact:{artifact} total:{code + artifact} cap:{cap}")
-
-    def borders(self) -> list[int]:
-        """Where to disturb whole passes: just behind a chunk's end, inside the last window, before a document."""
-        starts = np.flatnonzero(self.tokens == BOS_ID)
-        windows = plan_windows(self.n, self.context, self.stride)
-        chunks, method = plan_chunks(windows, self.run.hp.ttt_chunk_tokens), list(self.watched.passes.values())[-1]
-        points = {int(chunks[len(chunks) // 2 - 1][-1, 2]) + 1, self.n - self.stride // 2 - 1}
-        if method.readout is not None:  # what it keeps within a chunk moves with every target
-            middle = chunks[len(chunks) // 2]
-            points.add(int(middle[0, 1] + middle[-1, 2]) // 2)
-        inner = starts[(starts > self.n // 4) & (starts < self.n)]
-        points |= {int(inner[0]) - 1} if len(inner) else set()
-        return sorted(p for p in points if 0 < p < self.n)
-
-    def disturbed(self, tokens: np.ndarray, p: int) -> np.ndarray:
-        """A copy with every token after p drawn anew, the first of them surely another one."""
-        vocab, copy = self.run.hp.vocab_size, tokens.copy()
-        copy[p + 1 :] = self.random.integers(0, vocab, len(tokens) - p - 1)
-        copy[p + 1] = (int(tokens[p + 1]) + self.random.integers(1, vocab)) % vocab
-        return copy
-
-
-def side_by_side(texts: Sequence[np.ndarray], firsts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(tokens, windows): texts of one length m+1, each a window of its own that scores from its target `first` on."""
-    starts = np.arange(len(texts)) * len(texts[0])
-    return np.concatenate(texts), np.stack([starts, starts + firsts, starts + len(texts[0]) - 1], axis=1)
-
-
-def distance(a: np.ndarray, b: np.ndarray) -> float:
-    """Largest difference of two runs of scores; infinite where one has more of them or one that is not a number."""
-    worst = float(np.abs(a - b).max(initial=0.0)) if len(a) == len(b) else math.inf
-    return worst if math.isfinite(worst) else math.inf
-
-
-def larger(*values: float) -> float:
-    """The maximum, infinite if any value is not a number: max() alone would forget it."""
-    return max(values) if all(map(math.isfinite, values)) else math.inf
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -5425,7 +5088,7 @@ def check_resumed(checkpoint: Checkpoint, stream: TokenStream, val: Validation, 
 def run_job(run: Run, job: Job) -> int:
     """Train or take up what is there, export, read back, score. Returns the exit code."""
     hp, log, trainer, mode = run.hp, run.log, None, "train"
-    facts: dict[str, Any] = dict(steps=None, train_tokens=None, exported=None, audit=None)  # of the result
+    facts: dict[str, Any] = dict(steps=None, train_tokens=None, exported=None)  # of the result
     if hp.eval_only:
         mode, path, blob = "eval_only", Path(hp.artifact_path), job.blob
         run.signals.advice = scored_again(path)
@@ -5457,13 +5120,10 @@ def run_job(run: Run, job: Job) -> int:
     evaluation = Evaluation(run, tensors)
     evaluated = evaluation.score_all()
     facts |= dict(mode=mode, eval_seconds=run.ranks.largest(evaluation.elapsed()), eval_cut=evaluation.cut)
-    if hp.audit:
-        ledger = run.phases.seconds | dict(evaluation=facts["eval_seconds"])
-        with run.phases("audit"):
-            findings = Audit(evaluation).check(evaluated, (len(run.source), len(blob)), ledger)
-        for name, (passed, figure) in findings.items():
-            log(f"audit:{name} {'pass' if passed else 'FAIL'} {figure}")
-        facts["audit"] = {name: finding._asdict() for name, finding in findings.items()}
+    facts["blocks"] = evaluation.blocks
+    if hp.save_scores and run.ranks.is_main:
+        np.savez(data := io.BytesIO(), bytes=run.val.bytes, **evaluation.saved)
+        write_result(run, run.folder / "scores.npz", data.getvalue())
     return report_result(run, facts, scores | evaluated, path, blob)
 
 
@@ -5507,9 +5167,6 @@ def limits_broken(hp: Hyperparameters, result: Mapping) -> Iterator[str]:
         yield f"the evaluation took {evaluation:.1f} s, more than {hp.named.eval_max_seconds}"
     if result["headline"]["val_loss"] is None:
         yield "the headline is not finite; lower TTT_LR if the scores before it are"
-    for name, finding in (result["audit"] or {}).items():
-        if not finding["passed"]:
-            yield f"audit:{name} failed: {finding['figure']}"
 
 
 def main(argv: Sequence[str], environ: Mapping[str, str]) -> int:

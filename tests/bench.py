@@ -262,7 +262,7 @@ def environment(recipe: Path, environ: Mapping[str, str]) -> dict[str, str]:
     test-time training chunks of no more than one step, for which little text does. Raises ExperimentError, UserError.
     """
     chosen = read_recipe(recipe) | dict(environ)
-    for mode in ("EVAL_ONLY", "EXPORT_ONLY", "ARTIFACT_PATH", "WEIGHTS_PATH", "RUN_ID", "OUT_DIR", "RESUME", "AUDIT"):
+    for mode in ("EVAL_ONLY", "EXPORT_ONLY", "ARTIFACT_PATH", "WEIGHTS_PATH", "RUN_ID", "OUT_DIR", "RESUME"):
         chosen.pop(mode, None)
     steady = {name: text for name, text in STEPS.items() if name not in ("EVAL_STRIDE", "TTT_ENABLED")}
     steady |= dict(MAX_WALLCLOCK_SECONDS="0", EVAL_MAX_SECONDS="0")

@@ -119,10 +119,11 @@ def clean_environ(**settings) -> dict[str, str]:
 
 
 def torchrun(
-    size: int, script: Path, cwd: Path, timeout: float = 60, **environ
+    size: int, script: Path, cwd: Path, timeout: float = 60, args: tuple[object, ...] = (), **environ
 ) -> tuple[subprocess.CompletedProcess, float]:
     """The finished command and its seconds."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={size}", script]
+    command += map(str, args)
     start = time.perf_counter()
     ran = subprocess.run(
         command, cwd=cwd, env=clean_environ(**environ), capture_output=True, text=True, timeout=timeout

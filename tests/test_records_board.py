@@ -84,7 +84,7 @@ def test_entries_are_ranked_within_their_track_by_what_the_logs_show(tree):
     ]
     core = entries[1]
     assert core.bpb == pytest.approx(1.2) and core.std == pytest.approx(0.01) and core.seeds == 3
-    assert core.bytes == corpus.run_of("pgolf").bytes_total and core.author == "ada" and not core.notes
+    assert core.bytes == corpus.run_of("pgolf").bytes_total and core.author == "ada" and core.notes == ["audited"]
     assert len(core.curves) == 3 and dict(core.phases)["train"] == pytest.approx(27.0)
     assert any("unfinished" in note for note in entries[-1].notes)
 
@@ -105,14 +105,14 @@ def test_the_declared_score_counts_and_its_absence_is_noted(tmp_path):
     folder(tmp_path, "sliding", {1: 1.2, 2: 1.3}, val_bpb=None, headline="final_int6_sliding_window")
     folder(tmp_path, "wrong", {1: 1.2}, val_bpb=None, headline="final_best_ever")
     sliding, wrong = board.collect([tmp_path])
-    assert sliding.bpb == pytest.approx(corpus.PGOLF_RESULTS[1].bpb) and not sliding.notes
-    assert wrong.bpb is None and wrong.notes == ["not every log has the declared score final_best_ever"]
+    assert sliding.bpb == pytest.approx(corpus.PGOLF_RESULTS[1].bpb) and sliding.notes == ["audited"]
+    assert wrong.bpb is None and wrong.notes == ["not every log has the declared score final_best_ever", "audited"]
 
 
 def test_the_board_does_not_say_where_it_was_made(tmp_path):
     (folder(tmp_path, "broken", {1: 1.2}) / "train_seed2.log").write_bytes(bytes(range(256)) * 50)
     entries = board.collect([tmp_path])
-    assert entries[0].notes == ["train_seed2.log: cannot be read (train_seed2.log: not a text file)"]
+    assert entries[0].notes == ["train_seed2.log: cannot be read (train_seed2.log: not a text file)", "audited"]
     assert str(tmp_path) not in board.markdown(entries, tmp_path) + board.page(entries)
 
 
@@ -196,7 +196,7 @@ def test_experiments_of_one_folder_are_never_averaged(tmp_path):
     scores = dict(a=(1.2001, 1.2002, 1.2003), b=(1.1001, 1.1002, 1.1003))
     (entry,) = board.collect([several(tmp_path / "declared", scores, val_bpb=1.2002)])
     assert entry.bpb == pytest.approx(1.2002) and entry.seeds == 3 and len(entry.curves) == 3
-    assert entry.notes == ["3 logs of other experiments do not count"]
+    assert entry.notes == ["3 logs of other experiments do not count", "audited"]
     (entry,) = board.collect([several(tmp_path / "open", scores, val_bpb=None)])
     assert entry.bpb is None and entry.notes == ["several experiments, and nothing says which one counts"]
 

@@ -1156,6 +1156,23 @@ def test_an_audit_speaks_for_a_score_from_the_forward_that_learns(tmp_path):
     assert "audit:score_first passed in every log" in found.what
 
 
+def test_an_audit_json_speaks_for_the_log_of_its_script_and_artifact(tmp_path):
+    folder = build().write(tmp_path / "f")
+    result = json.loads((folder / "train_seed42.log").read_text("utf-8").rstrip().rpartition("\nresult ")[2])
+    ours = dict(artifact=result["artifact_sha256"], script=result["code_sha256"])
+    for sha256, passed, wanted in (
+        (ours, True, []),
+        (ours, False, [("audit", "audit:identity failed: not the log's")]),
+        (ours | dict(script="0" * 64), True, [("files", "audit_seed42.json is of no log's script and artifact")]),
+        (5, True, [("files", "audit_seed42.json is no audit.json of records/audit.py")]),
+    ):
+        audit = dict(audit=dict(identity=dict(passed=passed, figure="not the log's")), sha256=sha256)
+        (folder / "audit_seed42.json").write_text(json.dumps(audit), "utf-8")
+        failed = [(finding.check, finding.what) for finding in findings(folder, "FAIL")]
+        assert [check for check, _ in failed] == [check for check, _ in wanted], failed
+        assert all(said in what for (_, what), (_, said) in zip(failed, wanted, strict=True)), failed
+
+
 def test_other_tracks_have_no_clocks(tmp_path):
     made = build()
     made.again(*[dict(steps=(1, 6012), step_ms=1000.0)] * 3)

@@ -876,13 +876,12 @@ def test_settings_that_may_change_change_nothing_that_counts(go, path, plain, ti
     changed = dict(
         RUN_ID="other", OUT_DIR=tmp_path / "out", TOKENIZER_PATH=next(tiny_data.glob("*.model")), RESUME=path
     )
-    changed |= dict(CHECKPOINT_EVERY=1e-6, TRAIN_LOG_EVERY=3, VAL_LOSS_EVERY=0, SAVE_WEIGHTS=1)
-    changed |= dict(AUDIT=1, AUDIT_TOKENS=64)
+    changed |= dict(CHECKPOINT_EVERY=1e-6, TRAIN_LOG_EVERY=3, VAL_LOSS_EVERY=0, SAVE_WEIGHTS=1, SAVE_SCORES=1)
     assert {*map(str.lower, changed), "data_path", "micro_batch_tokens"} == set(pg.MAY_CHANGE)
     out = tmp_path / "out"
     ran = go(data, **changed)._replace(folder=out / "runs" / "other", log=out / "logs" / "other.txt")
     assert (ran.code, ran.err) == (0, "") and ran.artifact == plain.artifact
-    assert ran.result["scores"] == plain.result["scores"] and ran.result["audit"]
+    assert ran.result["scores"] == plain.result["scores"] and ran.result["blocks"] == plain.result["blocks"]
     assert path.exists()  # not of this run's folder
     micro = go(RESUME=path, MICRO_BATCH_TOKENS=96)
     assert micro.code == 0 and "grad_accum_steps:4" in micro.out

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from records.submission import runlog
+from records.submission import audits, runlog
 from records.submission.command import Unusable, command
 from records.submission.foreign import load
 from records.submission.rules import CAP_BYTES
@@ -240,6 +240,8 @@ def from_logs(entry: Entry, logs: Sequence[runlog.RunLog], label: str | None = N
     for log in logs:
         prefix = f"seed {log.seed}: " if len(logs) > 1 else ""
         entry.notes += [prefix + note for note in notes_of(log)]
+    if logs and all(log.audit and all(passed for passed, _ in log.audit.values()) for log in logs):
+        entry.notes.append("audited")
     by_phase: dict[str, list[float]] = {}
     for log in logs:
         for name, seconds in phases_of(log):
@@ -293,7 +295,12 @@ def read_folder(folder: Path) -> Entry:
 
 
 def read_log(path: Path) -> Entry:
-    return from_logs(Entry(clean(path.stem, 160), path, LOOSE), runlog.parse(path).each())
+    """A loose log, with the audit.json beside its run's artifact."""
+    log = runlog.parse(path)
+    beside = audits.beside(path)
+    if beside is not None and audits.is_of(told := audits.parse(beside.read_bytes(), str(beside)), log):
+        audits.attach(told, log)
+    return from_logs(Entry(clean(path.stem, 160), path, LOOSE), log.each())
 
 
 def collect(paths: Sequence[Path]) -> list[Entry]:

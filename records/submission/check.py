@@ -592,7 +592,7 @@ def check_legality(s: Submission) -> Iterator[Note]:
     for name, finding in examined(s):
         level, text = finding.level, finding.text
         if audited and finding.rule == "train_before_score" and level == "warn":
-            text += "; audit:score_first passed in every log, if the script's audit is to be believed"
+            text += "; audit:score_first passed in every log, if that audit is to be believed"
         yield Note(level, f"{finding.rule}: {name} line {finding.line}: {text}")
 
 
@@ -643,7 +643,7 @@ def check_compliance(s: Submission) -> Iterator[Note]:
 
 
 def check_audit(s: Submission) -> Iterator[Note]:
-    """Audit lines, where a log has them, all pass."""
+    """Findings of audits, in the log or in an audit.json of its script and artifact, all pass."""
     count, without = 0, []
     for name, log in s.runs.items():
         findings = dict(log.audit)

@@ -22,7 +22,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from records.submission import pack, runlog, unpack
+from records.submission import audits, pack, runlog, unpack
 from records.submission.command import Unusable, command
 from records.submission.rules import AUDITS, CAP_BYTES, CLOCK_SECONDS, SEEDS, has_clocks, may_differ, verdict, within
 from records.submission.runlog import RunLog, ScoreLine
@@ -41,6 +41,7 @@ class SeedRun:
     seed: int
     score: ScoreLine
     bytes_total: int
+    audit: bytes | None = None  # of its audit.json
 
     @property
     def result(self) -> dict[str, Any]:
@@ -112,6 +113,27 @@ def read_run(path: Path, headline: str | None) -> SeedRun:
         if missing:
             raise Unusable(f"{path}: {message}")
     return SeedRun(log, data, log.seed, score, log.bytes_total)
+
+
+def with_audits(runs: Sequence[SeedRun], named: Sequence[Path]) -> list[SeedRun]:
+    """The runs with their audit.json: the one beside the artifact, or that of the named ones that is theirs. Raises
+    Unusable where one is of another script or artifact."""
+    found, unused = [], {path: path.read_bytes() for path in named}
+    for run in runs:
+        path = audits.beside(run.log.path)
+        candidates = dict(unused) if named else {path: path.read_bytes()} if path else {}
+        data = None
+        for path, candidate in candidates.items():
+            if audits.is_of(told := audits.parse(candidate, str(path)), run.log):
+                audits.attach(told, run.log)
+                data = candidate
+                unused.pop(path, None)
+            elif not named:
+                raise Unusable(f"{path} is of another script or artifact than {run.name}; audit it again")
+        found.append(dataclasses.replace(run, audit=data))
+    if unused:
+        raise Unusable(f"{next(iter(unused))} is of no log's script and artifact")
+    return found
 
 
 def is_finite(score: ScoreLine) -> bool:
@@ -359,6 +381,10 @@ def log_name(run: SeedRun) -> str:
     return f"train_seed{run.seed}.log"
 
 
+def audit_name(run: SeedRun) -> str:
+    return f"audit_seed{run.seed}.json"
+
+
 def describe(runs: Sequence[SeedRun], script: Script, args: argparse.Namespace) -> dict[str, Any]:
     """submission.json. Names are those of the public files, which viewers read; `artifact` there is code and model."""
     results = {str(run.seed): seed_result(run) for run in runs}
@@ -539,7 +565,7 @@ def rules(s: Mapping[str, Any], runs: Sequence[SeedRun]) -> str:
         rows.append([rule, yes_no(c[key]), "<br>".join(figures)])
     text = table(["rule", "kept", "evidence"], rows)
     if c["audit_passed"] is None:
-        text += "\n\nNot shown: the logs hold no audit of it. `AUDIT=1` adds one to a run."
+        text += "\n\nNot shown: no audit of it. `python records/audit.py ARTIFACT` makes one."
     return text
 
 
@@ -566,7 +592,12 @@ def readme(s: Mapping[str, Any], runs: Sequence[SeedRun], script: Script, files:
         "submission.json": "all of this, for programs",
     }
     file_rows = [
-        [code(name), f"{len(data):,}", code(hashlib.sha256(data).hexdigest()), kinds.get(name, "log, as written")]
+        [
+            code(name),
+            f"{len(data):,}",
+            code(hashlib.sha256(data).hexdigest()),
+            kinds.get(name, "audit, as written" if name.startswith("audit_") else "log, as written"),
+        ]
         for name, data in files.items()
     ]
     machine = [s["hardware"] or "not named in the logs", f"torch {s['pytorch_version'] or 'unknown'}"]
@@ -614,6 +645,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--date", help="YYYY-MM-DD; default: that of the newest log's file")
     parser.add_argument("--script", type=Path, help="the file that ran; default: the source in the logs")
     parser.add_argument("--human", type=Path, help="the readable source of a packed script")
+    parser.add_argument("--audits", type=Path, nargs="+", help="audit.json of each run; default: beside its artifact")
     parser.add_argument("--headline", metavar="LABEL", help="the score that counts, where a log does not declare it")
     parser.add_argument("--out", type=Path, default=Path("records"), help="folder of the tracks; default: %(default)s")
 
@@ -649,6 +681,7 @@ def build(args: argparse.Namespace) -> tuple[Path, dict[str, Any], str]:
     if args.date and not is_date(args.date):
         raise Unusable(f"--date {args.date} must be a day: YYYY-MM-DD")
     runs = sorted((read_run(path, args.headline) for path in args.logs), key=lambda run: run.seed)
+    runs = with_audits(runs, args.audits or ())
     check_one_configuration(runs)
     script = find_script(runs, args.script, args.human)
     submission = describe(runs, script, args)
@@ -657,6 +690,7 @@ def build(args: argparse.Namespace) -> tuple[Path, dict[str, Any], str]:
     if script.human is not None:
         files["train_gpt_human.py"] = script.human
     files |= {log_name(run): run.data for run in runs}
+    files |= {audit_name(run): run.audit for run in runs if run.audit is not None}
     files["README.md"] = readme(submission, runs, script, files).encode()
     folder = args.out / f"track_{args.track}" / f"{submission['date']}_{args.name}"
     write_folder(folder, files)

@@ -20,7 +20,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from records.submission import runlog, unpack
+from records.submission import audits, runlog, unpack
 from records.submission.command import Unusable, clean_text
 from records.submission.runlog import LogError, RunLog
 from records.submission.runs import Choice, as_seed, choose, declared_label, headline_of, joined, number, seed_of
@@ -33,6 +33,8 @@ MAX_SCRIPTS = 20  # that are looked through for the one that trains
 MAX_LINE = 2000  # characters of a line of README.md
 MAX_FINDINGS = 12  # printed per check and level; the rest is counted
 
+AUDIT = re.compile(r"audit[\w.-]*\.json")
+MAX_AUDITS = 20  # files that are read
 LOG = re.compile(r"\.(?:log|txt)$", re.I)
 COMPANION = re.compile(
     r"README\.md|submission[\w.-]*\.json|train_gpt\.py|requirements[\w.-]*\.txt|LICENSE(?:\.\w+)?|\.gitattributes"
@@ -231,7 +233,23 @@ def load(folder: Path) -> Submission:
                 continue
             room -= size
             read_log(submission, name)
+    for name in [name for name in submission.files if AUDIT.fullmatch(name)][:MAX_AUDITS]:
+        read_audit(submission, name)
     return submission
+
+
+def read_audit(submission: Submission, name: str) -> None:
+    """An audit.json into the log of its script and artifact; another one is a problem."""
+    try:
+        told = audits.parse(submission.read(name, audits.MAX_AUDIT + 1), name)
+    except (OSError, Unusable) as error:
+        submission.problems.append(Note("FAIL", str(error)))
+        return
+    logs = [log for log in submission.logs.values() if audits.is_of(told, log)]
+    for log in logs:
+        audits.attach(told, log)
+    if not logs:
+        submission.problems.append(Note("FAIL", f"{name} is of no log's script and artifact"))
 
 
 def list_files(submission: Submission, folder: Path, prefix: str) -> None:
