@@ -4645,14 +4645,19 @@ class Evaluation:
             return method.score(tokens, segment, self.bar)
 
     def keep(self, label: str, method: Method, nats: np.ndarray) -> None:
-        """What an audit compares of a pass over the split: what it scored, in which order, over all ranks."""
+        """What an audit compares of a pass over the split: what it scored, in which order, over all ranks. On the main
+        rank alone: the targets of the whole split, three times as int64, are a gigabyte."""
         ranks = self.run.ranks
-        in_turn = itertools.zip_longest(*(ranks.gather(self.scored) if method.apart else [self.scored]))
+        scored = ranks.gather(self.scored) if method.apart else [self.scored]
+        lasts = ranks.gather(self.last) if self.run.hp.save_scores else []
+        if not ranks.is_main:
+            return
+        in_turn = itertools.zip_longest(*scored)
         order = targets_of(np.concatenate([windows for turn in in_turn for windows in turn if windows is not None]))
         sums = [float(part.sum(dtype=np.float64)) for part in np.array_split(nats[order], BLOCKS)]
         self.blocks[label] = [round(x, 6) if math.isfinite(x) else None for x in sums]
         if self.run.hp.save_scores:
-            last = next(found for found in ranks.gather(self.last) if found is not None)
+            last = next(found for found in lasts if found is not None)
             self.saved |= {f"{label}.nats": nats, f"{label}.order": order, f"{label}.last": last}
 
     def learn(self, method: Method, tokens: np.ndarray, segment: Segment) -> None:
