@@ -1568,27 +1568,27 @@ class TokenBytes:
         if n != vocab_size:
             raise UserError(f"tokenizer {path} has {n} pieces, not VOCAB_SIZE={vocab_size}; set VOCAB_SIZE={n}")
         pieces = [model.id_to_piece(i) for i in range(n)]
-        types = np.array(piece_types(serialized))
-        is_byte = types == BYTE
-        self.boundary = np.isin(types, (UNKNOWN, CONTROL, UNUSED))
-        self.operator = types == USER_DEFINED
+        is_byte = np.array([model.is_byte(i) for i in range(n)])
+        self.boundary = np.array([model.is_control(i) or model.is_unknown(i) or model.is_unused(i) for i in range(n)])
+        own = [i for i, kind in enumerate(piece_types(model.serialized_model_proto())) if kind == USER_DEFINED]
+        self.operator = np.isin(np.arange(n), own)
         ordinary = ~(is_byte | self.boundary)
         self.unknown_id = model.unk_id()
         self.leading_space = np.array([p.startswith("▁") for p in pieces]) & ordinary
         lengths = [len(p.removeprefix("▁").replace("▁", " ").encode()) for p in pieces]
         self.base = np.where(is_byte, 1, np.where(ordinary & ~self.operator, lengths, 0)).astype(np.int64)
-        self.escape_id = pieces.index(OPERATORS[-1]) if self.operator.any() and OPERATORS[-1] in pieces else -1
-        self.transform = case_transform(pieces, types)
+        self.transform = case_transform(pieces, own)
+        self.escape_id = pieces.index(OPERATORS[-1]) if self.transform else -1
         self.sha256 = hashlib.sha256(serialized).hexdigest()
         if "▁" not in (piece for piece, spelled in zip(pieces, ordinary, strict=True) if spelled):
             problem = "has no `▁` piece of its own: a space would become three byte tokens"
         elif is_byte.sum() != 256:
             problem = "has no byte fallback: rare characters become a lossy <unk>; train it with one"
-        elif not (pieces[BOS_ID] and types[BOS_ID] == CONTROL):
+        elif not (pieces[BOS_ID] and model.is_control(BOS_ID)):
             problem = f"has no control token with id {BOS_ID} to start a document"
         elif self.transform is None:
-            own = ", ".join(ascii(pieces[i]) for i in np.flatnonzero(self.operator)[:4])
-            problem = f"has user-defined symbols ({own}), which a transform of the text may use"
+            symbols = ", ".join(ascii(pieces[i]) for i in own[:4])
+            problem = f"has user-defined symbols ({symbols}), which a transform of the text may use"
         elif problem := self.misspelling(model):
             problem += "; bits per byte of the text cannot be known from its ids"
         if problem:
@@ -1619,29 +1619,29 @@ class TokenBytes:
         return mark & ((place - np.maximum.accumulate(np.where(mark, -1, place))) % 2 == 1)
 
 
-def case_transform(pieces: Sequence[str], types: np.ndarray) -> str | None:
-    """What the text went through before a tokenizer of these pieces: "" nothing, CaseOps by the place of its operators
-    (after a space, one piece with it, before it), None for symbols of something else."""
-    own = [pieces[i] for i in np.flatnonzero(types == USER_DEFINED)]
-    joined = ["▁" + operator for operator in OPERATORS[:2]]
-    if sorted(own) == sorted([*OPERATORS, *joined]):
+def case_transform(pieces: Sequence[str], own: Sequence[int]) -> str | None:
+    """What the text went through before a tokenizer of these pieces, of which `own` are user-defined: "" nothing,
+    CaseOps by the place of its operators (after a space, one piece with it, before it), None something else."""
+    if not own:
+        return ""
+    symbols, joined = {pieces[i] for i in own}, {"▁" + operator for operator in OPERATORS[:2]}
+    if symbols == {*OPERATORS, *joined}:
         return "caseops_piece"
-    if sorted(own) == sorted(OPERATORS):
-        return "caseops_before" if "<caseops_before>" in pieces else "caseops_after"
-    return None if own else ""
+    before = "<caseops_before>" in pieces  # a control piece, which only says so
+    return ("caseops_before" if before else "caseops_after") if symbols == {*OPERATORS} else None
 
 
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # SentencePiece's types of pieces
+USER_DEFINED = 4
 
 
 def piece_types(model: bytes) -> list[int]:
-    """Type of each piece of a serialized model.
+    """Type of each piece (1 normal, 2 unknown, 3 control, 4 user-defined, 5 unused, 6 byte) of a serialized model.
 
     SentencePiece's Python module does not tell user-defined symbols from others; its protobuf file does (message
     ModelProto: field 1 is a piece, whose field 3 is the type).
     """
     pieces = (piece for number, piece in protobuf_fields(model) if number == 1)
-    return [next((value for number, value in protobuf_fields(piece) if number == 3), NORMAL) for piece in pieces]
+    return [next((value for number, value in protobuf_fields(piece) if number == 3), 1) for piece in pieces]
 
 
 def protobuf_fields(message: bytes) -> Iterator[tuple[int, Any]]:
@@ -1683,7 +1683,6 @@ def load_validation(hp: Hyperparameters) -> Validation:
         f"does not start with BOS ({BOS_ID})": tokens[0] != BOS_ID,
         "holds <unk>, so its text is lost": (tokens == counter.unknown_id).any(),
         "holds no text": counter.count(tokens).sum() == 0,
-        "escapes (U+E004) what is no operator": (counter.escapes(tokens)[:-1] & ~counter.operator[tokens[1:]]).any(),
     }
     for problem, found in problems.items():
         if found:

@@ -968,7 +968,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 def shard_bytes(tokens: int) -> bytes:
     header = np.zeros(256, dtype="<i4")
     header[:3] = 20240520, 1, tokens
-    return header.tobytes() + np.full(tokens, 5, dtype="<u2").tobytes()
+    return header.tobytes() + np.array([1, *[5] * (tokens - 1)], dtype="<u2").tobytes()
 
 
 @pytest.fixture
@@ -1159,6 +1159,18 @@ def test_fetch_without_network_repository_or_room_is_one_line(hub, tmp_path):
     assert "2 training shards; --train-shards 3" in fetch(hub, tmp_path / "c", "--train-shards", "3", code=2)
     (tmp_path / "file").write_text("")
     assert "cannot write" in fetch(hub, tmp_path / "d", "--out", tmp_path / "file" / "out", code=2)
+
+
+def test_fetch_compares_the_published_bytes_of_each_document(hub, tmp_path):
+    counts = np.array([0, *[1] * 899], "<u2").tobytes()
+    for i, data in enumerate((counts, bytes(2))):
+        header = np.array([20240520, 1, len(data) // 2, *[0] * 253], "<i4").tobytes()
+        hub.files[f"datasets/datasets/fineweb10B_sp320/fineweb_val_bytes_{i:06d}.bin"] = header + data
+    printed = fetch(hub, tmp_path / "good")
+    assert "6 shards" in printed and "val: 901 tokens in 2 shards" in printed and "val: 899 bytes of text" in printed
+    hub.files["datasets/datasets/fineweb10B_sp320/fineweb_val_bytes_000000.bin"] = shard_bytes(900)
+    err = fetch(hub, tmp_path / "bad", code=2)
+    assert "document 1 has 4496 bytes by it and 899 by its ids" in err and err.count("\n") == 1
 
 
 def test_fetch_refuses_text_that_cannot_be_counted_before_any_shard(hub, tmp_path):
