@@ -1666,6 +1666,7 @@ class Validation(NamedTuple):
     tokenizer_path: Path
     tokenizer_sha256: str
     transform: str = ""  # of the text before the tokenizer, as case_transform names it
+    density: float = 0.0  # bytes per token of the training text, where its manifest says it
 
     @property
     def targets(self) -> int:
@@ -1691,10 +1692,10 @@ def load_validation(hp: Hyperparameters) -> Validation:
     if hp.caseops_enabled not in ("auto", str(int(bool(counter.transform)))):
         says = f"the text is {'' if counter.transform else 'not '}in CaseOps by the pieces of {path}"
         raise UserError(f"CASEOPS_ENABLED={hp.caseops_enabled}, but {says}; leave it out, or use the other data")
-    check_manifest(Path(hp.data_path) / "manifest.json", counter.sha256)
+    density = check_manifest(Path(hp.data_path) / "manifest.json", counter.sha256)
     target_bytes = counter.count(tokens)
     check_sidecar(sorted(Path(hp.data_path).glob(SIDECAR)), tokens, target_bytes)
-    return Validation(tokens, target_bytes, stream.fingerprint, path, counter.sha256, counter.transform)
+    return Validation(tokens, target_bytes, stream.fingerprint, path, counter.sha256, counter.transform, density)
 
 
 def check_sidecar(paths: Sequence[Path], tokens: np.ndarray, target_bytes: np.ndarray) -> None:
@@ -1713,21 +1714,26 @@ def check_sidecar(paths: Sequence[Path], tokens: np.ndarray, target_bytes: np.nd
         raise UserError(f"byte sidecar {paths[0]}: {first} ({len(wrong)} of {len(starts)} documents differ); {advice}")
 
 
-def check_manifest(path: Path, tokenizer_sha256: str) -> None:
-    """Raises UserError where data/prepare.py made the shards beside this manifest with another tokenizer."""
+def check_manifest(path: Path, tokenizer_sha256: str) -> float:
+    """Bytes of text per training token as data/prepare.py counted them; 0 where this is no manifest of its.
+
+    Raises UserError where the shards beside it were made with another tokenizer.
+    """
     try:
         manifest = json.loads(read_file(path))
         if not isinstance(manifest, dict) or "prepare_version" not in manifest:
-            return  # of published shards
-        named = str(manifest["tokenizer"]["sha256"])
+            return 0.0  # of published shards
+        named, train = str(manifest["tokenizer"]["sha256"]), manifest.get("splits", {}).get("train")
+        density = train["normalised_bytes"] / train["tokens"] if train else 0.0
     except FileNotFoundError:
-        return
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        return 0.0
+    except (OSError, ValueError, LookupError, AttributeError, TypeError, ArithmeticError, RecursionError) as error:
         advice = "build the data set again, or move it away"
         raise UserError(f"{path} cannot be used ({shown(repr(error))}); {advice}") from None
     if named != tokenizer_sha256:
         other = f"another tokenizer (sha256 {shown(named[:16])}…)"
         raise UserError(f"the shards in {path.parent} were made with {other}; see {path}")
+    return density
 
 
 class Run(NamedTuple):
@@ -4923,7 +4929,8 @@ def log_run(run: Run, attention: str, notes: Sequence[str]) -> None:
         log(f"val_bpb:transform:{val.transform} (bytes are of the text before it)")
     if stream is not None:
         log(f"train_loader:dataset:{Path(hp.data_path).name} train_shards:{len(stream.paths)}")
-        log(f"train_loader:fingerprint:{stream.fingerprint} tokens:{len(stream)}")
+        of_text = f" bytes:{round(len(stream) * val.density)}" if val.density else ""
+        log(f"train_loader:fingerprint:{stream.fingerprint} tokens:{len(stream)}{of_text}")
     log(f"val_loader:shards pattern={Path(hp.data_path) / 'fineweb_val_*.bin'} tokens:{val.targets}")
     log(f"val_loader:fingerprint:{val.fingerprint} bytes:{int(val.bytes.sum())}")
 
@@ -5164,8 +5171,9 @@ def run_job(run: Run, job: Job) -> int:
         with run.phases("average"):
             source, weights = trainer.exported_weights()
         log(f"export_weights:{source} swa_samples:{trainer.averages.swa_samples}")
-        facts |= dict(steps=trainer.step, train_tokens=trainer.step * hp.train_batch_tokens, exported=source)
-        facts["resumed_at"] = trainer.resumed_at
+        seen = trainer.step * hp.train_batch_tokens
+        facts |= dict(steps=trainer.step, train_tokens=seen, exported=source, resumed_at=trainer.resumed_at)
+        facts |= dict(train_passes=seen / len(run.stream), train_bytes=round(seen * run.val.density) or None)
         if hp.save_weights and run.ranks.is_main:
             save_weights(run, weights)
         path, blob = export(run, weights)  # before any diagnostic: a run that dies later has its artifact
