@@ -111,7 +111,8 @@ def opt(
 
 
 # Settings that no weight and no score depends on: where things lie and what is kept or checked besides.
-INCIDENTAL = ("run_id", "out_dir", "data_path", "tokenizer_path", "resume", "checkpoint_every", "save_scores")
+INCIDENTAL = ("run_id", "out_dir", "data_path", "tokenizer_path", "caseops_enabled", "resume", "checkpoint_every",
+              "save_scores")  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
