@@ -66,6 +66,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 BOS_ID = 1  # every document starts with it; SentencePiece itself never emits it
+OPERATORS = "\ue001\ue002\ue003\ue004"  # of CaseOps: Title, CAPS, the next letter, and the escape of these four
+SIDECAR = "fineweb_val_bytes_*.bin"  # published beside shards in CaseOps: the bytes of each token
 
 
 class Interrupted(BaseException):
@@ -109,7 +111,8 @@ def opt(
 
 
 # Settings that no weight and no score depends on: where things lie and what is kept or checked besides.
-INCIDENTAL = ("run_id", "out_dir", "data_path", "tokenizer_path", "resume", "checkpoint_every", "save_scores")
+INCIDENTAL = ("run_id", "out_dir", "data_path", "tokenizer_path", "caseops_enabled", "resume", "checkpoint_every",
+              "save_scores")  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,6 +121,8 @@ class Hyperparameters:
 
     data_path: str = opt("run", "data/datasets/fineweb10B_sp1024", "folder of fineweb_{train,val}_*.bin")
     tokenizer_path: str = opt("run", "", "SentencePiece model; empty: the one .model in DATA_PATH")
+    caseops_enabled: str = opt("run", "auto", "whether text is in CaseOps, as the tokenizer's pieces say: 0 and 1 have "
+                               "to agree", choices="auto 0 1")  # fmt: skip
     run_id: str = opt("run", "", "names the log and the folder of results; empty: date, time and seed")
     out_dir: str = opt("run", ".", "where logs/ and runs/ go")
     seed: int = opt("run", 1337, "initial weights, and the order of SHUFFLE_SEQUENCES", hi=(1 << 64) - 1)
@@ -445,7 +450,6 @@ NOT_HERE = {
         # data and files
         "DATA_PATH is the folder of shards": "DATA_DIR DATASETS_DIR",
         "OUT_DIR holds logs/ and runs/": "ARTIFACT_DIR",
-        "texts in CaseOps are not supported": "CASEOPS_ENABLED=0",
         "the whole split is scored, always in the same way": "VAL_DOC_FRACTION=1 TTT_EVAL_BATCHES TTT_DEBUG_BYPASS=0",
         "EVAL_ONLY=1 or EXPORT_ONLY=1 starts from a file": "TTT_EVAL_ONLY=0 PREQUANT_ONLY=0",
         "`python records/audit.py ARTIFACT` judges a finished run": "AUDIT=0 AUDIT_TOKENS",
@@ -1402,7 +1406,7 @@ def read_shard(path: Path) -> np.ndarray:
 
 
 def find_shards(hp: Hyperparameters, split: str) -> list[Path]:
-    """Sorted shards of a split. Raises UserError, also where a byte sidecar lies beside them."""
+    """Sorted shards of a split, without byte sidecars. Raises UserError where there are none."""
     folder = Path(hp.data_path)
     try:
         names = os.listdir(folder)
@@ -1410,11 +1414,9 @@ def find_shards(hp: Hyperparameters, split: str) -> list[Path]:
         names = []
     except OSError as error:
         raise UserError(f"cannot read DATA_PATH={folder}: {error.strerror}") from None
-    if sidecars := sorted(folder / name for name in names if fnmatch(name, "fineweb_*_bytes_*.bin")):
-        text = "these shards hold transformed text (CaseOps), whose bytes this script does not count"
-        raise UserError(f"{sidecars[0]} is a byte sidecar: {text}; use shards of plain text")
-    if paths := sorted(folder / name for name in names if fnmatch(name, f"fineweb_{split}_*.bin")):
-        return paths
+    names = {name for name in names if fnmatch(name, f"fineweb_{split}_*.bin")}
+    if shards := sorted(folder / name for name in names if not fnmatch(name, f"fineweb_{split}_bytes_*")):
+        return shards
     ways = "`python data/prepare.py fineweb` (published shards) or `python data/prepare.py offline` (no download)"
     raise UserError(f"no fineweb_{split}_*.bin in DATA_PATH={folder}; prepare data first: {ways}, then set DATA_PATH")
 
@@ -1547,7 +1549,9 @@ class TokenBytes:
     """UTF-8 bytes that each token stands for: the denominator of bits per byte, and the only place that counts them.
 
     A token's bytes are those of its piece, `▁` being one space. A leading `▁` counts unless the token before is a
-    boundary (control, unknown, unused), where decoding drops that space. Byte tokens count 1, control tokens 0.
+    boundary (control, unknown, unused), where decoding drops that space. Byte tokens count 1, control tokens 0. Where
+    the user-defined symbols are CaseOps' operators (data/caseops.py), bytes are of the text before that transform: an
+    operator counts 0, or 3 behind an escape, where it stands for itself.
     Raises UserError for tokenizers whose text cannot be counted exactly this way, or is not the text that was given.
     """
 
@@ -1567,11 +1571,15 @@ class TokenBytes:
         pieces = [model.id_to_piece(i) for i in range(n)]
         is_byte = np.array([model.is_byte(i) for i in range(n)])
         self.boundary = np.array([model.is_control(i) or model.is_unknown(i) or model.is_unused(i) for i in range(n)])
+        own = [i for i, kind in enumerate(piece_types(model.serialized_model_proto())) if kind == USER_DEFINED]
+        self.operator = np.isin(np.arange(n), own)
         ordinary = ~(is_byte | self.boundary)
         self.unknown_id = model.unk_id()
         self.leading_space = np.array([p.startswith("▁") for p in pieces]) & ordinary
         lengths = [len(p.removeprefix("▁").replace("▁", " ").encode()) for p in pieces]
-        self.base = np.where(is_byte, 1, np.where(ordinary, lengths, 0)).astype(np.int64)
+        self.base = np.where(is_byte, 1, np.where(ordinary & ~self.operator, lengths, 0)).astype(np.int64)
+        self.transform = case_transform(pieces, own)
+        self.escape_id = pieces.index(OPERATORS[-1]) if self.transform else -1
         self.sha256 = hashlib.sha256(serialized).hexdigest()
         if "▁" not in (piece for piece, spelled in zip(pieces, ordinary, strict=True) if spelled):
             problem = "has no `▁` piece of its own: a space would become three byte tokens"
@@ -1579,16 +1587,16 @@ class TokenBytes:
             problem = "has no byte fallback: rare characters become a lossy <unk>; train it with one"
         elif not (pieces[BOS_ID] and model.is_control(BOS_ID)):
             problem = f"has no control token with id {BOS_ID} to start a document"
-        elif problem := self.misspelling(model, pieces):
+        elif self.transform is None:
+            symbols = ", ".join(ascii(pieces[i]) for i in own[:4])
+            problem = f"has user-defined symbols ({symbols}), which a transform of the text may use"
+        elif problem := self.misspelling(model):
             problem += "; bits per byte of the text cannot be known from its ids"
         if problem:
             raise UserError(f"tokenizer {path} {problem}")
 
-    def misspelling(self, model: Any, pieces: list[str]) -> str | None:
+    def misspelling(self, model: Any) -> str | None:
         """Why this tokenizer's pieces do not spell the text that it was given, or None."""
-        typed = zip(pieces, piece_types(model.serialized_model_proto()), strict=False)
-        if own := [ascii(piece) for piece, number in typed if number == 4]:
-            return f"has user-defined symbols ({', '.join(own[:4])}), which a transform of the text may use"
         # NFKC and folded spaces are the challenge's own; its tokenizers keep every letter's case and accents.
         letters = "".join(c for c in map(chr, range(0x21, 0x530)) if c.isalpha() or c < "\x7f")
         normal = model.normalize(letters).replace("▁", " ").strip()
@@ -1603,7 +1611,28 @@ class TokenBytes:
     def count(self, tokens: np.ndarray) -> np.ndarray:
         """Bytes (n-1,) int64 of tokens[1:], each given its predecessor; tokens is (n,) of any integer type."""
         previous, target = tokens[:-1], tokens[1:]
-        return self.base[target] + (self.leading_space[target] & ~self.boundary[previous])
+        literal = self.escapes(tokens)[:-1] & self.operator[target]
+        return self.base[target] + (self.leading_space[target] & ~self.boundary[previous]) + 3 * literal
+
+    def escapes(self, tokens: np.ndarray) -> np.ndarray:
+        """Whether each of (n,) tokens escapes the next one: in a row of U+E004 the first, the third, … do."""
+        mark, place = tokens == self.escape_id, np.arange(len(tokens))
+        return mark & ((place - np.maximum.accumulate(np.where(mark, -1, place))) % 2 == 1)
+
+
+def case_transform(pieces: Sequence[str], own: Sequence[int]) -> str | None:
+    """What the text went through before a tokenizer of these pieces, of which `own` are user-defined: "" nothing,
+    CaseOps by the place of its operators (after a space, one piece with it, before it), None something else."""
+    if not own:
+        return ""
+    symbols, joined = {pieces[i] for i in own}, {"▁" + operator for operator in OPERATORS[:2]}
+    if symbols == {*OPERATORS, *joined}:
+        return "caseops_piece"
+    before = "<caseops_before>" in pieces  # a control piece, which only says so
+    return ("caseops_before" if before else "caseops_after") if symbols == {*OPERATORS} else None
+
+
+USER_DEFINED = 4
 
 
 def piece_types(model: bytes) -> list[int]:
@@ -1637,6 +1666,8 @@ class Validation(NamedTuple):
     fingerprint: str
     tokenizer_path: Path
     tokenizer_sha256: str
+    transform: str = ""  # of the text before the tokenizer, as case_transform names it
+    density: float = 0.0  # bytes per token of the training text, where its manifest says it
 
     @property
     def targets(self) -> int:
@@ -1659,25 +1690,51 @@ def load_validation(hp: Hyperparameters) -> Validation:
         if found:
             split = f"the validation split in DATA_PATH={hp.data_path}"
             raise UserError(f"{split} {problem}; build it with data/prepare.py")
-    check_manifest(Path(hp.data_path) / "manifest.json", counter.sha256)
-    return Validation(tokens, counter.count(tokens), stream.fingerprint, path, counter.sha256)
+    if hp.caseops_enabled not in ("auto", str(int(bool(counter.transform)))):
+        says = f"the text is {'' if counter.transform else 'not '}in CaseOps by the pieces of {path}"
+        raise UserError(f"CASEOPS_ENABLED={hp.caseops_enabled}, but {says}; leave it out, or use the other data")
+    density = check_manifest(Path(hp.data_path) / "manifest.json", counter.sha256)
+    target_bytes = counter.count(tokens)
+    check_sidecar(sorted(Path(hp.data_path).glob(SIDECAR)), tokens, target_bytes)
+    return Validation(tokens, target_bytes, stream.fingerprint, path, counter.sha256, counter.transform, density)
 
 
-def check_manifest(path: Path, tokenizer_sha256: str) -> None:
-    """Raises UserError where data/prepare.py made the shards beside this manifest with another tokenizer."""
+def check_sidecar(paths: Sequence[Path], tokens: np.ndarray, target_bytes: np.ndarray) -> None:
+    """Raises UserError where a published sidecar, uint16 bytes of each of the n+1 tokens in shards like theirs, counts
+    other bytes in a document than the ids do (n,): scores would be of different texts."""
+    if not paths:
+        return
+    theirs = np.concatenate([read_shard(path) for path in paths]).astype(np.int64)
+    advice = "remove it to score by ids, or fetch the two of one publication"
+    if len(theirs) != len(tokens):
+        raise UserError(f"byte sidecar {paths[0]} counts {len(theirs)} tokens, the shards hold {len(tokens)}; {advice}")
+    starts = np.flatnonzero(tokens == BOS_ID)
+    by_sidecar, by_ids = (np.add.reduceat(b, starts) for b in (theirs, np.concatenate([[0], target_bytes])))
+    if len(wrong := np.flatnonzero(by_sidecar != by_ids)):
+        first = f"document {wrong[0] + 1} has {by_sidecar[wrong[0]]} bytes by it and {by_ids[wrong[0]]} by its ids"
+        raise UserError(f"byte sidecar {paths[0]}: {first} ({len(wrong)} of {len(starts)} documents differ); {advice}")
+
+
+def check_manifest(path: Path, tokenizer_sha256: str) -> float:
+    """Bytes of text per training token as data/prepare.py counted them; 0 where this is no manifest of its.
+
+    Raises UserError where the shards beside it were made with another tokenizer.
+    """
     try:
         manifest = json.loads(read_file(path))
         if not isinstance(manifest, dict) or "prepare_version" not in manifest:
-            return  # of published shards
-        named = str(manifest["tokenizer"]["sha256"])
+            return 0.0  # of published shards
+        named, train = str(manifest["tokenizer"]["sha256"]), manifest.get("splits", {}).get("train")
+        density = train["normalised_bytes"] / train["tokens"] if train else 0.0
     except FileNotFoundError:
-        return
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        return 0.0
+    except (OSError, ValueError, LookupError, AttributeError, TypeError, ArithmeticError, RecursionError) as error:
         advice = "build the data set again, or move it away"
         raise UserError(f"{path} cannot be used ({shown(repr(error))}); {advice}") from None
     if named != tokenizer_sha256:
         other = f"another tokenizer (sha256 {shown(named[:16])}…)"
         raise UserError(f"the shards in {path.parent} were made with {other}; see {path}")
+    return density
 
 
 class Run(NamedTuple):
@@ -3407,7 +3464,7 @@ class Exporter:
             grids = make_grids(self.weights, run.hp, self.steps, factor)
             tensors = quantize(self.weights, run.hp, grids, self.rounding)
         with run.phases("compress"):
-            header = artifact_header("artifact", run.hp, run.dtype, run.val.tokenizer_sha256)
+            header = artifact_header("artifact", run.hp, run.dtype, run.val)
             return Packed(factor, tensors, pack_artifact(header, tensors, run.hp.compressor))
 
     def predict(self, factor: float) -> float:
@@ -3529,7 +3586,7 @@ def scored_again(path: Path) -> str:
 
 def save_weights(run: Run, weights: Mapping[str, Tensor]) -> None:
     """The float weights in the artifact's own format, uncompressed, for EXPORT_ONLY."""
-    header = artifact_header("weights", run.hp, run.dtype, run.val.tokenizer_sha256)
+    header = artifact_header("weights", run.hp, run.dtype, run.val)
     tensors = {name: Stored("fp32", w.float().cpu(), None) for name, w in weights.items()}
     path = write_result(run, run.folder / "weights.pgolf", pack_artifact(header, tensors, "stored"))
     run.log(f"saved weights: {path}")
@@ -3709,7 +3766,8 @@ def decode_codes(table: Sequence, models: memoryview, words: bytes) -> dict[str,
 #   for ans: no codes above, but here u32 number of words, and for each class and storage of coded tensors three groups,
 #   each u8 number of rows less one and the rows: costs of row and of column classes (1 byte each), context tables
 # Header: {"kind": "artifact"|"weights", "architecture": {…}, "evaluation": {…}, "tokenizer_sha256": hex,
-#   "tensors": [[name, shape, "int5"|…|"int8"|"fp16"|"fp32"], …]}. Nothing in it depends on time, paths or run names.
+#   "tensors": [[name, shape, "int5"|…|"int8"|"fp16"|"fp32"], …]}, and "transform": "caseops_…" where the text is in
+#   CaseOps. Nothing in it depends on time, paths or run names.
 MAGIC, FORMAT_VERSION, PREFIX_BYTES = b"PGOLF", 2, 56
 MAX_PAYLOAD_BYTES, MAX_HEADER_BYTES = 1 << 30, 1 << 20
 MAX_CODES_PER_BYTE = 1024  # of an entropy-coded file: a few bytes must not ask for gigabytes
@@ -3846,12 +3904,12 @@ def unpack_artifact(blob: bytes) -> tuple[dict, dict[str, Stored]]:
 
 def parse_header(text: bytes) -> dict:
     """The JSON header with its shape checked; settings in it pass the same checks as those of the environment."""
-    wanted = dict(kind=str, architecture=dict, evaluation=dict, tokenizer_sha256=str, tensors=list)
+    wanted = dict(kind=str, architecture=dict, evaluation=dict, tokenizer_sha256=str, transform=str, tensors=list)
     try:
         header = json.loads(text)
     except (ValueError, RecursionError):
         raise ArtifactError("artifact is damaged: its header is no JSON") from None
-    if not isinstance(header, dict) or {k: type(v) for k, v in header.items()} != wanted:
+    if not isinstance(header, dict) or {"transform": str} | {k: type(v) for k, v in header.items()} != wanted:
         raise ArtifactError("artifact is damaged: its header lacks a field or has one too many")
     if header["kind"] not in ("artifact", "weights"):
         raise ArtifactError("artifact is damaged: it is neither an artifact nor saved weights")
@@ -3916,10 +3974,11 @@ def read_tensors(table: list, data: memoryview, words: bytes | None) -> dict[str
     return tensors
 
 
-def artifact_header(kind: str, hp: Hyperparameters, dtype: torch.dtype, tokenizer_sha256: str) -> dict:
+def artifact_header(kind: str, hp: Hyperparameters, dtype: torch.dtype, val: Validation) -> dict:
     """Everything needed to rebuild the model and to repeat its scores, and nothing else."""
     evaluation = hp.section("evaluation") | dict(dtype="bf16" if dtype == torch.bfloat16 else "fp32")
-    return dict(kind=kind, architecture=hp.section("model"), evaluation=evaluation, tokenizer_sha256=tokenizer_sha256)
+    text = dict(tokenizer_sha256=val.tokenizer_sha256) | (dict(transform=val.transform) if val.transform else {})
+    return dict(kind=kind, architecture=hp.section("model"), evaluation=evaluation, **text)
 
 
 def read_artifact_file(path: str, kind: str) -> tuple[bytes, dict, dict[str, Stored]]:
@@ -4867,9 +4926,12 @@ def log_run(run: Run, attention: str, notes: Sequence[str]) -> None:
         log("===== source end =====", console=False)
     log(f"seed:{hp.seed}")
     log(f"val_bpb:enabled tokenizer_kind=sentencepiece tokenizer_path={val.tokenizer_path}")
+    if val.transform:
+        log(f"val_bpb:transform:{val.transform} (bytes are of the text before it)")
     if stream is not None:
         log(f"train_loader:dataset:{Path(hp.data_path).name} train_shards:{len(stream.paths)}")
-        log(f"train_loader:fingerprint:{stream.fingerprint} tokens:{len(stream)}")
+        of_text = f" bytes:{round(len(stream) * val.density)}" if val.density else ""
+        log(f"train_loader:fingerprint:{stream.fingerprint} tokens:{len(stream)}{of_text}")
     log(f"val_loader:shards pattern={Path(hp.data_path) / 'fineweb_val_*.bin'} tokens:{val.targets}")
     log(f"val_loader:fingerprint:{val.fingerprint} bytes:{int(val.bytes.sum())}")
 
@@ -5110,8 +5172,9 @@ def run_job(run: Run, job: Job) -> int:
         with run.phases("average"):
             source, weights = trainer.exported_weights()
         log(f"export_weights:{source} swa_samples:{trainer.averages.swa_samples}")
-        facts |= dict(steps=trainer.step, train_tokens=trainer.step * hp.train_batch_tokens, exported=source)
-        facts["resumed_at"] = trainer.resumed_at
+        seen = trainer.step * hp.train_batch_tokens
+        facts |= dict(steps=trainer.step, train_tokens=seen, exported=source, resumed_at=trainer.resumed_at)
+        facts |= dict(train_passes=seen / len(run.stream), train_bytes=round(seen * run.val.density) or None)
         if hp.save_weights and run.ranks.is_main:
             save_weights(run, weights)
         path, blob = export(run, weights)  # before any diagnostic: a run that dies later has its artifact
@@ -5142,7 +5205,7 @@ def report_result(run: Run, facts: Mapping, scores: Mapping[str, Score], path: P
     result = dict(run_id=run.folder.name, **facts, seed=hp.seed, settings_hash=hp.settings_hash())
     result |= dict(code_sha256=code_sha256, artifact_sha256=artifact_sha256)
     result |= dict(train_fingerprint=stream.fingerprint if stream is not None else None)
-    result |= dict(val_fingerprint=val.fingerprint, tokenizer_sha256=val.tokenizer_sha256)
+    result |= dict(val_fingerprint=val.fingerprint, tokenizer_sha256=val.tokenizer_sha256, transform=val.transform)
     result |= dict(world_size=run.ranks.size, device=device_name(run.ranks.device), torch=torch.__version__)
     result |= dict(dtype=str(run.dtype).removeprefix("torch."), phase_seconds=seconds)
     result |= dict(train_seconds=sum(seconds.get(phase, 0.0) for phase in TRAINING_PHASES))

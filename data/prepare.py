@@ -50,6 +50,7 @@ except ModuleNotFoundError as err:
         raise
     print(f"error: {err.name} is not installed: pip install -r requirements.txt", file=sys.stderr)
     sys.exit(2)
+import caseops
 
 # -----------------------------------------------------------------------------
 # CONSTANTS, ERRORS, PROGRESS
@@ -474,38 +475,39 @@ def split_documents(train: Spool, val: Spool, texts: Iterator[str | None], val_t
 # -----------------------------------------------------------------------------
 
 
-def train_tokenizer(spool: Spool, vocab_size: int, model_path: Path) -> None:
-    """Trains the challenge's SentencePiece BPE on the spooled documents and writes the model.
+def train_tokenizer(spool: Spool, vocab_size: int, place: str | None, model_path: Path) -> None:
+    """Trains the challenge's SentencePiece BPE on the spooled documents, in CaseOps with operators at `place` unless
+    it is None, and writes the model.
 
     Raises UserError where the vocabulary cannot hold the byte pieces and the characters of the text.
     """
     started = time.monotonic()
-    model_path.write_bytes(in_child(trained_model, spool.path, spool.documents, vocab_size))
+    model_path.write_bytes(in_child(trained_model, spool.path, spool.documents, vocab_size, place))
     got = load_tokenizer(model_path).vocab_size()
     say(f"tokenizer: {got} pieces in {time.monotonic() - started:.1f} s")
     if got != vocab_size:
         say(f"tokenizer: the text gives {got} pieces instead of {vocab_size}; train with VOCAB_SIZE={got}")
 
 
-def trained_model(spool_path: Path, documents: int, vocab_size: int) -> bytes:
+def trained_model(spool_path: Path, documents: int, vocab_size: int, place: str | None = None) -> bytes:
     """A SentencePiece model of the first `documents` texts of a spool. Raises UserError."""
     texts, size = [], 0
     for text in spooled_texts(spool_path, 0, documents):
         # A whole document is one sentence: cut at newlines, the words after them would be counted without the `▁`
         # that they have once the normaliser has folded newlines into spaces.
-        texts.append(text)
+        texts.append(text if place is None else caseops.transform(folded(text), place))
         size += len(text)
         if size >= TOKENIZER_TEXT_BYTES:
             break
     say(f"tokenizer: training on {len(texts):,} documents, {size:,} characters")
-    model = io.BytesIO()
+    model, symbols = io.BytesIO(), {} if place is None else caseops.symbols(place)
     try:
         spm.SentencePieceTrainer.train(
             sentence_iterator=iter(texts), model_writer=model, model_type="bpe", vocab_size=vocab_size,
             byte_fallback=True, split_digits=True, character_coverage=0.999, normalization_rule_name="nmt_nfkc",
             add_dummy_prefix=False, hard_vocab_limit=False, pad_id=0, bos_id=BOS_ID, eos_id=2, unk_id=3,
             max_sentence_length=1 << 30,  # the default leaves out every document above 4,192 bytes
-            num_threads=1, minloglevel=2,
+            num_threads=1, minloglevel=2, **symbols,
         )  # fmt: skip
     except (RuntimeError, OSError) as err:
         reason = str(err).strip().splitlines()[-1]
@@ -556,15 +558,19 @@ def load_tokenizer(path: Path) -> spm.SentencePieceProcessor:
         raise UserError(f"{path} is not a SentencePiece model") from None
 
 
-def check_tokenizer(path: Path) -> None:
-    """Raises UserError unless shards written with this tokenizer can be trained on and their bytes counted."""
+def check_tokenizer(path: Path) -> str | None:
+    """Where the tokenizer's text has the operators of CaseOps, one of caseops.PLACES, or None for plain text.
+
+    Raises UserError unless shards written with it can be trained on and their bytes counted.
+    """
     tokenizer = load_tokenizer(path)
     if tokenizer.vocab_size() > MAX_VOCAB_SIZE:
         raise UserError(f"{path} has {tokenizer.vocab_size()} pieces; a shard's uint16 tokens hold {MAX_VOCAB_SIZE}")
     if tokenizer.bos_id() != BOS_ID:
         raise UserError(f"{path} has BOS id {tokenizer.bos_id()}; documents start with id {BOS_ID}")
     with trainer() as t:
-        t.TokenBytes(path, tokenizer.vocab_size())
+        transform = t.TokenBytes(path, tokenizer.vocab_size()).transform
+    return transform.removeprefix("caseops_") or None
 
 
 # -----------------------------------------------------------------------------
@@ -576,6 +582,18 @@ def normalised(text: str, tokenizer: spm.SentencePieceProcessor) -> str:
     """The text after the tokenizer's normaliser, spaces as spaces, without the space that it may put before a text."""
     dummy_prefix = tokenizer.normalize("x").startswith("\u2581")
     return tokenizer.normalize(text)[dummy_prefix:].replace("\u2581", " ")
+
+
+def tokenized(text: str, tokenizer: spm.SentencePieceProcessor, place: str | None) -> list[int]:
+    """The text's tokens, those of its CaseOps transform unless `place` is None.
+
+    Operators are put into normalised text and the tokenizer normalises once more. The rare text that this would change
+    is left as it was given, with its capitals: its tokens too spell what a plain tokenizer's would.
+    """
+    if place is not None:
+        cased = caseops.transform(normalised(text, tokenizer), place)
+        text = cased if normalised(cased, tokenizer) == cased else caseops.escape(text)
+    return tokenizer.encode(text)
 
 
 @functools.lru_cache(maxsize=1)
@@ -593,6 +611,11 @@ def content(text: str) -> str:
     return " ".join(text.replace("\u2581", " ").split())
 
 
+def folded(text: str) -> str:
+    """The text as the challenge's normaliser folds it, spaces as spaces."""
+    return reference_normalizers()[0](text).replace("\u2581", " ")
+
+
 def checked_text(what: str, text: str, tokens: np.ndarray, tokenizer: spm.SentencePieceProcessor, token_bytes) -> bytes:
     """The normalised text of a document in UTF-8. Raises UserError, which names `what`, unless its tokens (T,), BOS
     first, spell exactly that text and count exactly its bytes, and the normaliser keeps the content."""
@@ -604,7 +627,8 @@ def checked_text(what: str, text: str, tokens: np.ndarray, tokenizer: spm.Senten
             f"{what}: the tokenizer's normaliser changes the text (`{was[at : at + 12]}` to `{now[at : at + 12]}`) and "
             "with it the number of bytes; use a tokenizer with the normaliser nmt_nfkc, nfkc or identity"
         )
-    if tokenizer.decode(tokens[1:].tolist()) != clean:
+    decoded = tokenizer.decode(tokens[1:].tolist())
+    if (caseops.restore(decoded) if token_bytes.transform else decoded) != clean:
         raise UserError(f"{what}: its tokens decode to another text than the tokenizer's normaliser gives, {advice}")
     if (counted := int(token_bytes.count(tokens).sum())) != len(encoded):
         raise UserError(f"{what}: the text has {len(encoded)} bytes and its tokens count {counted}, {advice}")
@@ -622,6 +646,7 @@ class ShardWriter:
     def __init__(self, folder: Path, split: str, shard_tokens: int):
         self.folder, self.split, self.shard_tokens = folder, split, shard_tokens
         self.paths: list[Path] = []
+        self.documents: list[int] = []  # of each shard
         self.file: io.BufferedWriter | None = None
         self.in_shard = 0
 
@@ -640,9 +665,11 @@ class ShardWriter:
                 self.file = self.paths[-1].open("wb")
                 self.file.write(bytes(4 * HEADER_INTS))  # the number of tokens is known when the shard is finished
                 self.in_shard = 0
+                self.documents.append(0)
             part, tokens = np.split(tokens, [self.shard_tokens - self.in_shard])
             self.file.write(part.astype("<u2").tobytes())
             self.in_shard += len(part)
+            self.documents[-1] += int(np.count_nonzero(part == BOS_ID))
             if self.in_shard == self.shard_tokens:
                 self.finish()
 
@@ -660,13 +687,13 @@ class ShardWriter:
         self.file = None
 
 
-def encode_chunk(tokenizer_path: Path, spool_path: Path, offset: int, documents: int) -> np.ndarray:
+def encode_chunk(tokenizer_path: Path, place: str | None, spool_path: Path, offset: int, documents: int) -> np.ndarray:
     """The tokens of a spool's chunk, BOS before each document: (T,) uint16. Runs in a worker."""
     tokenizer = load_tokenizer(tokenizer_path)
     ids: list[int] = []
     for text in spooled_texts(spool_path, offset, documents):
         ids.append(BOS_ID)
-        ids += tokenizer.encode(text)
+        ids += tokenized(text, tokenizer, place)
     return np.array(ids, dtype=np.uint16)
 
 
@@ -686,10 +713,15 @@ def worker_signals() -> None:
     threading.Thread(target=follow, args=(multiprocessing.parent_process(),), daemon=True).start()
 
 
-def write_shards(spool: Spool, split: str, tokenizer_path: Path, shard_tokens: int, workers: int) -> list[Path]:
-    """Tokenizes a spool in parallel, in order, and returns the paths of its shards."""
+def write_shards(
+    spool: Spool, split: str, tokenizer_path: Path, place: str | None, shard_tokens: int, workers: int
+) -> dict[Path, int]:
+    """Tokenizes a spool in parallel, in order, and returns its shards with the number of documents that begin in each.
+
+    `place` is of CaseOps' operators, None for plain text.
+    """
     workers = min(workers, len(spool.chunks))
-    encode = functools.partial(encode_chunk, tokenizer_path, spool.path)
+    encode = functools.partial(encode_chunk, tokenizer_path, place, spool.path)
     offsets, counts = zip(*spool.chunks, strict=True)
     with contextlib.ExitStack() as stack:
         writer = stack.enter_context(ShardWriter(spool.path.parent, split, shard_tokens))
@@ -704,7 +736,7 @@ def write_shards(spool: Spool, split: str, tokenizer_path: Path, shard_tokens: i
         except BrokenProcessPool:
             raise UserError("a tokenizing process died, perhaps for lack of memory; try fewer --workers") from None
         writer.finish()
-        return writer.paths
+        return dict(zip(writer.paths, writer.documents, strict=True))
 
 
 # -----------------------------------------------------------------------------
@@ -729,8 +761,9 @@ def count_bytes(shards: list[np.ndarray], token_bytes) -> int:
     for shard in shards:
         for start in range(0, len(shard), COUNT_TOKENS):
             part = np.concatenate([last, shard[start : start + COUNT_TOKENS]])
-            total += int(token_bytes.count(part).sum())
-            last = part[-1:]
+            total += int(token_bytes.count(part)[max(0, len(last) - 1) :].sum())
+            escapes = part[::-1] == token_bytes.escape_id  # a row of them is counted from its beginning
+            last = part[-1 - (int(escapes.argmin()) if not escapes.all() else len(part)) :]
     return total
 
 
@@ -753,18 +786,21 @@ def write_validation_documents(spool: Spool, tokens: np.ndarray, tokenizer, toke
     return {"file": path.name, "sha256": sha256_file(path), "documents": spool.documents, "bytes": total}
 
 
-def describe_split(t, spool: Spool, paths: list[Path], token_bytes) -> dict:
+def describe_split(t, spool: Spool, written: dict[Path, int], token_bytes) -> dict:
     """A split's entry in the manifest, from its shards as train_gpt reads them back.
 
     Raises UserError where they do not hold what was to be written: a disk that lies, or a defect here.
     """
+    paths = list(written)
     shards = [t.read_shard(path) for path in paths]
-    documents = sum(int(np.count_nonzero(shard == BOS_ID)) for shard in shards)
-    if documents != spool.documents:
+    for (path, wrote), shard in zip(written.items(), shards, strict=True):
+        if (begun := int(np.count_nonzero(shard == BOS_ID))) != wrote:
+            raise UserError(f"{path} holds {begun} documents instead of {wrote}; check the disk")
+    if (documents := sum(written.values())) != spool.documents:
         raise UserError(f"{paths[0].parent} holds {documents} documents instead of {spool.documents}; check the disk")
     files = [
-        {"name": p.name, "tokens": len(s), "bytes": p.stat().st_size, "sha256": sha256_file(p)}
-        for p, s in zip(paths, shards, strict=True)
+        {"name": p.name, "tokens": len(s), "documents": n, "bytes": p.stat().st_size, "sha256": sha256_file(p)}
+        for (p, n), s in zip(written.items(), shards, strict=True)
     ]
     return {
         "documents": documents,
@@ -776,7 +812,7 @@ def describe_split(t, spool: Spool, paths: list[Path], token_bytes) -> dict:
     }
 
 
-def describe(tokenizer_path: Path, train: Spool, val: Spool, paths: dict[str, list[Path]]) -> dict:
+def describe(tokenizer_path: Path, train: Spool, val: Spool, written: dict[str, dict[Path, int]]) -> dict:
     """The manifest's part about what was written, and the file of validation documents beside it.
 
     Raises UserError where the byte counter and the text disagree.
@@ -785,10 +821,10 @@ def describe(tokenizer_path: Path, train: Spool, val: Spool, paths: dict[str, li
     with trainer() as t:
         token_bytes = t.TokenBytes(tokenizer_path, tokenizer.vocab_size())
         splits = {
-            "train": describe_split(t, train, paths["train"], token_bytes),
-            "val": describe_split(t, val, paths["val"], token_bytes),
+            "train": describe_split(t, train, written["train"], token_bytes),
+            "val": describe_split(t, val, written["val"], token_bytes),
         }
-        tokens = np.concatenate([t.read_shard(path) for path in paths["val"]])
+        tokens = np.concatenate([t.read_shard(path) for path in written["val"]])
     documents = write_validation_documents(
         val, tokens, tokenizer, token_bytes, tokenizer_path.with_name(VAL_DOCUMENTS_FILE)
     )
@@ -802,6 +838,7 @@ def describe(tokenizer_path: Path, train: Spool, val: Spool, paths: dict[str, li
             "file": tokenizer_path.name,
             "sha256": sha256_file(tokenizer_path),
             "vocab_size": tokenizer.vocab_size(),
+            "transform": token_bytes.transform,
         },
         "splits": splits,
         "validation_documents": documents,
@@ -905,6 +942,7 @@ class Build:
     val_docs: int  # 0 with val_texts
     vocab_size: int
     tokenizer: Path | None  # trained on the training split where None
+    caseops: str | None  # where such a tokenizer has its operators; None for plain text
     shard_tokens: int
     workers: int
     record: dict  # command and options, for the manifest
@@ -919,7 +957,7 @@ def build(plan: Build) -> dict:
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(building(plan.out))
         if plan.tokenizer is not None:
-            check_tokenizer(plan.tokenizer)
+            place = check_tokenizer(plan.tokenizer)
             normalize = load_tokenizer(plan.tokenizer).normalize
         else:
             normalize = spm.SentencePieceNormalizer(rule_name="nmt_nfkc").normalize
@@ -931,10 +969,10 @@ def build(plan: Build) -> dict:
             shutil.copyfile(plan.tokenizer, model_path)
         else:
             model_path = folder / f"bpe_{plan.vocab_size}.model"
-            train_tokenizer(train, plan.vocab_size, model_path)
-            check_tokenizer(model_path)
-        paths = {
-            split: write_shards(spool, split, model_path, plan.shard_tokens, plan.workers)
+            train_tokenizer(train, plan.vocab_size, plan.caseops, model_path)
+            place = check_tokenizer(model_path)
+        written = {
+            split: write_shards(spool, split, model_path, place, plan.shard_tokens, plan.workers)
             for split, spool in (("train", train), ("val", val))
         }
         manifest = {
@@ -942,7 +980,7 @@ def build(plan: Build) -> dict:
             "sentencepiece": spm.__version__,
             **plan.record,
             "dropped": dropped,
-            **describe(model_path, train, val, paths),
+            **describe(model_path, train, val, written),
         }
         # A name that is not UTF-8 has lone surrogates; the backslash makes them JSON's own escapes.
         lines = json.dumps(manifest, indent=1, ensure_ascii=False) + "\n"
@@ -974,7 +1012,8 @@ def print_summary(out: Path, manifest: dict) -> None:
         f"dropped: {dropped['duplicates']} duplicates, {dropped['empty']} empty documents, "
         f"{dropped['unreadable']} rows without a text"
     )
-    say(f"tokenizer: {manifest['tokenizer']['file']} with {manifest['tokenizer']['vocab_size']} pieces")
+    of = f", text in {transform}" if (transform := manifest["tokenizer"].get("transform")) else ""
+    say(f"tokenizer: {manifest['tokenizer']['file']} with {manifest['tokenizer']['vocab_size']} pieces{of}")
     print_train_command(out, None, manifest["tokenizer"]["vocab_size"])
 
 
@@ -1002,9 +1041,12 @@ def command_text(args: argparse.Namespace) -> None:
     val_files = input_files(args.val) if args.val else None
     if args.tokenizer is not None and not args.tokenizer.is_file():
         raise UserError(f"tokenizer {args.tokenizer} does not exist")
+    if args.tokenizer is not None and args.caseops:
+        raise UserError("--caseops is for a tokenizer to train; one that exists says by its pieces what its text is in")
     options = {
         "text_field": args.text_field,
         "vocab_size": None if args.tokenizer else args.vocab_size,
+        **({"caseops": args.caseops} if args.caseops else {}),
         "val_docs": args.val_docs,
         "shard_tokens": args.shard_tokens,
         "inputs": [{"name": p.name, "bytes": p.stat().st_size} for p in files],
@@ -1017,6 +1059,7 @@ def command_text(args: argparse.Namespace) -> None:
         val_docs=args.val_docs or 0,
         vocab_size=args.vocab_size,
         tokenizer=args.tokenizer,
+        caseops=args.caseops,
         shard_tokens=args.shard_tokens,
         workers=args.workers,
         record={"command": "text", "options": options},
@@ -1078,6 +1121,7 @@ def command_offline(args: argparse.Namespace) -> None:
                 val_docs=args.val_docs,
                 vocab_size=args.vocab_size,
                 tokenizer=None,
+                caseops=None,
                 shard_tokens=args.shard_tokens,
                 workers=args.workers,
                 record=record,
@@ -1289,7 +1333,10 @@ def find_tokenizer(hub: Hub, manifest: object, dataset: str, variant: str, folde
 
 
 def find_shards(hub: Hub, manifest: object, dataset: str, train_shards: int, folder: Path) -> list[RemoteFile]:
-    """The first `train_shards` training shards and all validation shards. Raises UserError where one is missing."""
+    """The first `train_shards` training shards, all validation shards and the sidecars of their bytes, if any.
+
+    Raises UserError where a shard is missing.
+    """
     stats = published_entry(manifest, "datasets", dataset).get("stats")
     stats = stats if isinstance(stats, dict) else {}
     published = stats.get("files_train")
@@ -1300,17 +1347,20 @@ def find_shards(hub: Hub, manifest: object, dataset: str, train_shards: int, fol
         name = f"fineweb_{split}_{i:06d}.bin"
         return f"datasets/{dataset}/{name}", folder / name
 
+    def all_there(split: str, start: int) -> Iterator[RemoteFile]:
+        return itertools.takewhile(bool, (hub.find(*shard(split, i)) for i in itertools.count(start)))
+
     files = [hub.need(*shard("val", 0))]
     if isinstance(stats.get("files_val"), int):
         files += [hub.need(*shard("val", i)) for i in range(1, stats["files_val"])]
     else:  # without a number, the validation split goes on until a shard is missing
-        files += itertools.takewhile(bool, (hub.find(*shard("val", i)) for i in itertools.count(1)))
+        files += all_there("val", 1)
+    files += all_there("val_bytes", 0)  # variants in CaseOps: the bytes of each token
     return files + [hub.need(*shard("train", i)) for i in range(train_shards)]
 
 
-# Of variants whose text was transformed before the tokenizer: their names, and the file with the bytes that it had.
-TRANSFORMED_VARIANT = re.compile("caseops|lossless_caps|casefold", re.IGNORECASE)
-SIDECAR = "fineweb_val_bytes_000000.bin"
+# Variants of text that cannot be had back, and so neither its bytes.
+FOLDED_VARIANT = re.compile("casefold", re.IGNORECASE)
 
 
 def command_fineweb(args: argparse.Namespace) -> None:
@@ -1318,9 +1368,9 @@ def command_fineweb(args: argparse.Namespace) -> None:
     dataset = f"fineweb10B_{args.variant}"
     if Path(dataset).name != dataset:
         raise UserError(f"--variant {args.variant} is not a name")
-    refusal = f"the variant {args.variant} is of transformed text, whose bytes train_gpt.py would count wrong"
-    if TRANSFORMED_VARIANT.search(args.variant):
-        raise UserError(f"{refusal}; take one of plain text, such as sp1024")
+    if FOLDED_VARIANT.search(args.variant):
+        lost = "whose capitals are lost, so its bytes cannot be counted"
+        raise UserError(f"the variant {args.variant} is of folded text, {lost}; take another, such as sp1024")
     require("torch", "checking shards")
     folder, tokenizer_folder = args.out / "datasets" / dataset, args.out / "tokenizers"
     for path in (folder, tokenizer_folder):
@@ -1339,20 +1389,23 @@ def command_fineweb(args: argparse.Namespace) -> None:
     with Progress("tokenizer", tokenizer.size, "B") as progress:
         hub.fetch(tokenizer, progress)
     check_tokenizer(tokenizer.target)
-    if hub.find(f"datasets/{dataset}/{SIDECAR}", folder / SIDECAR):
-        raise UserError(f"{refusal}: it comes with byte counts of its own ({SIDECAR}); take one of plain text")
     files = find_shards(hub, manifest, dataset, args.train_shards, folder)
     total = sum(file.size for file in files)
     say(f"{args.repo_id} at {hub.revision}: {len(files)} shards, {total:,} bytes")
     with Progress(f"fetch {args.variant}", total, "B") as progress:
         for file in files:
             hub.fetch(file, progress)
+    vocab_size = load_tokenizer(tokenizer.target).vocab_size()
     with trainer() as t:
+        hp = t.Hyperparameters(data_path=str(folder), tokenizer_path=str(tokenizer.target), vocab_size=vocab_size)
         for split in ("train", "val"):
-            paths = [file.target for file in files if file.target.name.startswith(f"fineweb_{split}_")]
+            here = {path.name for path in t.find_shards(hp, split)}
+            paths = [file.target for file in files if file.target.name in here]
             tokens = sum(len(t.read_shard(path)) for path in paths)
             say(f"{split}: {tokens:,} tokens in {len(paths)} shards, fingerprint {t.data_fingerprint(paths)[:16]}")
-    print_train_command(folder, tokenizer.target, load_tokenizer(tokenizer.target).vocab_size())
+        val = t.load_validation(hp)  # every id, and the bytes of each document where a sidecar counts them too
+        say(f"val: {int(val.bytes.sum()):,} bytes of text" + (f" before {val.transform}" if val.transform else ""))
+    print_train_command(folder, tokenizer.target, vocab_size)
 
 
 # -----------------------------------------------------------------------------
@@ -1390,6 +1443,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     vocabulary = text.add_mutually_exclusive_group()
     vocabulary.add_argument("--vocab-size", type=vocab, default=1024, help="pieces to train (%(default)s)")
     vocabulary.add_argument("--tokenizer", type=Path, metavar="FILE", help="a SentencePiece .model to use instead")
+    text.add_argument("--caseops", choices=caseops.PLACES, help="capitals as operators after, before or one piece with "
+                      "the space (default: plain text)")  # fmt: skip
     text.add_argument("--strict", action="store_true", help="end at the first row without a text, leave none out")
     text.add_argument("--text-field", default="text", help="field of a record that holds its text (%(default)s)")
     text.add_argument("--out", type=Path, required=True, help="folder to create")

@@ -37,13 +37,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "data")]
 try:
     import numpy as np
     from sentencepiece import SentencePieceProcessor
 except ModuleNotFoundError as error:
     print(f"error: audit.py needs {error.name}: pip install -r requirements.txt", file=sys.stderr)
     sys.exit(2)
+import caseops  # noqa: E402
+
 from records.submission import runlog  # noqa: E402
 from records.submission.command import Unusable, command  # noqa: E402
 from records.submission.rules import AUDITS  # noqa: E402
@@ -80,7 +82,7 @@ MALFORMED = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError
 
 def read_split(folder: Path) -> tuple[list[Path], np.ndarray]:
     """(shards, tokens (n+1,) uint16) of a folder's validation split. Raises Unusable."""
-    shards = sorted(filter(Path.is_file, folder.glob("fineweb_val_*.bin")))
+    shards = sorted(filter(Path.is_file, folder.glob("fineweb_val_[0-9]*.bin")))  # not the sidecars of bytes
     if not shards:
         raise Unusable(f"no fineweb_val_*.bin in {folder}; --data names the folder that the artifact was scored on")
     parts = []
@@ -632,15 +634,17 @@ class Judge:
         """Counted bytes against each document's text.
 
         The text is the one that prepare.py recorded, as SentencePiece's normaliser gave it before there were any ids;
-        for shards without such a record, it is what SentencePiece decodes.
+        for shards without such a record, it is what SentencePiece decodes. Operators of CaseOps are no text.
         """
+        pieces = {self.tokenizer.id_to_piece(i) for i in range(self.tokenizer.get_piece_size())}
+        text_of = caseops.restore if pieces.issuperset(caseops.OPERATORS) else str
         ends = np.append(np.flatnonzero(self.tokens == BOS_ID), len(self.tokens))
         if self.record is not None and len(self.record) != len(ends) - 1:
             return Finding(False, f"{len(ends) - 1} documents in the split, {len(self.record)} in prepare.py's record")
         total, source = 0, "decoded" if self.record is None else "recorded"
         intact = np.append(True, self.full.tokens[1:] == self.tokens[1:])
         for document, (start, end) in enumerate(zip(ends[:-1], ends[1:], strict=True)):
-            text = self.tokenizer.decode(self.tokens[start + 1 : end].tolist()).encode()
+            text = text_of(self.tokenizer.decode(self.tokens[start + 1 : end].tolist())).encode()
             theirs, digest = (len(text), None) if self.record is None else self.record[document]
             ours = int(self.full.bytes[max(0, start - 1) : end - 1].sum())  # BOS is a target too
             if intact[start:end].all() and theirs != ours:

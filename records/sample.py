@@ -10,13 +10,15 @@ the same text.
 import argparse
 import hashlib
 import itertools
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "data")]
 try:
+    import prepare
     import torch
     from sentencepiece import SentencePieceProcessor
 
@@ -24,6 +26,8 @@ try:
 except ModuleNotFoundError as error:
     print(f"error: sample.py needs {error.name}: pip install -r requirements.txt", file=sys.stderr)
     sys.exit(2)
+import caseops  # noqa: E402
+
 from records.submission.command import Unusable, command  # noqa: E402
 from records.submit import Parser, entry  # noqa: E402
 
@@ -71,15 +75,19 @@ def next_tokens(
         yield token
 
 
-def pieces(tokenizer: SentencePieceProcessor, prompt: Sequence[int], new_tokens: Iterator[int]) -> Iterator[str]:
-    """The text of the prompt and of each new token; a character of several byte tokens comes when it is whole."""
-    tokens, written = list(prompt), 0
+def pieces(
+    tokenizer: SentencePieceProcessor, prompt: Sequence[int], new_tokens: Iterator[int], cased: bool = False
+) -> Iterator[str]:
+    """The text of the prompt and of each new token; a character of several byte tokens comes when it is whole, and
+    with `cased` a word behind an operator of CaseOps when it has ended."""
+    tokens, written, text_of = list(prompt), 0, caseops.restore if cased else str
+    open_word = re.compile(f"[{caseops.OPERATORS}]+ ?[A-Za-z]*$" if cased else "\ufffd+$")
     for token in new_tokens:
-        text = tokenizer.decode(tokens).rstrip("\ufffd")
+        text = text_of(open_word.sub("", tokenizer.decode(tokens).rstrip("\ufffd")))
         yield text[written:]
         written = len(text)
         tokens.append(token)
-    yield tokenizer.decode(tokens)[written:]
+    yield text_of(tokenizer.decode(tokens))[written:]
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -113,11 +121,12 @@ def sample(args: argparse.Namespace) -> int:
         args.prompt.encode()  # a command line may hold other bytes
     except UnicodeEncodeError:
         raise Unusable("--prompt is no UTF-8 text") from None
-    prompt = [pg.BOS_ID, *tokenizer.encode(args.prompt)]
+    place = header.get("transform", "").removeprefix("caseops_") or None
+    prompt = [pg.BOS_ID, *prepare.tokenized(args.prompt, tokenizer, place)]
     kinds = (tokenizer.is_control, tokenizer.is_unknown, tokenizer.is_unused)
     never = [i for i in range(hp.vocab_size) if i != pg.BOS_ID and any(is_kind(i) for is_kind in kinds)]
     drawn = next_tokens(model, prompt, hp.eval_seq_len, never, args.temperature, args.top_k, args.seed)
-    for piece in pieces(tokenizer, prompt, itertools.islice(drawn, args.tokens)):
+    for piece in pieces(tokenizer, prompt, itertools.islice(drawn, args.tokens), cased=place is not None):
         print(piece, end="", flush=True)
     print()
     return 0

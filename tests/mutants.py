@@ -463,6 +463,25 @@ def counts_a_byte_for_every_document(pg):
     recount(pg, lambda counter: counter.base.__setitem__(pg.BOS_ID, 1))
 
 
+CASED = {"counts_operators", "forgets_the_escape", "counts_raw_newlines"}  # scored on a split in CaseOps
+
+
+@mutant("bytes", vocab_size=320)
+def counts_operators(pg):
+    recount(pg, lambda counter: counter.base.__setitem__(counter.operator, 3))
+
+
+@mutant("bytes", vocab_size=320)
+def forgets_the_escape(pg):
+    pg.TokenBytes.escapes = lambda self, tokens: np.zeros(len(tokens), bool)
+
+
+@mutant("bytes", vocab_size=320)
+def counts_raw_newlines(pg):
+    """As if each space of the text that is scored had been two newlines in the text that was given."""
+    recount(pg, lambda counter: counter.base.__iadd__(counter.leading_space))
+
+
 # Adapters by document, temperature and mixture
 
 

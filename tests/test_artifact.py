@@ -41,7 +41,7 @@ DTYPES = dict(fp16=torch.float16, fp32=torch.float32)  # all others hold int8 co
 
 
 def header_of(hp: pg.Hyperparameters, kind: str = "artifact") -> dict:
-    return pg.artifact_header(kind, hp, torch.float32, "ab" * 32)
+    return pg.artifact_header(kind, hp, torch.float32, pg.Validation(None, None, "", None, "ab" * 32))
 
 
 def make_blob(compressor: str = "stored", hp: pg.Hyperparameters | None = None) -> bytes:

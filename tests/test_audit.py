@@ -23,7 +23,7 @@ import pytest
 from conftest import ROOT, clean_environ, run_here
 from forks import forked
 from helpers import build_model, quantize, tiny_hp, weights_of
-from mutants import LORA, MUTANTS
+from mutants import CASED, LORA, MUTANTS
 from test_data import train_tokenizer
 from test_ranks import torchrun
 from test_ttt import PhasedLoRA
@@ -81,7 +81,8 @@ def write_artifact(path: Path, hp: pg.Hyperparameters, tokenizer: Path) -> Path:
     """Random weights."""
     stored = quantize(weights_of(build_model(hp, hp.eval_seq_len)), hp)
     dtype = pg.activation_dtype(hp.dtype, pg.Ranks(hp, {}).device)
-    header = pg.artifact_header("artifact", hp, dtype, hashlib.sha256(tokenizer.read_bytes()).hexdigest())
+    sha256 = hashlib.sha256(tokenizer.read_bytes()).hexdigest()
+    header = pg.artifact_header("artifact", hp, dtype, pg.Validation(None, None, "", tokenizer, sha256))
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(pg.pack_artifact(header, stored, "stored"))
     return path
@@ -107,6 +108,26 @@ def split(folder: Path, tiny_data: Path, documents: int = 9, targets: int | None
 @pytest.fixture(scope="module")
 def short(tiny_data, tmp_path_factory) -> Path:
     return split(tmp_path_factory.mktemp("short") / "data", tiny_data)
+
+
+@pytest.fixture(scope="module")
+def cased(tmp_path_factory) -> Path:
+    """A split in CaseOps with its record of the texts, which hold an operator's character and newlines."""
+    folder = tmp_path_factory.mktemp("cased")
+    told = "The Auditor of NASA reads \ue001 and McDonald's iPhone; "
+    texts = [f"Number {i}\n\n{told}" + "so it goes. " * i for i in range(12)]
+    (folder / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), "utf-8")
+    command = [sys.executable, ROOT / "data/prepare.py", "text", folder / "texts.jsonl", "--val-docs", "5"]
+    command += ["--vocab-size", "320", "--caseops", "before", "--workers", "1", "--out", folder / "shards"]
+    subprocess.run(command, check=True, capture_output=True)
+    return folder / "shards"
+
+
+def test_a_clean_script_passes_on_text_in_caseops(cased, tmp_path):
+    ran = audit_settings(tmp_path, cased, "--tokens", 130, vocab_size=320)
+    assert ran.failed == {} and ran.code == 0, ran.err
+    figures = {name: figure for name, _, figure in ran.lines}
+    assert re.fullmatch(r"documents:5 recorded_bytes:\d+", figures["bytes"])
 
 
 def audit_settings(folder: Path, data: Path, *words: object, script: Path | None = None, **changes: Any) -> Audited:
@@ -197,13 +218,14 @@ QUICK += "scores_documents_twice_and_keeps_the_better scores_the_easiest_documen
 
 
 @pytest.mark.parametrize("name", some_in_every_run(MUTANTS, QUICK))
-def test_a_broken_rule_fails_the_check_that_names_it(name, short, tmp_path):
+def test_a_broken_rule_fails_the_check_that_names_it(name, short, request, tmp_path):
     _, settings, caught_by, allowed = MUTANTS[name]
+    data = request.getfixturevalue("cased") if name in CASED else short
     script, words = edited(tmp_path / "train_gpt.py", name), ["--tokens", 130]
-    path = write_artifact(tmp_path / "runs/a/artifact.pgolf", audit_hp(**settings), next(short.glob("*.model")))
+    path = write_artifact(tmp_path / "runs/a/artifact.pgolf", audit_hp(**settings), next(data.glob("*.model")))
     if caught_by == "identity":
-        log_of(path, short, script)
-    ran = audit_here(path, "--script", script, "--data", short, *words)
+        log_of(path, data, script)
+    ran = audit_here(path, "--script", script, "--data", data, *words)
     assert ran.code == 3 and caught_by in ran.failed and set(ran.failed) <= allowed, ran.failed or ran.err
 
 
@@ -317,7 +339,8 @@ def test_operators_of_a_transformed_text_are_caught_where_a_decoder_calls_them_b
     path, size = train_tokenizer(tmp_path, "case", user_defined_symbols=["\ue001"])
     with pytest.raises(pg.UserError, match="user-defined"):
         pg.TokenBytes(path, size)
-    monkeypatch.setattr(pg.TokenBytes, "misspelling", lambda *_: None)
+    monkeypatch.setattr(pg, "case_transform", lambda *_: "")
+    monkeypatch.setattr(pg, "USER_DEFINED", 0)  # an operator is a piece like others
     model = sentencepiece.SentencePieceProcessor(model_file=str(path))
     texts = ["The Fox jumps over the Dog and the lazy quartz", "My Sphinx of black quartz judge my vow"]
     ids = [[1, *model.encode("".join(f"\ue001{c.lower()}" if c.isupper() else c for c in text))] for text in texts]

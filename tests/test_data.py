@@ -473,10 +473,10 @@ def test_a_tokenizer_that_spells_its_text_is_taken_and_counts_it(changes, tmp_pa
         assert counter.count(np.array([pg.BOS_ID, *ids])).sum() == len(model.decode(ids).encode())
 
 
-def test_the_published_case_operator_tokenizer_is_refused_and_the_plain_one_is_not(real_text):
-    pg.TokenBytes(real_text / "fineweb_8192_bpe.model", 8192)
-    with pytest.raises(pg.UserError, match=r"user-defined symbols \('\\ue001', '\\ue002', '\\ue003', '\\ue004'\)"):
-        pg.TokenBytes(real_text / "fineweb_8192_bpe_lossless_caps_caseops_v1_reserved.model", 8192)
+def test_the_published_tokenizers_are_known_by_their_pieces(real_text):
+    assert pg.TokenBytes(real_text / "fineweb_8192_bpe.model", 8192).transform == ""
+    case = pg.TokenBytes(real_text / "fineweb_8192_bpe_lossless_caps_caseops_v1_reserved.model", 8192)
+    assert case.transform == "caseops_after"
 
 
 def test_a_tokenizer_with_what_sentencepiece_does_not_write_is_refused(data, tmp_path):
@@ -493,12 +493,6 @@ def test_types_of_pieces_are_those_that_sentencepiece_tells(tmp_path):
     assert [model.id_to_piece(i) for i, kind in enumerate(types) if kind == 4] == ["<sep>"] and len(types) == size
     assert [kind == 3 for kind in types] == [model.is_control(i) for i in range(size)]
     assert [kind == 6 for kind in types] == [model.is_byte(i) for i in range(size)]
-
-
-@pytest.mark.parametrize("split", ["train", "val"])
-def test_a_byte_sidecar_beside_the_shards_is_refused(data, tmp_path, split):
-    (data / f"fineweb_{split}_bytes_000000.bin").write_bytes(b"")
-    refused(tmp_path, data, "is a byte sidecar", "CaseOps", "use shards of plain text")
 
 
 def test_a_manifest_that_does_not_fit_what_lies_beside_it_is_refused(data, tmp_path):

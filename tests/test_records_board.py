@@ -73,6 +73,15 @@ def tree(tmp_path) -> Path:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+def test_a_score_over_another_text_has_no_rank(tmp_path):
+    for name, loss, size in (("best", 1.9, 2500), ("second", 2.0, 2437), ("third", 2.1, 2437)):
+        text = corpus.log_text("pgolf", run_id=name, results=(corpus.result("legal_ttt", loss),))
+        (tmp_path / f"{name}.txt").write_text(text.replace('"bytes": 2437', f'"bytes": {size}'))
+    entries = board.collect([tmp_path])
+    assert [(entry.name, entry.rank) for entry in entries] == [("best", None), ("second", 1), ("third", 2)]
+    assert entries[0].notes[0] == "not ranked: scored over 2,500 bytes of text, most of the track over 2,437"
+
+
 def test_entries_are_ranked_within_their_track_by_what_the_logs_show(tree):
     entries = board.collect([tree])
     assert [(e.track, e.rank, e.name) for e in entries] == [

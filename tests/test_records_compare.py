@@ -289,12 +289,34 @@ def test_what_cannot_be_compared(tmp_path, capsys):
     assert "not finite" in error_of(capsys, *a, "--", *broken)
 
 
-def test_nats_of_other_tokens_do_not_compare(needs_scipy, tmp_path, capsys):
-    a = write_side(tmp_path, "a", [2.0])
-    (tmp_path / "b.log").write_text(corpus.log_text("baseline", results=(Result("legal_ttt", 3.0, 1.25),)))
-    report = report_of(capsys, *a, "--", str(tmp_path / "b.log"))
+def published(path: Path, loss: float, bpb: float, tokens: int | None) -> str:
+    """A public log; its validation bytes follow from its tokens and a score in both units."""
+    text = corpus.log_text("baseline", results=(Result("legal_ttt", loss, bpb),))
+    said = "tokens:62021632"
+    assert said in text
+    path.write_text(text.replace(said, f"tokens:{tokens}" if tokens else "tokens unknown"))
+    return str(path)
+
+
+def test_bits_per_byte_of_other_tokens_compare_where_the_validation_bytes_agree(needs_scipy, tmp_path, capsys):
+    a = published(tmp_path / "a.log", 2.0, 2.0 * corpus.BPB_PER_NAT, 60_000_000)
+    b = published(tmp_path / "b.log", 3.06, 2.04 * corpus.BPB_PER_NAT, 40_000_000)
+    report = report_of(capsys, a, "--", b)
     assert report["better_by"]["nats"] is None and "other tokens" in report["rules"][0]["note"]
-    assert report["better_by"]["bpb"] == pytest.approx(1.25 - 2.0 * corpus.BPB_PER_NAT, abs=1e-7)
+    assert report["better_by"]["bpb"] == pytest.approx(0.04 * corpus.BPB_PER_NAT, abs=1e-7)
+    for tokens, said in ((41_000_000, "over different texts (14"), (None, "not every log tells the validation bytes")):
+        report = report_of(capsys, a, "--", published(tmp_path / "b.log", 3.06, 2.04 * corpus.BPB_PER_NAT, tokens))
+        assert report["better_by"] == dict(nats=None, bpb=None)
+        assert all(said in rule["note"] and rule["met"] is None for rule in report["rules"])
+
+
+def test_scores_of_other_texts_do_not_compare(needs_scipy, tmp_path, capsys):
+    a, b = write_side(tmp_path, "a", [2.0, 2.01]), write_side(tmp_path, "b", [2.1, 2.11])
+    path = Path(b[1])
+    path.write_text(path.read_text().replace('"bytes": 2437', '"bytes": 2500'))
+    report = report_of(capsys, *a, "--", *b)
+    assert report["better_by"] == dict(nats=None, bpb=None)
+    assert "different texts (2,437 and 2,500 bytes)" in report["rules"][1]["note"]
 
 
 def test_a_metric_that_some_run_does_not_print(needs_scipy, tmp_path, capsys):

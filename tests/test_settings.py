@@ -537,9 +537,9 @@ def test_the_last_record_s_command_is_ours_but_for_what_is_refused_with_its_repl
     """Every name is a setting, another name of one, or refused by a line that says what to use; none is ignored."""
     command = words(APRIL)
     message = refusal(**command)
-    assert message.startswith("CASEOPS_ENABLED=1 is not offered here: texts in CaseOps are not supported; leave it out")
-    lacking = ["CASEOPS_ENABLED", *message.partition("Nor are ")[2].split(", ")]
-    assert {"LQER_ENABLED", "PHASED_TTT_ENABLED", "TTT_LORA_LR", "FUSED_CE_ENABLED", "TTT_K_LORA"} <= {*lacking}
+    assert message.startswith("FUSED_CE_ENABLED=1 is not offered here: COMPILE fuses what can be; leave it out")
+    lacking = ["FUSED_CE_ENABLED", *message.partition("Nor are ")[2].split(", ")]
+    assert {"LQER_ENABLED", "PHASED_TTT_ENABLED", "TTT_LORA_LR", "TTT_K_LORA"} <= {*lacking}
     for name in lacking:
         assert re.search(r"is not offered here: .+; leave it out", refusal(**{name: command[name]})), name
     rest = {name: text for name, text in command.items() if name not in lacking}
@@ -1051,6 +1051,7 @@ def test_every_setting_has_a_liveness_test():
     chain = {"eval_only", "artifact_path", "save_weights", "export_only", "weights_path", "run_id", "out_dir"}
     chain |= {"compressor", "artifact_cap_bytes", "data_path", "tokenizer_path"}  # in test_chain.py and test_data.py
     chain |= {"checkpoint_every", "resume"}  # in test_resume.py
+    chain |= {"caseops_enabled"}  # in test_caseops.py
     chain |= {"save_scores"}  # in test_saved_scores.py
     chain |= {"eval_max_seconds"}  # in test_evaluation.py
     here |= {"gptq_reserve_seconds"}

@@ -9,6 +9,7 @@ stated. The output holds nothing of the moment it was made, so it changes only w
 import argparse
 import base64
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -25,7 +26,7 @@ from records.submission import audits, runlog
 from records.submission.command import Unusable, command
 from records.submission.foreign import load
 from records.submission.rules import CAP_BYTES
-from records.submission.runs import declared_label
+from records.submission.runs import declared_label, of_one_text, validation_bytes
 from records.submission.runs import number as exact
 
 RECORDS = Path(__file__).resolve().parent.parent
@@ -70,6 +71,7 @@ class Entry:
     settings: list[tuple[str, str]] | None = None
     curves: list[dict[str, Any]] = field(default_factory=list)
     rank: int | None = None
+    text_bytes: float | None = None  # that the score is over
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -229,6 +231,8 @@ def from_logs(entry: Entry, logs: Sequence[runlog.RunLog], label: str | None = N
         known = {log.seed for log in logs if log.seed is not None}
         entry.bpb, entry.seeds = statistics.fmean(scores), len(known) or len(scores)
         entry.std = statistics.stdev(scores) if len(scores) > 1 else None
+    lines = [log.score(label) if label else log.headline() for log in logs]
+    entry.text_bytes = next((n for pair in zip(logs, lines, strict=True) if (n := validation_bytes(*pair))), None)
     entry.bytes = whole(largest(log.bytes_total for log in logs))
     entry.train_s = mean(number(log.train_seconds) for log in logs)
     entry.eval_s = mean(number(log.eval_seconds) for log in logs)
@@ -320,12 +324,25 @@ def collect(paths: Sequence[Path]) -> list[Entry]:
                 raise
             print(f"skipped: {clean(error, 300)}", file=sys.stderr)
     entries.sort(key=lambda e: (e.track == LOOSE, e.track, e.bpb is None, e.bpb or 0.0, e.name, str(e.path)))
-    for i, entry in enumerate(entries):
-        before = entries[i - 1] if i and entries[i - 1].track == entry.track else None
-        if entry.bpb is not None:
-            entry.rank = before.rank + 1 if before else 1
+    for _, track in itertools.groupby(entries, key=lambda entry: entry.track):
+        rank_by_text(list(track))
+    for entry in entries:
         entry.notes = entry.notes[:MAX_NOTES]
     return entries
+
+
+def rank_by_text(track: Sequence[Entry]) -> None:
+    """Ranks a track's entries, which are in order, but for scores over another text than most of them have."""
+    known = [entry.text_bytes for entry in track if entry.text_bytes and entry.bpb is not None]
+    usual = max(known, key=lambda size: sum(of_one_text((size, other)) for other in known), default=None)
+    rank = 0
+    for entry in track:
+        if entry.text_bytes and usual and not of_one_text((entry.text_bytes, usual)):
+            others = f"over {entry.text_bytes:,.0f} bytes of text, most of the track over {usual:,.0f}"
+            entry.notes.insert(0, f"not ranked: scored {others}")
+        elif entry.bpb is not None:
+            rank += 1
+            entry.rank = rank
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from records.submission import runlog
 from records.submission.command import Unusable, command
 from records.submission.foreign import load
 from records.submission.runlog import RunLog, ScoreLine
+from records.submission.runs import of_one_text, validation_bytes
 
 POWER = 0.8  # probability of meeting a rule that the number of seeds is worked out for
 MAX_SEEDS = 1000
@@ -220,6 +221,17 @@ def same_tokens(a: Side, b: Side) -> bool:
     return not ratios or max(ratios) <= 1.001 * min(ratios)
 
 
+def other_texts(a: Side, b: Side) -> str | None:
+    """Why bits per byte of the two sides do not compare, or None: they are of one text, or nothing says otherwise."""
+    known = [validation_bytes(log, score) for side in (a, b) for log, score in zip(side.logs, side.scores, strict=True)]
+    sizes = [size for size in known if size is not None]
+    if not of_one_text(sizes):
+        return f"the sides are scored over different texts ({min(sizes):,.0f} and {max(sizes):,.0f} bytes)"
+    if None in known and not same_tokens(a, b):
+        return "the sides have other tokens, and not every log tells the validation bytes, which have to agree"
+    return None
+
+
 def remarks(sides: dict[str, Side]) -> list[str]:
     """What a reader of the test should know."""
     found = []
@@ -256,7 +268,8 @@ def remarks(sides: dict[str, Side]) -> list[str]:
 
 def compare(a: Side, b: Side) -> dict:
     """Everything that is said, as the object that --json prints."""
-    comparable = same_tokens(a, b)
+    other_text = other_texts(a, b)
+    comparable = same_tokens(a, b) and other_text is None
     report: dict = {}
     for name, side in dict(a=a, b=b).items():
         loss, bpb = side.sample("val_loss"), side.sample("val_bpb")
@@ -274,13 +287,17 @@ def compare(a: Side, b: Side) -> dict:
         samples = a.sample(metric), b.sample(metric)
         return None if None in samples else samples[1].mean - samples[0].mean
 
-    report["better_by"] = dict(nats=difference("val_loss") if comparable else None, bpb=difference("val_bpb"))
+    report["better_by"] = dict(
+        nats=difference("val_loss") if comparable else None, bpb=None if other_text else difference("val_bpb")
+    )
     report["rules"] = []
     for rule in RULES:
         metric = rule.metric
         if metric == "val_bpb" and None in (a.sample(metric), b.sample(metric)) and comparable:
             metric = "val_loss"  # in proportion to it
-        if metric == "val_loss" and not comparable:
+        if other_text:
+            verdict = Verdict(None, None, None, None, None, other_text)
+        elif metric == "val_loss" and not comparable:
             other = "the sides have other tokens, so their nats per token do not compare"
             verdict = Verdict(None, None, None, None, None, other)
         else:

@@ -574,6 +574,9 @@ def data_section(s: Mapping[str, Any], runs: Sequence[SeedRun]) -> str:
     rows = [
         ("data set", ", ".join(code(name) for name in sorted(names))),
         ("training tokens seen", figure(runs[0].result.get("train_tokens"), 0)),
+        ("training text seen, bytes", figure(runs[0].result.get("train_bytes"), 0)),
+        ("passes over the training text", figure(runs[0].result.get("train_passes"), 3)),
+        ("transform of the text", code(runs[0].result.get("transform") or "")),
         ("validation tokens scored", figure(s["val_tokens"], 0)),
         ("validation bytes", figure(s["val_bytes"], 0)),
         ("training shards, fingerprint", code(s["train_fingerprint"] or "")),

@@ -45,6 +45,28 @@ def score_digits(value: Any) -> int:
 # Scores
 # ----------------------------------------------------------------------------------------------------------------------
 
+VALIDATION_TOKENS = re.compile(r"val_loader:.*\btokens:(\d{1,12})\b")
+SAME_TEXT = 5e-4  # relative: bytes that follow from figures of four decimals, of texts that tokenizers fold alike
+
+
+def validation_bytes(log: RunLog, score: runlog.ScoreLine | None) -> float | None:
+    """Bytes of the text that a score is over: as the run's `result` states them, else as its tokens and the score in
+    both units give them, else None."""
+    result = log.result if isinstance(log.result, dict) else {}
+    stated = result.get("scores", {}).get(score.label) if score and isinstance(result.get("scores"), dict) else None
+    if isinstance(stated, dict) and number(stated.get("bytes")):
+        return number(stated["bytes"])
+    told = next((found for line in log.printed if (found := VALIDATION_TOKENS.search(line))), None)
+    if told is None or score is None or not score.val_loss or not score.val_bpb:
+        return None
+    return int(told[1]) * score.val_loss / math.log(2) / score.val_bpb
+
+
+def of_one_text(sizes: Iterable[float]) -> bool:
+    """Whether these numbers of bytes are of one text."""
+    sizes = list(sizes)
+    return not sizes or max(sizes) - min(sizes) <= SAME_TEXT * min(sizes)
+
 
 class Mean(NamedTuple):
     value: float
