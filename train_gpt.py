@@ -92,6 +92,7 @@ class LimitError(Exception):
 
 # What is larger is a slip; int64 and fp32 hold these and what is computed from them.
 LARGEST = {int: 1 << 40, float: 1e12}
+LORA_TARGETS = ("q", "k", "v", "o", "mlp", "head")
 
 
 def opt(
@@ -260,10 +261,17 @@ class Hyperparameters:
     ttt_momentum: float = opt("evaluation", 0.9, "SGD's momentum or AdamW's beta1, carried", hi=0.9999)
     ttt_batch_seqs: int = opt("evaluation", 32, "sequences per step over all ranks", lo=1)
     ttt_grad_clip: float = opt("evaluation", 1.0, "gradient norm of a step (LoRA: per document); 0: none")
-    ttt_lora_rank: int = opt("evaluation", 8, "of the adapters on q, v and the head", lo=1, hi=1024, off=8)
+    ttt_weight_decay: float = opt("evaluation", 0.0, "AdamW's decoupled decay, of test-time training", off=0.0)
+    ttt_lora: str = opt(
+        "evaluation", "q,v,head", "what has adapters: of q,k,v,o,mlp,head (o: attention)", off="q,v,head"
+    )
+    ttt_lora_rank: int = opt("evaluation", 8, "of the adapters", lo=1, hi=1024, off=8)
     ttt_lora_alpha: float = opt("evaluation", 8.0, "adapters are scaled by alpha/rank", off=8.0)
     ttt_lora_chunk: int = opt("evaluation", 256, "targets of a document per step", lo=1, off=256)
     ttt_lora_reset: bool = opt("evaluation", True, "new adapters for each document; 0: carried, one by one", off=True)
+    ttt_warm_start_a: bool = opt(
+        "evaluation", False, "of new adapters B alone: A goes on from other documents", off=False
+    )
     ttt_temperature: bool = opt(
         "evaluation", False, "the softmax temperature that fitted the scored chunks best", off=False
     )
@@ -338,7 +346,11 @@ class Hyperparameters:
             "TTT_PARAMS=lora scores documents side by side; TTT_TEMPERATURE and HEDGE_ENABLED need the stream's order"
         )
         yield lora and (s.ttt_temperature or s.hedge_enabled), says
-        yield lora and s.eval_seq_len % s.ttt_lora_chunk, f"{n.ttt_lora_chunk} must divide {n.eval_seq_len}"
+        yield lora and s.ttt_lora_chunk > s.eval_seq_len, f"{n.ttt_lora_chunk} exceeds {n.eval_seq_len}"
+        says = f"TTT_LORA={shown(s.ttt_lora)} must be some of {','.join(LORA_TARGETS)}, separated by commas"
+        yield not set(s.ttt_lora.split(",")) <= set(LORA_TARGETS), says
+        yield s.ttt_warm_start_a and not s.ttt_lora_reset, "TTT_LORA_RESET=0 carries all on; leave out TTT_WARM_START_A"
+        yield s.ttt_weight_decay and s.ttt_optimizer != "adamw", "TTT_WEIGHT_DECAY needs TTT_OPTIMIZER=adamw"
         yield s.eval_only and s.export_only, "EVAL_ONLY=1 and EXPORT_ONLY=1 exclude each other"
         yield s.eval_only and not s.artifact_path, "EVAL_ONLY=1 needs ARTIFACT_PATH"
         yield s.export_only and not s.weights_path, "EXPORT_ONLY=1 needs WEIGHTS_PATH (what SAVE_WEIGHTS=1 wrote)"
@@ -435,6 +447,7 @@ PUBLIC_NAMES = {
     "MUON_WEIGHT_DECAY": "MUON_WD",
     "USE_GPTQ": "GPTQ_ENABLED",
     "VAL_BATCH_TOKENS": "VAL_BATCH_SIZE",
+    "TTT_WD": "TTT_WEIGHT_DECAY",
 }
 
 # Names of published commands that this script does not offer, by what to do instead; after `=` the values that switch
@@ -486,11 +499,10 @@ NOT_HERE = {
         "use TTT_LR with TTT_PARAMS=lora": "TTT_LORA_LR",
         "use TTT_CHUNK_TOKENS or, with TTT_PARAMS=lora, TTT_LORA_CHUNK": "TTT_CHUNK_SIZE",
         "EVAL_SEQ_LEN is the context of every pass": "TTT_EVAL_SEQ_LEN",
-        "TTT_PARAMS=lora adapts q, v and the head, one step per piece": "TTT_K_LORA=0 TTT_MLP_LORA=0 TTT_O_LORA=0 "
-        "TTT_GRAD_STEPS=1 TTT_WARM_START_A=0",
+        "TTT_LORA lists what has adapters": "TTT_K_LORA=0 TTT_MLP_LORA=0 TTT_O_LORA=0",
+        "TTT_PARAMS=lora takes one step per piece": "TTT_GRAD_STEPS=1",
         "use TTT_MOMENTUM": "TTT_BETA1",
         "TTT_OPTIMIZER=adamw has beta2 0.999": "TTT_BETA2=0.999",
-        "test-time training has no weight decay": "TTT_WEIGHT_DECAY=0 TTT_WD=0",
         "TTT_PARAMS=all trains on scored text after each chunk; there are no phases": "PHASED_TTT_ENABLED=0 "
         "PHASED_TTT_NUM_PHASES PHASED_TTT_PREFIX_DOCS GLOBAL_TTT_LR GLOBAL_TTT_MOMENTUM GLOBAL_TTT_EPOCHS "
         "GLOBAL_TTT_CHUNK_TOKENS GLOBAL_TTT_BATCH_SEQS GLOBAL_TTT_GRAD_CLIP GLOBAL_TTT_WARMUP_START_LR "
@@ -1736,8 +1748,8 @@ rms_norm = RMSNorm.apply
 class CastedLinear(nn.Module):
     """y = x Wᵀ with an fp32 master weight (out, in) cast to the activations' dtype: the one seam of the model.
 
-    Fake quantization lives here, and whatever else has to see or change what a matrix does. The switch is an attribute
-    of the instance: torch.compile guards instance attributes, while it folds a class attribute into the first graph.
+    Fake quantization lives here; hooks see or change what a matrix does. The switch is an attribute of the instance:
+    torch.compile guards instance attributes, while it folds a class attribute into the first graph.
     As a table of tokens, the same weight is read row by row: a tied head is its token table, one module, one parameter.
     """
 
@@ -1746,7 +1758,6 @@ class CastedLinear(nn.Module):
         self.weight = nn.Parameter(torch.empty(out_dim, in_dim))
         self.register_buffer("row_scale", None, persistent=False)  # (out, 1) fp32, set when QAT is prepared
         self.fake_quant, self.q_max = False, 0
-        self.lora: LoRA | None = None
 
     def quantized(self) -> Tensor:
         """(out, in) fp32: the weight, or while fake quantization is on its values on the grid."""
@@ -1760,32 +1771,7 @@ class CastedLinear(nn.Module):
         return F.embedding(rows, self.quantized())
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.linear(x, self.quantized().to(x.dtype))
-        return y if self.lora is None else y + self.lora(x)
-
-
-class LoRA:
-    """(x Aᵀ) Bᵀ · alpha/rank (Hu et al., 2021), an A (rank, in) and a B (out, rank) for each sequence of a batch.
-
-    B starts at zero, A the same for every sequence: a score depends on its document, not on its place in a batch. No
-    module: the model it is hung into keeps its parameters' names.
-    """
-
-    def __init__(self, sequences: int, in_dim: int, out_dim: int, hp: Hyperparameters, device: torch.device):
-        generator = torch.Generator().manual_seed(0)
-        self.initial = torch.randn(hp.ttt_lora_rank, in_dim, generator=generator).div(math.sqrt(in_dim)).to(device)
-        self.a = self.initial.repeat(sequences, 1, 1).requires_grad_()
-        self.b = torch.zeros(sequences, out_dim, hp.ttt_lora_rank, device=device, requires_grad=True)
-        self.scale = hp.ttt_lora_alpha / hp.ttt_lora_rank
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """(B, T, in) -> (B, T, out)"""
-        return self.scale * torch.bmm(torch.bmm(x, self.a.to(x.dtype).mT), self.b.to(x.dtype).mT)
-
-    @torch.no_grad()
-    def reset(self) -> None:
-        self.a.copy_(self.initial.expand_as(self.a))
-        self.b.zero_()
+        return F.linear(x, self.quantized().to(x.dtype))
 
 
 class BigramHash(nn.Module):
@@ -4299,18 +4285,62 @@ def ttt_lr(hp: Hyperparameters, k: int, updates: int) -> float:
 
 
 def ttt_optimizer(parameters: list[Tensor], hp: Hyperparameters) -> torch.optim.Optimizer:
-    """On fp32 weights, without weight decay: what is adapted should stay near what was trained."""
+    """On fp32 weights; a weight decay is decoupled from the gradient."""
     if hp.ttt_optimizer == "sgd":
         return torch.optim.SGD(parameters, lr=hp.ttt_lr, momentum=hp.ttt_momentum, foreach=True)
-    return torch.optim.AdamW(parameters, lr=hp.ttt_lr, betas=(hp.ttt_momentum, 0.999), weight_decay=0.0, fused=True)
+    betas, decay = (hp.ttt_momentum, 0.999), hp.ttt_weight_decay
+    return torch.optim.AdamW(parameters, lr=hp.ttt_lr, betas=betas, weight_decay=decay, fused=True)
+
+
+class LoRA:
+    """Adds (x Aᵀ) Bᵀ · alpha/rank (Hu et al., 2021) to what a module makes of its input x (B, T, in): a forward hook,
+    with an A (rank, in) and a B (out, rank) for each of the module's passes and each sequence of a batch.
+
+    B starts at zero, A the same for every sequence: a score depends on its document, not on its place in a batch. The
+    model that it is hung into keeps its parameters' names.
+    """
+
+    def __init__(self, passes: int, rows: int, in_dim: int, out_dim: int, hp: Hyperparameters, device: torch.device):
+        generator = torch.Generator().manual_seed(0)
+        self.initial = torch.randn(hp.ttt_lora_rank, in_dim, generator=generator).div(math.sqrt(in_dim)).to(device)
+        a, b = self.initial.expand(rows, -1, -1), torch.zeros(rows, out_dim, hp.ttt_lora_rank, device=device)
+        self.pairs = [(a.clone().requires_grad_(), b.clone().requires_grad_()) for _ in range(passes)]
+        self.turn, self.scale = itertools.cycle(self.pairs), hp.ttt_lora_alpha / hp.ttt_lora_rank
+
+    def __call__(self, module: nn.Module, inputs: tuple, output: Tensor | tuple) -> Tensor | tuple:
+        x, (a, b) = inputs[0], next(self.turn)
+        a, b = (matrix[: len(x)].to(x.dtype).mT for matrix in (a, b))  # the shortest documents of a batch have ended
+        added = self.scale * torch.bmm(torch.bmm(x, a), b)
+        return (output[0] + added, *output[1:]) if isinstance(output, tuple) else output + added
+
+    @torch.no_grad()
+    def reset(self, warm: bool = False) -> None:
+        """B to zero; A too is what it was at first, unless warm."""
+        for a, b in self.pairs:
+            b.zero_()
+            if not warm:
+                a.copy_(self.initial.expand_as(a))
+
+
+def lora_targets(model: GPT, names: Sequence[str]) -> Iterator[tuple[nn.Module, int, int]]:
+    """(module, how often a forward passes through it, width of its output) of what TTT_LORA names. Attention (o) and
+    the MLP get theirs beside them, from their own input (public pull request 1530)."""
+    if "head" in names:
+        yield model.head, 1, len(model.head.weight)
+    passes = [layer for layer, _ in (model.looped if model.looping else model.plain)]
+    for layer, block in enumerate(model.blocks):
+        parts = dict(q=block.attn.q, k=block.attn.k, v=block.attn.v, o=block.attn, mlp=block.mlp)
+        for name, module in parts.items():
+            if name in names:
+                yield module, passes.count(layer), len(getattr(module, "weight", block.mlp_scale))
 
 
 class DocumentLoRA(Method):
-    """LoRAs on q, v and the head of a frozen model, one set per document: each document by itself, batches of them side
-    by side and split over ranks, the longest first; or, with LoRAs carried on, one after another on every rank.
+    """LoRAs on a frozen model, one set per document: each document by itself, batches of them side by side and split
+    over ranks, the longest first; or, with LoRAs carried on, one after another on every rank.
 
-    The model runs as it is, not compiled: pieces come in EVAL_SEQ_LEN / TTT_LORA_CHUNK lengths, and a graph for each,
-    with its backward, would take more of the evaluation clock than it gives back.
+    The model runs as it is, not compiled: pieces come in EVAL_SEQ_LEN / TTT_LORA_CHUNK lengths and any number of rows,
+    and a graph for each, with its backward, would take more of the evaluation clock than it gives back.
     """
 
     unit = "documents"
@@ -4320,31 +4350,29 @@ class DocumentLoRA(Method):
         hp, self.carried, self.apart = run.hp, not run.hp.ttt_lora_reset, run.hp.ttt_lora_reset
         self.rows = 1 if self.carried else self.rows  # documents at once
         model.requires_grad_(False)
-        layers = [model.head, *(layer for block in model.blocks for layer in (block.attn.q, block.attn.v))]
-        device = run.ranks.device
-        self.loras = {layer: LoRA(self.rows, hp.model_dim, len(layer.weight), hp, device) for layer in layers}
-        self.parameters = [p for lora in self.loras.values() for p in (lora.a, lora.b)]
+        shape, device = (self.rows, hp.model_dim), run.ranks.device
+        targets = lora_targets(model, hp.ttt_lora.split(","))
+        self.loras = {module: LoRA(passes, *shape, width, hp, device) for module, passes, width in targets}
+        self.parameters = [p for lora in self.loras.values() for p in itertools.chain(*lora.pairs)]
         self.adapted_params = sum(p.numel() for p in self.parameters) // self.rows
         self.optimizer = ttt_optimizer(self.parameters, hp)
 
     def warm_up(self, synthetic: Callable) -> None:
         """Nothing is compiled."""
 
-    def reset(self) -> None:
+    def reset(self, warm: bool = False) -> None:
         for lora in self.loras.values():
-            lora.reset()
+            lora.reset(warm)
         self.optimizer.state.clear()
 
     @contextlib.contextmanager
     def attached(self):
         """The model with its LoRAs inside the block, the plain one after it: other batches are no documents."""
-        try:
-            for layer, lora in self.loras.items():
-                layer.lora = lora
+        with contextlib.ExitStack() as hooks:
+            for module, lora in self.loras.items():
+                lora.turn = itertools.cycle(lora.pairs)
+                hooks.callback(module.register_forward_hook(lora).remove)
             yield
-        finally:
-            for layer in self.loras:
-                layer.lora = None
 
     def plan(self, tokens: np.ndarray) -> Plan:
         documents, ranks, last = plan_documents(tokens), self.ranks, len(tokens) - 1 if self.carried else None
@@ -4358,7 +4386,7 @@ class DocumentLoRA(Method):
 
     def batch_of(self, tokens: np.ndarray, windows: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
         length = int(windows[0, 1] - windows[0, 0]) + self.stride
-        return gather(tokens, windows, self.rows, length, self.stride, self.ranks.device)
+        return gather(tokens, windows, len(windows), length, self.stride, self.ranks.device)
 
     @torch.no_grad()
     def distribution(self, tokens: np.ndarray, segment: Segment) -> np.ndarray:
@@ -4371,7 +4399,7 @@ class DocumentLoRA(Method):
 
     def begin(self, segment: Segment) -> None:
         if segment.fresh and not self.carried:
-            self.reset()
+            self.reset(self.hp.ttt_warm_start_a)
 
     def score(self, tokens: np.ndarray, segment: Segment, bar: Any) -> np.ndarray:
         """Nats (m,) float32 of the piece's targets, document by document. Their graph serves the step that follows."""
@@ -4386,7 +4414,7 @@ class DocumentLoRA(Method):
 
     def learn(self, tokens: np.ndarray, segment: Segment) -> None:
         """One step of the documents that go on, each on its own loss."""
-        (self.losses[: len(segment.useful)] * torch.from_numpy(segment.useful).to(self.losses)).sum().backward()
+        (self.losses * torch.from_numpy(segment.useful).to(self.losses)).sum().backward()
         if self.hp.ttt_grad_clip:
             norms = torch.stack([p.grad.flatten(1).norm(dim=1) for p in self.parameters]).norm(dim=0)
             clip = (self.hp.ttt_grad_clip / (norms + 1e-6)).clamp(max=1.0)

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers import build_model, make_run, random_tokens, scores_of, single_rank, tiny_hp, weights_of
 
 import train_gpt as pg
@@ -287,10 +288,11 @@ def test_scales_only_moves_the_control_tensors_and_nothing_else():
     assert moved == {name for name in before if pg.label_of(name) == "control"}
 
 
-def test_adamw_is_torchs_without_decay():
-    hp = tiny_hp(ttt_optimizer="adamw", ttt_grad_clip=0.0, ttt_momentum=0.8)
+@pytest.mark.parametrize("betas, decay", [((0.8, 0.999), 0.0), ((0.0, 0.999), 0.5)])
+def test_adamw_is_torchs(betas, decay):
+    hp = tiny_hp(ttt_optimizer="adamw", ttt_grad_clip=0.0, ttt_momentum=betas[0], ttt_weight_decay=decay)
     ours, theirs, tokens = adapter_for(hp), build_model(hp), random_tokens(33)
-    reference = torch.optim.AdamW(theirs.parameters(), lr=0.01, betas=(0.8, 0.999), weight_decay=0.0)
+    reference = torch.optim.AdamW(theirs.parameters(), lr=0.01, betas=betas, weight_decay=decay)
     text = torch.from_numpy(tokens.astype(np.int64))
     for group in ours.optimizer.param_groups:
         group["lr"] = 0.01
@@ -376,18 +378,49 @@ def lora_scores(hp, tokens: np.ndarray) -> np.ndarray:
     return scores_of(evaluation_of(build_model(hp, hp.eval_seq_len), hp, tokens))
 
 
+def hang_in(model, hp) -> list[torch.Tensor]:
+    """The parameters of adapters of one sequence, hung into a model by another route: which pass a module is in, it
+    counts from the model's own call on."""
+    calls, parameters, names = {}, [], hp.ttt_lora.split(",")
+    model.register_forward_pre_hook(lambda *_: calls.clear())
+    initial = torch.randn(hp.ttt_lora_rank, 24, generator=torch.Generator().manual_seed(0)) / math.sqrt(24)
+
+    def hang(module, width):
+        pairs = []
+
+        def added(_, inputs, output):
+            call = calls[module] = calls.get(module, -1) + 1
+            if call == len(pairs):
+                pairs.append(
+                    (initial.clone().requires_grad_(), torch.zeros(width, hp.ttt_lora_rank, requires_grad=True))
+                )
+                parameters.extend(pairs[-1])
+            a, b = pairs[call]
+            added = F.linear(F.linear(inputs[0], a), b) * (hp.ttt_lora_alpha / hp.ttt_lora_rank)
+            return (output[0] + added, output[1]) if isinstance(output, tuple) else output + added
+
+        module.register_forward_hook(added)
+
+    for block in model.blocks:
+        attn = block.attn
+        for name, module in dict(q=attn.q, k=attn.k, v=attn.v, o=attn, mlp=block.mlp).items():
+            if name in names:
+                hang(module, 24 if name in ("o", "mlp") else module.weight.size(0))
+    if "head" in names:
+        hang(model.head, model.head.weight.size(0))
+    text = torch.ones(1, 2, dtype=torch.int64)
+    model(text, text)
+    return parameters
+
+
 def one_by_one(hp, tokens: np.ndarray, learn: bool = True) -> np.ndarray:
-    """The method written as a loop over documents and pieces, with the adapters merged into ordinary weights."""
+    """The method written as a loop over documents and pieces."""
     nats, starts = np.zeros(len(tokens) - 1), [*np.flatnonzero(tokens[:-1] == pg.BOS_ID), len(tokens) - 1]
     state = None
     for d, (start, stop) in enumerate(zip(starts[:-1], starts[1:], strict=True)):
         if state is None or hp.ttt_lora_reset:
             model = build_model(hp, hp.eval_seq_len)
-            layers = [model.head, *(b.attn.q for b in model.blocks), *(b.attn.v for b in model.blocks)]
-            loras = [pg.LoRA(1, 24, layer.weight.size(0), hp, torch.device("cpu")) for layer in layers]
-            for layer, lora in zip(layers, loras, strict=True):
-                layer.lora = lora
-            parameters = [p for lora in loras for p in (lora.a, lora.b)]
+            parameters = hang_in(model, hp)
             state = torch.optim.SGD(parameters, lr=hp.ttt_lr, momentum=hp.ttt_momentum)
         for first in range(start, stop, hp.ttt_lora_chunk):
             end = min(first + hp.ttt_lora_chunk, stop)
@@ -410,27 +443,63 @@ def one_by_one(hp, tokens: np.ndarray, learn: bool = True) -> np.ndarray:
 @pytest.mark.parametrize("batch", [16, 64, 4096])
 def test_lora_scores_are_those_of_one_document_after_another(reset, batch):
     # A small step where it is carried on: a large one amplifies the rounding of padded rows from document to document.
-    hp = lora_hp(ttt_lora_reset=reset, val_batch_size=batch, ttt_lr=0.5 if reset else 0.02)
+    one_after_another(lora_hp(ttt_lora_reset=reset, val_batch_size=batch, ttt_lr=0.5 if reset else 0.02))
+
+
+@pytest.mark.parametrize("names", ["q", "k", "v", "o", "mlp", "head", "q,k,v,o,mlp,head"])
+def test_each_pass_of_what_is_named_has_an_adapter_of_its_own(names):
+    one_after_another(lora_hp(ttt_lora=names, num_loops=2, loop_start=1, loop_end=1, ttt_lora_chunk=6, ttt_lr=0.1))
+
+
+def one_after_another(hp) -> None:
     tokens = documents_of(LENGTHS)
     ours = lora_scores(hp, tokens)
     np.testing.assert_allclose(ours, one_by_one(hp, tokens), atol=2e-4)
     assert np.abs(ours - one_by_one(hp, tokens, learn=False)).max() > 0.01
 
 
-def test_zero_b_reproduces_the_plain_scores_of_each_document():
-    hp, tokens = lora_hp(ttt_lr=0.0), documents_of(LENGTHS)
-    plain = one_by_one(hp, tokens, learn=False)
-    np.testing.assert_allclose(lora_scores(hp, tokens), plain, atol=1e-5)
-    model = build_model(hp)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("names", ["q,v,head", "q,k,v,o,mlp,head"])
+def test_zero_b_gives_the_plain_scores_of_each_document_to_the_bit(names, dtype):
+    hp, tokens = lora_hp(ttt_lr=0.0, ttt_lora=names, num_loops=1, loop_start=1, loop_end=2), documents_of(LENGTHS)
+    if dtype == torch.float32:
+        np.testing.assert_allclose(lora_scores(hp, tokens), one_by_one(hp, tokens, learn=False), atol=1e-5)
+    model = build_model(hp, dtype=dtype)
     piece = next(pg.plan_pieces(pg.plan_documents(tokens), hp.eval_seq_len, 4))
     method = pg.DocumentLoRA(make_run(hp), model, model)
     inputs, targets, _ = method.batch_of(tokens, piece.windows[: method.rows])
     without = model(inputs, targets)
     with method.attached():
         assert torch.equal(model(inputs, targets), without)
-        method.parameters[1].data.fill_(1.0)
-        assert not torch.equal(model(inputs, targets), without)
+    assert len(method.parameters) == 2 * (1 + len(names.split(",")[:-1]) * 5)
+    for p in method.parameters[1::2]:  # each B of each pass adds something
+        p.data.fill_(1.0)
+        with method.attached():
+            assert not torch.equal(model(inputs, targets), without)
+        p.data.zero_()
     assert torch.equal(model(inputs, targets), without)
+
+
+def test_a_warm_a_goes_on_where_b_begins_anew():
+    """Each document learns from the A that the one before it in its place has left, and from nothing else of it."""
+    tokens = documents_of([9, 9, 9, 9])
+    hp = lora_hp(val_batch_size=16, ttt_warm_start_a=True)  # one document at a time
+    model = build_model(hp)
+    method, initial = pg.DocumentLoRA(make_run(hp), model, model), []
+    bar, first = pg.progress_bar(None, "", pg.Log(None)), method.parameters[0].detach().clone()
+    for piece in method.plan(tokens).rounds[0] + method.plan(tokens).rounds[1]:
+        before = [p.detach().clone() for p in method.parameters]
+        method.score(tokens, piece, bar)
+        if piece.fresh:
+            initial.append([p.detach().clone() for p in method.parameters])
+            assert all(torch.equal(*a) for a in zip(before[::2], initial[-1][::2], strict=True))
+            assert not any(b.any() for b in initial[-1][1::2]) and not method.optimizer.state
+        if piece.useful.any():
+            method.learn(tokens, piece)
+    assert len(initial) == 2 and not torch.equal(initial[1][0], first) and torch.equal(initial[0][0], first)
+    method.reset()
+    assert torch.equal(method.parameters[0], first), "another evaluation starts anew"
+    assert not np.array_equal(lora_scores(hp, tokens), lora_scores(lora_hp(val_batch_size=16), tokens))
 
 
 def test_lora_compiles_nothing():
