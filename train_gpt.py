@@ -272,6 +272,18 @@ class Hyperparameters:
     ttt_warm_start_a: bool = opt(
         "evaluation", False, "of new adapters B alone: A goes on from other documents", off=False
     )
+    ttt_order: str = opt(
+        "evaluation",
+        "length",
+        "of LoRA's documents: the longest first, or as they come",
+        choices="length stream",
+        off="length",
+    )
+    phased_ttt_num_phases: int = opt(
+        "evaluation", 0, "LoRA: pauses in which all weights learn from the documents scored since the last", off=0
+    )
+    global_ttt_lr: float = opt("evaluation", 0.001, "in them, SGD's learning rate, a cosine in each", off=0.001)
+    global_ttt_momentum: float = opt("evaluation", 0.9, "in them, SGD's momentum", hi=0.9999, off=0.9)
     ttt_temperature: bool = opt(
         "evaluation", False, "the softmax temperature that fitted the scored chunks best", off=False
     )
@@ -350,6 +362,8 @@ class Hyperparameters:
         says = f"TTT_LORA={shown(s.ttt_lora)} must be some of {','.join(LORA_TARGETS)}, separated by commas"
         yield not set(s.ttt_lora.split(",")) <= set(LORA_TARGETS), says
         yield s.ttt_warm_start_a and not s.ttt_lora_reset, "TTT_LORA_RESET=0 carries all on; leave out TTT_WARM_START_A"
+        phases = lora and s.ttt_lora_reset or not s.phased_ttt_num_phases
+        yield not phases, "PHASED_TTT_NUM_PHASES needs TTT_PARAMS=lora with TTT_LORA_RESET=1"
         yield s.ttt_weight_decay and s.ttt_optimizer != "adamw", "TTT_WEIGHT_DECAY needs TTT_OPTIMIZER=adamw"
         yield s.eval_only and s.export_only, "EVAL_ONLY=1 and EXPORT_ONLY=1 exclude each other"
         yield s.eval_only and not s.artifact_path, "EVAL_ONLY=1 needs ARTIFACT_PATH"
@@ -503,10 +517,12 @@ NOT_HERE = {
         "TTT_PARAMS=lora takes one step per piece": "TTT_GRAD_STEPS=1",
         "use TTT_MOMENTUM": "TTT_BETA1",
         "TTT_OPTIMIZER=adamw has beta2 0.999": "TTT_BETA2=0.999",
-        "TTT_PARAMS=all trains on scored text after each chunk; there are no phases": "PHASED_TTT_ENABLED=0 "
-        "PHASED_TTT_NUM_PHASES PHASED_TTT_PREFIX_DOCS GLOBAL_TTT_LR GLOBAL_TTT_MOMENTUM GLOBAL_TTT_EPOCHS "
-        "GLOBAL_TTT_CHUNK_TOKENS GLOBAL_TTT_BATCH_SEQS GLOBAL_TTT_GRAD_CLIP GLOBAL_TTT_WARMUP_START_LR "
-        "GLOBAL_TTT_WARMUP_CHUNKS GLOBAL_TTT_RESPECT_DOC_BOUNDARIES",
+        "PHASED_TTT_NUM_PHASES cuts the split into equal shares, with a phase between them": "PHASED_TTT_ENABLED=0 "
+        "PHASED_TTT_PREFIX_DOCS",
+        "phases have TTT_EPOCHS, TTT_CHUNK_TOKENS, TTT_BATCH_SEQS and TTT_GRAD_CLIP": "GLOBAL_TTT_EPOCHS "
+        "GLOBAL_TTT_CHUNK_TOKENS GLOBAL_TTT_BATCH_SEQS GLOBAL_TTT_GRAD_CLIP",
+        "a phase has one cosine, without a rise": "GLOBAL_TTT_WARMUP_START_LR GLOBAL_TTT_WARMUP_CHUNKS=0",
+        "attention looks across documents": "GLOBAL_TTT_RESPECT_DOC_BOUNDARIES=0",
         "HEDGE_ENABLED=1 mixes in n-grams of scored text": "NGRAM_ENABLED=0",
         "text is scored once, before anything learns from it": "SLOT_ENABLED=0 TWO_PASS_ENABLED=0 NGRAM_TWO_PASS=0",
     }.items()
@@ -3990,9 +4006,9 @@ def targets_of(windows: np.ndarray) -> np.ndarray:
     return np.arange(widths.sum()) + np.repeat(firsts - np.cumsum(widths) + widths, widths)
 
 
-def score_batch_windows(hp: Hyperparameters, ranks: Ranks, context: int) -> int:
-    """Windows of one scoring forward of one rank."""
-    return max(1, min(hp.val_batch_size // ranks.size, SCORE_TOKENS[ranks.device.type]) // context)
+def score_batch_windows(hp: Hyperparameters, ranks: Ranks, context: int, parts: int = 0) -> int:
+    """Windows of one scoring forward of one of `parts`, of one rank."""
+    return max(1, min(hp.val_batch_size // (parts or ranks.size), SCORE_TOKENS[ranks.device.type]) // context)
 
 
 def gather(
@@ -4081,6 +4097,8 @@ class Segment(NamedTuple):
     useful: np.ndarray = np.zeros(0, dtype=bool)  # (n,): whether anything that comes later may profit from a window
     rate: float = 0.0  # learning rate
     fresh: bool = False  # of other documents than the one before
+    queue: int = 0  # of documents, to which it belongs
+    cost: float = 1.0  # of learning from it, compared with others
 
 
 class Plan:
@@ -4093,7 +4111,7 @@ class Plan:
     def __init__(self, rounds: list[list[Segment]], updates: int = 0, guess: float = 0.0, count: int = 0):
         self.rounds, self.updates, self.guess, self.count = rounds, updates, guess, count
         windows = [sum(len(segment.windows) for segment in segments) for segments in rounds]
-        steps = [sum(bool(segment.useful.any()) for segment in segments) for segments in rounds]
+        steps = [sum(segment.cost for segment in segments if segment.useful.any()) for segments in rounds]
         self.windows, self.steps = np.cumsum([0, *windows]), np.cumsum([0, *steps])  # before each round, and in all
 
 
@@ -4294,32 +4312,18 @@ def ttt_optimizer(parameters: list[Tensor], hp: Hyperparameters) -> torch.optim.
 
 class LoRA:
     """Adds (x Aᵀ) Bᵀ · alpha/rank (Hu et al., 2021) to what a module makes of its input x (B, T, in): a forward hook,
-    with an A (rank, in) and a B (out, rank) for each of the module's passes and each sequence of a batch.
-
-    B starts at zero, A the same for every sequence: a score depends on its document, not on its place in a batch. The
-    model that it is hung into keeps its parameters' names.
+    with an A (rank, in) and a B (out, rank) for each of the module's passes and each sequence of a batch. The model
+    that it is hung into keeps its parameters' names.
     """
 
-    def __init__(self, passes: int, rows: int, in_dim: int, out_dim: int, hp: Hyperparameters, device: torch.device):
-        generator = torch.Generator().manual_seed(0)
-        self.initial = torch.randn(hp.ttt_lora_rank, in_dim, generator=generator).div(math.sqrt(in_dim)).to(device)
-        a, b = self.initial.expand(rows, -1, -1), torch.zeros(rows, out_dim, hp.ttt_lora_rank, device=device)
-        self.pairs = [(a.clone().requires_grad_(), b.clone().requires_grad_()) for _ in range(passes)]
-        self.turn, self.scale = itertools.cycle(self.pairs), hp.ttt_lora_alpha / hp.ttt_lora_rank
+    def __init__(self, pairs: list[tuple[Tensor, Tensor]], scale: float):
+        self.pairs, self.turn, self.scale = pairs, itertools.cycle(pairs), scale
 
     def __call__(self, module: nn.Module, inputs: tuple, output: Tensor | tuple) -> Tensor | tuple:
         x, (a, b) = inputs[0], next(self.turn)
         a, b = (matrix[: len(x)].to(x.dtype).mT for matrix in (a, b))  # the shortest documents of a batch have ended
         added = self.scale * torch.bmm(torch.bmm(x, a), b)
         return (output[0] + added, *output[1:]) if isinstance(output, tuple) else output + added
-
-    @torch.no_grad()
-    def reset(self, warm: bool = False) -> None:
-        """B to zero; A too is what it was at first, unless warm."""
-        for a, b in self.pairs:
-            b.zero_()
-            if not warm:
-                a.copy_(self.initial.expand_as(a))
 
 
 def lora_targets(model: GPT, names: Sequence[str]) -> Iterator[tuple[nn.Module, int, int]]:
@@ -4335,9 +4339,17 @@ def lora_targets(model: GPT, names: Sequence[str]) -> Iterator[tuple[nn.Module, 
                 yield module, passes.count(layer), len(getattr(module, "weight", block.mlp_scale))
 
 
+QUEUES = 8  # of documents that hear of each other: scores are the same for every number of ranks that divides it
+
+
 class DocumentLoRA(Method):
     """LoRAs on a frozen model, one set per document: each document by itself, batches of them side by side and split
-    over ranks, the longest first; or, with LoRAs carried on, one after another on every rank.
+    over ranks, the longest first; or, with LoRAs carried on, one after another on every rank. B starts at zero, A the
+    same for every sequence: a score depends on its document, not on its place in a batch.
+
+    Where documents do learn from others before them, through an A kept warm or through phases in which the model itself
+    learns, they wait in QUEUES fixed queues, each with its own A; a rank serves whole queues. A phase begins when all
+    queues have scored their share, and learns from what they have scored since the last.
 
     The model runs as it is, not compiled: pieces come in EVAL_SEQ_LEN / TTT_LORA_CHUNK lengths and any number of rows,
     and a graph for each, with its backward, would take more of the evaluation clock than it gives back.
@@ -4348,21 +4360,48 @@ class DocumentLoRA(Method):
     def __init__(self, run: Run, model: GPT, forward: Callable):
         super().__init__(run, model, forward, run.hp.ttt_lora_chunk)
         hp, self.carried, self.apart = run.hp, not run.hp.ttt_lora_reset, run.hp.ttt_lora_reset
-        self.rows = 1 if self.carried else self.rows  # documents at once
+        self.queues = 0  # no document hears of another
+        if hp.ttt_warm_start_a or hp.phased_ttt_num_phases:
+            self.queues = max(run.ranks.size, QUEUES // run.ranks.size * run.ranks.size)
+            if self.queues != QUEUES:
+                run.log(f"ttt:queues {self.queues} on {run.ranks.size} ranks: other scores than with {QUEUES}")
+        windows = score_batch_windows(hp, run.ranks, hp.eval_seq_len, self.queues)
+        self.rows = 1 if self.carried else windows  # documents at once
+        self.phase = None
+        if hp.phased_ttt_num_phases:
+            how = dict(ttt_params="all", phased_ttt_num_phases=0, ttt_optimizer="sgd", ttt_weight_decay=0.0)
+            how |= dict(ttt_lr=hp.global_ttt_lr, ttt_momentum=hp.global_ttt_momentum)
+            self.phase = StreamTTT(run._replace(hp=dataclasses.replace(hp, **how)), model, forward)
         model.requires_grad_(False)
-        shape, device = (self.rows, hp.model_dim), run.ranks.device
-        targets = lora_targets(model, hp.ttt_lora.split(","))
-        self.loras = {module: LoRA(passes, *shape, width, hp, device) for module, passes, width in targets}
-        self.parameters = [p for lora in self.loras.values() for p in itertools.chain(*lora.pairs)]
+        device, rank, generator = run.ranks.device, hp.ttt_lora_rank, torch.Generator().manual_seed(0)
+        initial = torch.randn(rank, hp.model_dim, generator=generator) / math.sqrt(hp.model_dim)
+        self.initial, self.loras = initial.to(device), {}
+        for module, passes, width in lora_targets(model, hp.ttt_lora.split(",")):
+            shapes = ((self.rows, rank, hp.model_dim), (self.rows, width, rank))
+            pairs = [[torch.zeros(s, device=device, requires_grad=True) for s in shapes] for _ in range(passes)]
+            self.loras[module] = LoRA(pairs, hp.ttt_lora_alpha / rank)
+        self.parameters = [p for lora in self.loras.values() for p in itertools.chain(*lora.pairs)]  # A, B, A, B, …
         self.adapted_params = sum(p.numel() for p in self.parameters) // self.rows
         self.optimizer = ttt_optimizer(self.parameters, hp)
+        self.reset()
 
     def warm_up(self, synthetic: Callable) -> None:
-        """Nothing is compiled."""
+        """Nothing but the phases' graph is compiled."""
+        if self.phase is not None:
+            self.model.requires_grad_(True)
+            self.phase.warm_up(synthetic)
+            self.model.requires_grad_(False)
 
-    def reset(self, warm: bool = False) -> None:
-        for lora in self.loras.values():
-            lora.reset(warm)
+    def reset(self) -> None:
+        self.renew()
+        self.kept, self.queue = {}, None  # each queue's A, where they go on; whose they are now
+
+    @torch.no_grad()
+    def renew(self) -> None:
+        """Adapters as at first."""
+        for a, b in zip(self.parameters[::2], self.parameters[1::2], strict=True):
+            a.copy_(self.initial.expand_as(a))
+            b.zero_()
         self.optimizer.state.clear()
 
     @contextlib.contextmanager
@@ -4375,14 +4414,41 @@ class DocumentLoRA(Method):
             yield
 
     def plan(self, tokens: np.ndarray) -> Plan:
-        documents, ranks, last = plan_documents(tokens), self.ranks, len(tokens) - 1 if self.carried else None
-        if not self.carried:
-            documents = documents[np.argsort(documents[:, 0] - documents[:, 1], kind="stable")]
-        batches = [documents[i : i + self.rows] for i in range(0, len(documents), self.rows)]
-        mine = batches if self.carried else batches[ranks.rank :: ranks.size]
-        rounds = [list(plan_pieces(batch, self.hp.eval_seq_len, self.stride, last)) for batch in mine]
-        rounds += [[]] * (-(-len(batches) // ranks.size) - len(rounds))
-        return Plan(rounds, len(rounds), count=len(documents))
+        """Shares of about as many targets, in each the turns of all queues, and a phase behind each but the last."""
+        hp, ranks, documents, rounds = self.hp, self.ranks, plan_documents(tokens), []
+        mine = [0] if self.carried else range(ranks.rank, self.queues or ranks.size, ranks.size)
+        last = len(tokens) - 1 if self.carried else None
+        if hp.ttt_order == "length" and not self.carried:
+            documents = longest_first(documents)
+        lengths, shares, waiting = documents[:, 1] - documents[:, 0], hp.phased_ttt_num_phases + 1, [0] * self.queues
+        share_of = (lengths.cumsum() - lengths) * shares // lengths.sum()
+        for share in range(shares):
+            part = documents[share_of == share]
+            for turn in itertools.zip_longest(*self.deal(part, waiting), fillvalue=part[:0]):
+                planned = ((q, plan_pieces(turn[q], hp.eval_seq_len, self.stride, last)) for q in mine)
+                rounds.append([piece._replace(queue=q) for q, pieces in planned for piece in pieces])
+            # A piece costs a backward through each window; here each token goes thrice as far, without an overlap.
+            cost = 3 * hp.ttt_epochs * lengths[share_of == share].sum() / hp.eval_seq_len / ranks.size
+            rounds.append([Segment(np.zeros((0, 3), dtype=np.int64), np.ones(1, dtype=bool), cost=cost)])
+        self.heard = np.zeros(len(tokens) - 1, dtype=np.int32)  # one more than each target that was scored here
+        return Plan(rounds[:-1], len(rounds) - 1, count=len(documents))
+
+    def deal(self, documents: np.ndarray, waiting: list[int]) -> list[list[np.ndarray]]:
+        """Each queue's batches of documents (D, 2), the longest first in each. The next document goes to the queue with
+        the least `waiting`, in targets, and is added there; without queues, the next batch to the next rank."""
+
+        def batches(documents: np.ndarray) -> list[np.ndarray]:
+            return [longest_first(documents[i : i + self.rows]) for i in range(0, len(documents), self.rows)]
+
+        if not waiting:
+            size = 1 if self.carried else self.ranks.size
+            return [batches(documents)[rank::size] for rank in range(size)]
+        queues = [[] for _ in waiting]
+        for start, end in documents.tolist():
+            emptiest = waiting.index(min(waiting))
+            queues[emptiest].append((start, end))
+            waiting[emptiest] += end - start
+        return [batches(np.array(queue).reshape(-1, 2)) for queue in queues]
 
     def batch_of(self, tokens: np.ndarray, windows: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
         length = int(windows[0, 1] - windows[0, 0]) + self.stride
@@ -4397,23 +4463,38 @@ class DocumentLoRA(Method):
             logits = self.model.unembed(self.model.trunk(inputs)[:, -self.stride :])[row][counted[row]][-1]
         return logits.double().log_softmax(-1).cpu().numpy()
 
+    @torch.no_grad()
     def begin(self, segment: Segment) -> None:
+        """New adapters for new documents; A kept warm are those that the queue's last batch has left."""
         if segment.fresh and not self.carried:
-            self.reset(self.hp.ttt_warm_start_a)
+            ours = self.parameters[::2]
+            if self.hp.ttt_warm_start_a:
+                self.kept[self.queue] = [a.clone() for a in ours]
+            self.renew()
+            if segment.queue in self.kept:
+                torch._foreach_copy_(ours, self.kept[segment.queue])
+            self.queue = segment.queue
 
     def score(self, tokens: np.ndarray, segment: Segment, bar: Any) -> np.ndarray:
         """Nats (m,) float32 of the piece's targets, document by document. Their graph serves the step that follows."""
         self.losses = None  # frees the graph of a piece that was not learned from
+        if len(segment.windows) == 0:
+            return np.zeros(0, dtype=np.float32)
         self.begin(segment)
         inputs, targets, counted = self.batch_of(tokens, segment.windows)
         with self.attached():
             nats = self.model(inputs, targets)
         self.losses = (nats * counted).sum(1) / counted.sum(1).clamp(min=1)
         bar.update(len(segment.windows))
+        if self.phase is not None:
+            places = targets_of(segment.windows)
+            self.heard[places] = tokens[places + 1] + np.int32(1)
         return nats.detach()[counted].cpu().numpy()
 
     def learn(self, tokens: np.ndarray, segment: Segment) -> None:
-        """One step of the documents that go on, each on its own loss."""
+        """One step of the documents that go on, each on its own loss; or a phase."""
+        if len(segment.windows) == 0:
+            return self.learn_together()
         (self.losses * torch.from_numpy(segment.useful).to(self.losses)).sum().backward()
         if self.hp.ttt_grad_clip:
             norms = torch.stack([p.grad.flatten(1).norm(dim=1) for p in self.parameters]).norm(dim=0)
@@ -4422,6 +4503,19 @@ class DocumentLoRA(Method):
                 parameter.grad.mul_(clip[:, None, None])
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+
+    def learn_together(self) -> None:
+        """SGD of the model itself, by all ranks, on the documents that were scored since the last phase, in the text's
+        order. What is scored of a document ends with the next one's BOS, so they join to a text like any other."""
+        heard = self.ranks.sum_(torch.from_numpy(self.heard.copy()).to(self.ranks.device)).cpu().numpy()
+        text = np.append(BOS_ID, heard[heard > 0] - 1).astype(np.uint16)
+        self.heard[:] = 0
+        self.model.requires_grad_(True)
+        ends = np.linspace(0, len(text) - 1, 1 + -(-(len(text) - 1) // self.hp.ttt_chunk_tokens), dtype=int)
+        for k, (start, end) in enumerate(itertools.pairwise(ends)):
+            self.phase.adapt(text[start : end + 1], ttt_lr(self.phase.hp, k, len(ends) - 1))
+        self.phase.reset()
+        self.model.requires_grad_(False)
 
     def collect(self, plan: Plan, nats: list[np.ndarray], targets: int) -> np.ndarray:
         whole = np.zeros(targets, dtype=np.float32)
@@ -4438,6 +4532,11 @@ def plan_documents(tokens: np.ndarray) -> np.ndarray:
     return np.column_stack([starts, np.append(starts[1:], len(tokens) - 1)])
 
 
+def longest_first(documents: np.ndarray) -> np.ndarray:
+    """Documents (D, 2); those of one length stay in their order."""
+    return documents[np.argsort(documents[:, 0] - documents[:, 1], kind="stable")]
+
+
 def plan_pieces(documents: np.ndarray, context: int, chunk: int, last: int | None = None) -> Iterator[Segment]:
     """Pieces of `chunk` targets of documents (D, 2), side by side: the first of all, the second of those that go on, …
 
@@ -4452,7 +4551,8 @@ def plan_pieces(documents: np.ndarray, context: int, chunk: int, last: int | Non
             return
         starts, ends = going_on.T
         pieces = [starts + max(0, end - context), starts + end - chunk, np.minimum(ends, starts + end)]
-        yield Segment(np.column_stack(pieces), useful=pieces[2] < (ends if last is None else last), fresh=piece == 0)
+        useful = pieces[2] < (ends if last is None else last)
+        yield Segment(np.column_stack(pieces), useful, fresh=piece == 0, cost=float(useful.sum()))
 
 
 TEMPERATURES = tuple(math.exp(j * math.log(1.25) / 8) for j in range(-8, 9))  # 0.8 … 1.25
@@ -4641,7 +4741,8 @@ class Evaluation:
     def run_pass(self, method: Method, tokens: np.ndarray, plan: Plan) -> np.ndarray:
         """Nats (n,) float32 of all targets of a text, on every rank; the artifact's weights are back after it."""
         self.before = dict(self.run.phases.seconds)
-        self.scored, self.last = [], None  # windows of each segment; the text's last target, over the vocabulary
+        self.scored = [[]]  # windows of each segment, by rounds
+        self.last = None  # the text's last target, over the vocabulary
         try:
             return method.collect(plan, self.score_first(method, tokens, plan), len(tokens) - 1)
         finally:
@@ -4658,6 +4759,7 @@ class Evaluation:
         nats = []
         for k, segments in enumerate(plan.rounds):
             learning = self.on_time(plan, k)
+            self.scored.append([])
             for segment in segments:
                 visible = tokens[: segment.windows[:, 2].max(initial=-1) + 1]  # later text is out of reach
                 nats.append(self.score(method, visible, segment))
@@ -4668,7 +4770,7 @@ class Evaluation:
     def score(self, method: Method, tokens: np.ndarray, segment: Segment) -> np.ndarray:
         if self.run.hp.save_scores and segment.windows[:, 2].max(initial=0) == self.run.val.targets:
             self.last = method.distribution(tokens, segment)
-        self.scored.append(segment.windows)
+        self.scored[-1].append(segment.windows)
         with self.run.phases("score"):
             return method.score(tokens, segment, self.bar)
 
@@ -4680,8 +4782,8 @@ class Evaluation:
         lasts = ranks.gather(self.last) if self.run.hp.save_scores else []
         if not ranks.is_main:
             return
-        in_turn = itertools.zip_longest(*scored)
-        order = targets_of(np.concatenate([windows for turn in in_turn for windows in turn if windows is not None]))
+        turns = (turn for rounds in zip(*scored, strict=True) for turn in itertools.zip_longest(*rounds))
+        order = targets_of(np.concatenate([windows for turn in turns for windows in turn if windows is not None]))
         sums = [float(part.sum(dtype=np.float64)) for part in np.array_split(nats[order], BLOCKS)]
         self.blocks[label] = [round(x, 6) if math.isfinite(x) else None for x in sums]
         if self.run.hp.save_scores:

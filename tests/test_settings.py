@@ -191,6 +191,7 @@ ILLEGAL = [
     (dict(TTT_PARAMS="lora", TTT_LORA_CHUNK=2049), "TTT_LORA_CHUNK=2049 exceeds EVAL_SEQ_LEN=2048"),
     (dict(TTT_LORA="q,w"), "TTT_LORA=q,w must be some of q,k,v,o,mlp,head"),
     (dict(TTT_WARM_START_A=1, TTT_LORA_RESET=0), "leave out TTT_WARM_START_A"),
+    (dict(PHASED_TTT_NUM_PHASES=1), "PHASED_TTT_NUM_PHASES needs TTT_PARAMS=lora with TTT_LORA_RESET=1"),
     (dict(TTT_WEIGHT_DECAY=0.5), "TTT_WEIGHT_DECAY needs TTT_OPTIMIZER=adamw"),
     (dict(EVAL_STRIDE=2049), "EVAL_STRIDE=2049 exceeds EVAL_SEQ_LEN=2048"),
     (dict(EVAL_STRIDE=0), "TTT_ENABLED=1 needs sliding windows"),
@@ -543,7 +544,7 @@ def test_the_last_record_s_command_is_ours_but_for_what_is_refused_with_its_repl
     message = refusal(**command)
     assert message.startswith("CASEOPS_ENABLED=1 is not offered here: texts in CaseOps are not supported; leave it out")
     lacking = ["CASEOPS_ENABLED", *message.partition("Nor are ")[2].split(", ")]
-    assert {"LQER_ENABLED", "PHASED_TTT_ENABLED", "TTT_LORA_LR", "FUSED_CE_ENABLED", "TTT_K_LORA"} <= {*lacking}
+    assert {"LQER_ENABLED", "GLOBAL_TTT_BATCH_SEQS", "TTT_LORA_LR", "FUSED_CE_ENABLED", "TTT_K_LORA"} <= {*lacking}
     for name in lacking:
         assert re.search(r"is not offered here: .+; leave it out", refusal(**{name: command[name]})), name
     rest = {name: text for name, text in command.items() if name not in lacking}
@@ -552,6 +553,8 @@ def test_the_last_record_s_command_is_ours_but_for_what_is_refused_with_its_repl
     rest["SMEAR_GATE_KIND"] = "token"
     assert "COMPRESSOR=pergroup must be" in refusal(**rest)
     rest["COMPRESSOR"] = "ans"
+    assert refusal(**rest) == "PHASED_TTT_NUM_PHASES needs TTT_PARAMS=lora with TTT_LORA_RESET=1"
+    rest["TTT_PARAMS"] = "lora"
     assert refusal(**rest) == "TTT_WEIGHT_DECAY needs TTT_OPTIMIZER=adamw"
     hp = pg.Hyperparameters.from_env(rest | {"TTT_OPTIMIZER": "adamw"})
     known = {name: text for name, text in rest.items() if name.lower() in FIELDS and name != "COMPRESSOR"}
@@ -918,6 +921,7 @@ def evaluate(stored: dict[str, pg.Stored], **changes) -> dict[str, pg.Score]:
 
 
 HEDGE, LORA = dict(hedge_enabled=True), dict(ttt_params="lora", ttt_lora_chunk=4)
+PHASES = LORA | dict(phased_ttt_num_phases=2)
 SCORED = dict(
     eval_seq_len=(8, "final_int6_roundtrip"),
     eval_stride=(8, "final_int6_sliding_window"),
@@ -943,7 +947,11 @@ SCORED = dict(
     ttt_lora_chunk=(8, "legal_ttt", LORA),
     ttt_lora_reset=(False, "legal_ttt", LORA),
     ttt_lora=("o,mlp", "legal_ttt", LORA),
-    ttt_warm_start_a=(True, "legal_ttt", LORA | dict(val_batch_size=16)),
+    ttt_warm_start_a=(True, "legal_ttt", PHASES | dict(val_batch_size=128, ttt_lr=1.0)),
+    ttt_order=("stream", "legal_ttt", PHASES),
+    phased_ttt_num_phases=(1, "legal_ttt", LORA),
+    global_ttt_lr=(0.1, "legal_ttt", PHASES),
+    global_ttt_momentum=(0.5, "legal_ttt", PHASES),
     ttt_weight_decay=(0.5, "legal_ttt", dict(ttt_optimizer="adamw")),
 )
 
