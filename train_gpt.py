@@ -362,8 +362,8 @@ class Hyperparameters:
         says = f"TTT_LORA={shown(s.ttt_lora)} must be some of {','.join(LORA_TARGETS)}, separated by commas"
         yield not set(s.ttt_lora.split(",")) <= set(LORA_TARGETS), says
         yield s.ttt_warm_start_a and not s.ttt_lora_reset, "TTT_LORA_RESET=0 carries all on; leave out TTT_WARM_START_A"
-        phases = lora and s.ttt_lora_reset or not s.phased_ttt_num_phases
-        yield not phases, "PHASED_TTT_NUM_PHASES needs TTT_PARAMS=lora with TTT_LORA_RESET=1"
+        says = "PHASED_TTT_NUM_PHASES needs TTT_PARAMS=lora with TTT_LORA_RESET=1"
+        yield s.ttt_enabled and s.phased_ttt_num_phases and not (lora and s.ttt_lora_reset), says
         yield s.ttt_weight_decay and s.ttt_optimizer != "adamw", "TTT_WEIGHT_DECAY needs TTT_OPTIMIZER=adamw"
         yield s.eval_only and s.export_only, "EVAL_ONLY=1 and EXPORT_ONLY=1 exclude each other"
         yield s.eval_only and not s.artifact_path, "EVAL_ONLY=1 needs ARTIFACT_PATH"
@@ -5178,16 +5178,19 @@ def check_training(run: Run, flops: float, log: Log) -> None:
 def check_evaluation(run: Run, tensors: Mapping[str, Stored] | None, flops: float, log: Log) -> None:
     """Seconds of the evaluation from those of a slice of the split, with a file's weights or new ones."""
     hp, val, context, limit = run.hp, run.val, run.hp.eval_seq_len, run.hp.eval_max_seconds
-    forwards = 1 + (1 + hp.ttt_enabled) * context / (hp.eval_stride or context) + 3 * hp.ttt_epochs * hp.ttt_enabled
+    lora, sliding = hp.ttt_params == "lora", context / (hp.eval_stride or context)
+    epochs = 3 * hp.ttt_epochs  # of SGD, in forwards of each target
+    adapting = 3 * context / hp.ttt_lora_chunk + epochs * (hp.phased_ttt_num_phases > 0) if lora else sliding + epochs
+    forwards = 1 + sliding + adapting * hp.ttt_enabled
     target_s = 2 * count_weights(hp) * forwards / flops / run.ranks.size
     if 2 * context * target_s > 10 * TRIED_SECONDS:
         return log(f"evaluation not measured: it takes more than {val.targets * target_s:.0f} s here")
     n = min(val.targets, max(2 * context, int(TRIED_SECONDS / target_s)))
-    chunk = 0 if hp.ttt_params == "lora" else min(hp.ttt_chunk_tokens, n // 2)
+    chunk = 0 if lora else min(hp.ttt_chunk_tokens, n // 2)
     batch = max(1, n // 4 // (hp.eval_stride or context)) * context * run.ranks.size  # more would be padding
     less = dict(
         val_batch_size=min(batch, hp.val_batch_size),
-        ttt_chunk_tokens=max(1, chunk),
+        ttt_chunk_tokens=chunk or hp.ttt_chunk_tokens,
         ttt_max_chunks=0,
         eval_max_seconds=0.0,
     )
