@@ -652,10 +652,6 @@ def variants(bench: Bench) -> None:
         for p in model.blocks[0].parameters():
             p.requires_grad_(False)
         both("frozen", trained)
-        method = pg.DocumentLoRA(run, model, forward)
-        inputs, targets = inputs[:1].repeat(method.rows, 1), targets[:1].repeat(method.rows, 1)
-        with method.attached(), torch.no_grad():
-            both("lora", lambda f: (f(inputs, targets), None))  # noqa: B023
 
 
 PARTS: dict[str, tuple[int, Callable[[Bench], None]]] = {  # seconds each may take; what it leaves, later ones may use
