@@ -94,6 +94,7 @@ class LimitError(Exception):
 
 # What is larger is a slip; int64 and fp32 hold these and what is computed from them.
 LARGEST = {int: 1 << 40, float: 1e12}
+LORA_TARGETS = ("q", "k", "v", "o", "mlp", "head")
 
 
 def opt(
@@ -265,10 +266,29 @@ class Hyperparameters:
     ttt_momentum: float = opt("evaluation", 0.9, "SGD's momentum or AdamW's beta1, carried", hi=0.9999)
     ttt_batch_seqs: int = opt("evaluation", 32, "sequences per step over all ranks", lo=1)
     ttt_grad_clip: float = opt("evaluation", 1.0, "gradient norm of a step (LoRA: per document); 0: none")
-    ttt_lora_rank: int = opt("evaluation", 8, "of the adapters on q, v and the head", lo=1, hi=1024, off=8)
+    ttt_weight_decay: float = opt("evaluation", 0.0, "AdamW's decoupled decay, of test-time training", off=0.0)
+    ttt_lora: str = opt(
+        "evaluation", "q,v,head", "what has adapters: of q,k,v,o,mlp,head (o: attention)", off="q,v,head"
+    )
+    ttt_lora_rank: int = opt("evaluation", 8, "of the adapters", lo=1, hi=1024, off=8)
     ttt_lora_alpha: float = opt("evaluation", 8.0, "adapters are scaled by alpha/rank", off=8.0)
     ttt_lora_chunk: int = opt("evaluation", 256, "targets of a document per step", lo=1, off=256)
     ttt_lora_reset: bool = opt("evaluation", True, "new adapters for each document; 0: carried, one by one", off=True)
+    ttt_warm_start_a: bool = opt(
+        "evaluation", False, "of new adapters B alone: A goes on from other documents", off=False
+    )
+    ttt_order: str = opt(
+        "evaluation",
+        "length",
+        "of LoRA's documents: the longest first, or as they come",
+        choices="length stream",
+        off="length",
+    )
+    phased_ttt_num_phases: int = opt(
+        "evaluation", 0, "LoRA: pauses in which all weights learn from the documents scored since the last", off=0
+    )
+    global_ttt_lr: float = opt("evaluation", 0.001, "in them, SGD's learning rate, a cosine in each", off=0.001)
+    global_ttt_momentum: float = opt("evaluation", 0.9, "in them, SGD's momentum", hi=0.9999, off=0.9)
     ttt_temperature: bool = opt(
         "evaluation", False, "the softmax temperature that fitted the scored chunks best", off=False
     )
@@ -343,7 +363,13 @@ class Hyperparameters:
             "TTT_PARAMS=lora scores documents side by side; TTT_TEMPERATURE and HEDGE_ENABLED need the stream's order"
         )
         yield lora and (s.ttt_temperature or s.hedge_enabled), says
-        yield lora and s.eval_seq_len % s.ttt_lora_chunk, f"{n.ttt_lora_chunk} must divide {n.eval_seq_len}"
+        yield lora and s.ttt_lora_chunk > s.eval_seq_len, f"{n.ttt_lora_chunk} exceeds {n.eval_seq_len}"
+        says = f"TTT_LORA={shown(s.ttt_lora)} must be some of {','.join(LORA_TARGETS)}, separated by commas"
+        yield not set(s.ttt_lora.split(",")) <= set(LORA_TARGETS), says
+        yield s.ttt_warm_start_a and not s.ttt_lora_reset, "TTT_LORA_RESET=0 carries all on; leave out TTT_WARM_START_A"
+        says = "PHASED_TTT_NUM_PHASES needs TTT_PARAMS=lora with TTT_LORA_RESET=1"
+        yield s.ttt_enabled and s.phased_ttt_num_phases and not (lora and s.ttt_lora_reset), says
+        yield s.ttt_weight_decay and s.ttt_optimizer != "adamw", "TTT_WEIGHT_DECAY needs TTT_OPTIMIZER=adamw"
         yield s.eval_only and s.export_only, "EVAL_ONLY=1 and EXPORT_ONLY=1 exclude each other"
         yield s.eval_only and not s.artifact_path, "EVAL_ONLY=1 needs ARTIFACT_PATH"
         yield s.export_only and not s.weights_path, "EXPORT_ONLY=1 needs WEIGHTS_PATH (what SAVE_WEIGHTS=1 wrote)"
@@ -440,6 +466,7 @@ PUBLIC_NAMES = {
     "MUON_WEIGHT_DECAY": "MUON_WD",
     "USE_GPTQ": "GPTQ_ENABLED",
     "VAL_BATCH_TOKENS": "VAL_BATCH_SIZE",
+    "TTT_WD": "TTT_WEIGHT_DECAY",
 }
 
 # Names of published commands that this script does not offer, by what to do instead; after `=` the values that switch
@@ -490,15 +517,16 @@ NOT_HERE = {
         "use TTT_LR with TTT_PARAMS=lora": "TTT_LORA_LR",
         "use TTT_CHUNK_TOKENS or, with TTT_PARAMS=lora, TTT_LORA_CHUNK": "TTT_CHUNK_SIZE",
         "EVAL_SEQ_LEN is the context of every pass": "TTT_EVAL_SEQ_LEN",
-        "TTT_PARAMS=lora adapts q, v and the head, one step per piece": "TTT_K_LORA=0 TTT_MLP_LORA=0 TTT_O_LORA=0 "
-        "TTT_GRAD_STEPS=1 TTT_WARM_START_A=0",
+        "TTT_LORA lists what has adapters": "TTT_K_LORA=0 TTT_MLP_LORA=0 TTT_O_LORA=0",
+        "TTT_PARAMS=lora takes one step per piece": "TTT_GRAD_STEPS=1",
         "use TTT_MOMENTUM": "TTT_BETA1",
         "TTT_OPTIMIZER=adamw has beta2 0.999": "TTT_BETA2=0.999",
-        "test-time training has no weight decay": "TTT_WEIGHT_DECAY=0 TTT_WD=0",
-        "TTT_PARAMS=all trains on scored text after each chunk; there are no phases": "PHASED_TTT_ENABLED=0 "
-        "PHASED_TTT_NUM_PHASES PHASED_TTT_PREFIX_DOCS GLOBAL_TTT_LR GLOBAL_TTT_MOMENTUM GLOBAL_TTT_EPOCHS "
-        "GLOBAL_TTT_CHUNK_TOKENS GLOBAL_TTT_BATCH_SEQS GLOBAL_TTT_GRAD_CLIP GLOBAL_TTT_WARMUP_START_LR "
-        "GLOBAL_TTT_WARMUP_CHUNKS GLOBAL_TTT_RESPECT_DOC_BOUNDARIES",
+        "PHASED_TTT_NUM_PHASES cuts the split into equal shares, with a phase between them": "PHASED_TTT_ENABLED=0 "
+        "PHASED_TTT_PREFIX_DOCS",
+        "phases have TTT_EPOCHS, TTT_CHUNK_TOKENS, TTT_BATCH_SEQS and TTT_GRAD_CLIP": "GLOBAL_TTT_EPOCHS "
+        "GLOBAL_TTT_CHUNK_TOKENS GLOBAL_TTT_BATCH_SEQS GLOBAL_TTT_GRAD_CLIP",
+        "a phase has one cosine, without a rise": "GLOBAL_TTT_WARMUP_START_LR GLOBAL_TTT_WARMUP_CHUNKS=0",
+        "attention looks across documents": "GLOBAL_TTT_RESPECT_DOC_BOUNDARIES=0",
         "HEDGE_ENABLED=1 mixes in n-grams of scored text": "NGRAM_ENABLED=0",
         "text is scored once, before anything learns from it": "SLOT_ENABLED=0 TWO_PASS_ENABLED=0 NGRAM_TWO_PASS=0",
     }.items()
@@ -1793,8 +1821,8 @@ rms_norm = RMSNorm.apply
 class CastedLinear(nn.Module):
     """y = x Wᵀ with an fp32 master weight (out, in) cast to the activations' dtype: the one seam of the model.
 
-    Fake quantization lives here, and whatever else has to see or change what a matrix does. The switch is an attribute
-    of the instance: torch.compile guards instance attributes, while it folds a class attribute into the first graph.
+    Fake quantization lives here; hooks see or change what a matrix does. The switch is an attribute of the instance:
+    torch.compile guards instance attributes, while it folds a class attribute into the first graph.
     As a table of tokens, the same weight is read row by row: a tied head is its token table, one module, one parameter.
     """
 
@@ -1803,7 +1831,6 @@ class CastedLinear(nn.Module):
         self.weight = nn.Parameter(torch.empty(out_dim, in_dim))
         self.register_buffer("row_scale", None, persistent=False)  # (out, 1) fp32, set when QAT is prepared
         self.fake_quant, self.q_max = False, 0
-        self.lora: LoRA | None = None
 
     def quantized(self) -> Tensor:
         """(out, in) fp32: the weight, or while fake quantization is on its values on the grid."""
@@ -1817,32 +1844,7 @@ class CastedLinear(nn.Module):
         return F.embedding(rows, self.quantized())
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.linear(x, self.quantized().to(x.dtype))
-        return y if self.lora is None else y + self.lora(x)
-
-
-class LoRA:
-    """(x Aᵀ) Bᵀ · alpha/rank (Hu et al., 2021), an A (rank, in) and a B (out, rank) for each sequence of a batch.
-
-    B starts at zero, A the same for every sequence: a score depends on its document, not on its place in a batch. No
-    module: the model it is hung into keeps its parameters' names.
-    """
-
-    def __init__(self, sequences: int, in_dim: int, out_dim: int, hp: Hyperparameters, device: torch.device):
-        generator = torch.Generator().manual_seed(0)
-        self.initial = torch.randn(hp.ttt_lora_rank, in_dim, generator=generator).div(math.sqrt(in_dim)).to(device)
-        self.a = self.initial.repeat(sequences, 1, 1).requires_grad_()
-        self.b = torch.zeros(sequences, out_dim, hp.ttt_lora_rank, device=device, requires_grad=True)
-        self.scale = hp.ttt_lora_alpha / hp.ttt_lora_rank
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """(B, T, in) -> (B, T, out)"""
-        return self.scale * torch.bmm(torch.bmm(x, self.a.to(x.dtype).mT), self.b.to(x.dtype).mT)
-
-    @torch.no_grad()
-    def reset(self) -> None:
-        self.a.copy_(self.initial.expand_as(self.a))
-        self.b.zero_()
+        return F.linear(x, self.quantized().to(x.dtype))
 
 
 class BigramHash(nn.Module):
@@ -4063,9 +4065,9 @@ def targets_of(windows: np.ndarray) -> np.ndarray:
     return np.arange(widths.sum()) + np.repeat(firsts - np.cumsum(widths) + widths, widths)
 
 
-def score_batch_windows(hp: Hyperparameters, ranks: Ranks, context: int) -> int:
-    """Windows of one scoring forward of one rank."""
-    return max(1, min(hp.val_batch_size // ranks.size, SCORE_TOKENS[ranks.device.type]) // context)
+def score_batch_windows(hp: Hyperparameters, ranks: Ranks, context: int, parts: int = 0) -> int:
+    """Windows of one scoring forward of one of `parts`, of one rank."""
+    return max(1, min(hp.val_batch_size // (parts or ranks.size), SCORE_TOKENS[ranks.device.type]) // context)
 
 
 def gather(
@@ -4154,6 +4156,8 @@ class Segment(NamedTuple):
     useful: np.ndarray = np.zeros(0, dtype=bool)  # (n,): whether anything that comes later may profit from a window
     rate: float = 0.0  # learning rate
     fresh: bool = False  # of other documents than the one before
+    queue: int = 0  # of documents, to which it belongs
+    cost: float = 1.0  # of learning from it, compared with others
 
 
 class Plan:
@@ -4166,7 +4170,7 @@ class Plan:
     def __init__(self, rounds: list[list[Segment]], updates: int = 0, guess: float = 0.0, count: int = 0):
         self.rounds, self.updates, self.guess, self.count = rounds, updates, guess, count
         windows = [sum(len(segment.windows) for segment in segments) for segments in rounds]
-        steps = [sum(bool(segment.useful.any()) for segment in segments) for segments in rounds]
+        steps = [sum(segment.cost for segment in segments if segment.useful.any()) for segments in rounds]
         self.windows, self.steps = np.cumsum([0, *windows]), np.cumsum([0, *steps])  # before each round, and in all
 
 
@@ -4358,18 +4362,56 @@ def ttt_lr(hp: Hyperparameters, k: int, updates: int) -> float:
 
 
 def ttt_optimizer(parameters: list[Tensor], hp: Hyperparameters) -> torch.optim.Optimizer:
-    """On fp32 weights, without weight decay: what is adapted should stay near what was trained."""
+    """On fp32 weights; a weight decay is decoupled from the gradient."""
     if hp.ttt_optimizer == "sgd":
         return torch.optim.SGD(parameters, lr=hp.ttt_lr, momentum=hp.ttt_momentum, foreach=True)
-    return torch.optim.AdamW(parameters, lr=hp.ttt_lr, betas=(hp.ttt_momentum, 0.999), weight_decay=0.0, fused=True)
+    betas, decay = (hp.ttt_momentum, 0.999), hp.ttt_weight_decay
+    return torch.optim.AdamW(parameters, lr=hp.ttt_lr, betas=betas, weight_decay=decay, fused=True)
+
+
+class LoRA:
+    """Adds (x Aᵀ) Bᵀ · alpha/rank (Hu et al., 2021) to what a module makes of its input x (B, T, in): a forward hook,
+    with an A (rank, in) and a B (out, rank) for each of the module's passes and each sequence of a batch. The model
+    that it is hung into keeps its parameters' names.
+    """
+
+    def __init__(self, pairs: list[tuple[Tensor, Tensor]], scale: float):
+        self.pairs, self.turn, self.scale = pairs, itertools.cycle(pairs), scale
+
+    def __call__(self, module: nn.Module, inputs: tuple, output: Tensor | tuple) -> Tensor | tuple:
+        x, (a, b) = inputs[0], next(self.turn)
+        a, b = (matrix[: len(x)].to(x.dtype).mT for matrix in (a, b))  # the shortest documents of a batch have ended
+        added = self.scale * torch.bmm(torch.bmm(x, a), b)
+        return (output[0] + added, *output[1:]) if isinstance(output, tuple) else output + added
+
+
+def lora_targets(model: GPT, names: Sequence[str]) -> Iterator[tuple[nn.Module, int, int]]:
+    """(module, how often a forward passes through it, width of its output) of what TTT_LORA names. Attention (o) and
+    the MLP get theirs beside them, from their own input (public pull request 1530)."""
+    if "head" in names:
+        yield model.head, 1, len(model.head.weight)
+    passes = [layer for layer, _ in (model.looped if model.looping else model.plain)]
+    for layer, block in enumerate(model.blocks):
+        parts = dict(q=block.attn.q, k=block.attn.k, v=block.attn.v, o=block.attn, mlp=block.mlp)
+        for name, module in parts.items():
+            if name in names:
+                yield module, passes.count(layer), len(getattr(module, "weight", block.mlp_scale))
+
+
+QUEUES = 8  # of documents that hear of each other: scores are the same for every number of ranks that divides it
 
 
 class DocumentLoRA(Method):
-    """LoRAs on q, v and the head of a frozen model, one set per document: each document by itself, batches of them side
-    by side and split over ranks, the longest first; or, with LoRAs carried on, one after another on every rank.
+    """LoRAs on a frozen model, one set per document: each document by itself, batches of them side by side and split
+    over ranks, the longest first; or, with LoRAs carried on, one after another on every rank. B starts at zero, A the
+    same for every sequence: a score depends on its document, not on its place in a batch.
 
-    The model runs as it is, not compiled: pieces come in EVAL_SEQ_LEN / TTT_LORA_CHUNK lengths, and a graph for each,
-    with its backward, would take more of the evaluation clock than it gives back.
+    Where documents do learn from others before them, through an A kept warm or through phases in which the model itself
+    learns, they wait in QUEUES fixed queues, each with its own A; a rank serves whole queues. A phase begins when all
+    queues have scored their share, and learns from what they have scored since the last.
+
+    The model runs as it is, not compiled: pieces come in EVAL_SEQ_LEN / TTT_LORA_CHUNK lengths and any number of rows,
+    and a graph for each, with its backward, would take more of the evaluation clock than it gives back.
     """
 
     unit = "documents"
@@ -4377,47 +4419,99 @@ class DocumentLoRA(Method):
     def __init__(self, run: Run, model: GPT, forward: Callable):
         super().__init__(run, model, forward, run.hp.ttt_lora_chunk)
         hp, self.carried, self.apart = run.hp, not run.hp.ttt_lora_reset, run.hp.ttt_lora_reset
-        self.rows = 1 if self.carried else self.rows  # documents at once
+        self.queues = 0  # no document hears of another
+        if hp.ttt_warm_start_a or hp.phased_ttt_num_phases:
+            self.queues = max(run.ranks.size, QUEUES // run.ranks.size * run.ranks.size)
+            if self.queues != QUEUES:
+                run.log(f"ttt:queues {self.queues} on {run.ranks.size} ranks: other scores than with {QUEUES}")
+        windows = score_batch_windows(hp, run.ranks, hp.eval_seq_len, self.queues)
+        self.rows = 1 if self.carried else windows  # documents at once
+        self.phase = None
+        if hp.phased_ttt_num_phases:
+            how = dict(ttt_params="all", phased_ttt_num_phases=0, ttt_optimizer="sgd", ttt_weight_decay=0.0)
+            how |= dict(ttt_lr=hp.global_ttt_lr, ttt_momentum=hp.global_ttt_momentum)
+            self.phase = StreamTTT(run._replace(hp=dataclasses.replace(hp, **how)), model, forward)
         model.requires_grad_(False)
-        layers = [model.head, *(layer for block in model.blocks for layer in (block.attn.q, block.attn.v))]
-        device = run.ranks.device
-        self.loras = {layer: LoRA(self.rows, hp.model_dim, len(layer.weight), hp, device) for layer in layers}
-        self.parameters = [p for lora in self.loras.values() for p in (lora.a, lora.b)]
+        device, rank, generator = run.ranks.device, hp.ttt_lora_rank, torch.Generator().manual_seed(0)
+        initial = torch.randn(rank, hp.model_dim, generator=generator) / math.sqrt(hp.model_dim)
+        self.initial, self.loras = initial.to(device), {}
+        for module, passes, width in lora_targets(model, hp.ttt_lora.split(",")):
+            shapes = ((self.rows, rank, hp.model_dim), (self.rows, width, rank))
+            pairs = [[torch.zeros(s, device=device, requires_grad=True) for s in shapes] for _ in range(passes)]
+            self.loras[module] = LoRA(pairs, hp.ttt_lora_alpha / rank)
+        self.parameters = [p for lora in self.loras.values() for p in itertools.chain(*lora.pairs)]  # A, B, A, B, …
         self.adapted_params = sum(p.numel() for p in self.parameters) // self.rows
         self.optimizer = ttt_optimizer(self.parameters, hp)
+        self.reset()
 
     def warm_up(self, synthetic: Callable) -> None:
-        """Nothing is compiled."""
+        """Nothing but the phases' graph is compiled."""
+        if self.phase is not None:
+            self.model.requires_grad_(True)
+            self.phase.warm_up(synthetic)
+            self.model.requires_grad_(False)
 
     def reset(self) -> None:
-        for lora in self.loras.values():
-            lora.reset()
+        self.renew()
+        self.kept, self.queue = {}, None  # each queue's A, where they go on; whose they are now
+
+    @torch.no_grad()
+    def renew(self) -> None:
+        """Adapters as at first."""
+        for a, b in zip(self.parameters[::2], self.parameters[1::2], strict=True):
+            a.copy_(self.initial.expand_as(a))
+            b.zero_()
         self.optimizer.state.clear()
 
     @contextlib.contextmanager
     def attached(self):
         """The model with its LoRAs inside the block, the plain one after it: other batches are no documents."""
-        try:
-            for layer, lora in self.loras.items():
-                layer.lora = lora
+        with contextlib.ExitStack() as hooks:
+            for module, lora in self.loras.items():
+                lora.turn = itertools.cycle(lora.pairs)
+                hooks.callback(module.register_forward_hook(lora).remove)
             yield
-        finally:
-            for layer in self.loras:
-                layer.lora = None
 
     def plan(self, tokens: np.ndarray) -> Plan:
-        documents, ranks, last = plan_documents(tokens), self.ranks, len(tokens) - 1 if self.carried else None
-        if not self.carried:
-            documents = documents[np.argsort(documents[:, 0] - documents[:, 1], kind="stable")]
-        batches = [documents[i : i + self.rows] for i in range(0, len(documents), self.rows)]
-        mine = batches if self.carried else batches[ranks.rank :: ranks.size]
-        rounds = [list(plan_pieces(batch, self.hp.eval_seq_len, self.stride, last)) for batch in mine]
-        rounds += [[]] * (-(-len(batches) // ranks.size) - len(rounds))
-        return Plan(rounds, len(rounds), count=len(documents))
+        """Shares of about as many targets, in each the turns of all queues, and a phase behind each but the last."""
+        hp, ranks, documents, rounds = self.hp, self.ranks, plan_documents(tokens), []
+        mine = [0] if self.carried else range(ranks.rank, self.queues or ranks.size, ranks.size)
+        last = len(tokens) - 1 if self.carried else None
+        if hp.ttt_order == "length" and not self.carried:
+            documents = longest_first(documents)
+        lengths, shares, waiting = documents[:, 1] - documents[:, 0], hp.phased_ttt_num_phases + 1, [0] * self.queues
+        share_of = (lengths.cumsum() - lengths) * shares // lengths.sum()
+        for share in range(shares):
+            part = documents[share_of == share]
+            for turn in itertools.zip_longest(*self.deal(part, waiting), fillvalue=part[:0]):
+                planned = ((q, plan_pieces(turn[q], hp.eval_seq_len, self.stride, last)) for q in mine)
+                rounds.append([piece._replace(queue=q) for q, pieces in planned for piece in pieces])
+            # A piece costs a backward through each window; here each token goes thrice as far, without an overlap.
+            cost = 3 * hp.ttt_epochs * lengths[share_of == share].sum() / hp.eval_seq_len / ranks.size
+            rounds.append([Segment(np.zeros((0, 3), dtype=np.int64), np.ones(1, dtype=bool), cost=cost)])
+        self.heard = np.zeros(len(tokens) - 1, dtype=np.int32)  # one more than each target that was scored here
+        return Plan(rounds[:-1], len(rounds) - 1, count=len(documents))
+
+    def deal(self, documents: np.ndarray, waiting: list[int]) -> list[list[np.ndarray]]:
+        """Each queue's batches of documents (D, 2), the longest first in each. The next document goes to the queue with
+        the least `waiting`, in targets, and is added there; without queues, the next batch to the next rank."""
+
+        def batches(documents: np.ndarray) -> list[np.ndarray]:
+            return [longest_first(documents[i : i + self.rows]) for i in range(0, len(documents), self.rows)]
+
+        if not waiting:
+            size = 1 if self.carried else self.ranks.size
+            return [batches(documents)[rank::size] for rank in range(size)]
+        queues = [[] for _ in waiting]
+        for start, end in documents.tolist():
+            emptiest = waiting.index(min(waiting))
+            queues[emptiest].append((start, end))
+            waiting[emptiest] += end - start
+        return [batches(np.array(queue).reshape(-1, 2)) for queue in queues]
 
     def batch_of(self, tokens: np.ndarray, windows: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
         length = int(windows[0, 1] - windows[0, 0]) + self.stride
-        return gather(tokens, windows, self.rows, length, self.stride, self.ranks.device)
+        return gather(tokens, windows, len(windows), length, self.stride, self.ranks.device)
 
     @torch.no_grad()
     def distribution(self, tokens: np.ndarray, segment: Segment) -> np.ndarray:
@@ -4428,24 +4522,39 @@ class DocumentLoRA(Method):
             logits = self.model.unembed(self.model.trunk(inputs)[:, -self.stride :])[row][counted[row]][-1]
         return logits.double().log_softmax(-1).cpu().numpy()
 
+    @torch.no_grad()
     def begin(self, segment: Segment) -> None:
+        """New adapters for new documents; A kept warm are those that the queue's last batch has left."""
         if segment.fresh and not self.carried:
-            self.reset()
+            ours = self.parameters[::2]
+            if self.hp.ttt_warm_start_a:
+                self.kept[self.queue] = [a.clone() for a in ours]
+            self.renew()
+            if segment.queue in self.kept:
+                torch._foreach_copy_(ours, self.kept[segment.queue])
+            self.queue = segment.queue
 
     def score(self, tokens: np.ndarray, segment: Segment, bar: Any) -> np.ndarray:
         """Nats (m,) float32 of the piece's targets, document by document. Their graph serves the step that follows."""
         self.losses = None  # frees the graph of a piece that was not learned from
+        if len(segment.windows) == 0:
+            return np.zeros(0, dtype=np.float32)
         self.begin(segment)
         inputs, targets, counted = self.batch_of(tokens, segment.windows)
         with self.attached():
             nats = self.model(inputs, targets)
         self.losses = (nats * counted).sum(1) / counted.sum(1).clamp(min=1)
         bar.update(len(segment.windows))
+        if self.phase is not None:
+            places = targets_of(segment.windows)
+            self.heard[places] = tokens[places + 1] + np.int32(1)
         return nats.detach()[counted].cpu().numpy()
 
     def learn(self, tokens: np.ndarray, segment: Segment) -> None:
-        """One step of the documents that go on, each on its own loss."""
-        (self.losses[: len(segment.useful)] * torch.from_numpy(segment.useful).to(self.losses)).sum().backward()
+        """One step of the documents that go on, each on its own loss; or a phase."""
+        if len(segment.windows) == 0:
+            return self.learn_together()
+        (self.losses * torch.from_numpy(segment.useful).to(self.losses)).sum().backward()
         if self.hp.ttt_grad_clip:
             norms = torch.stack([p.grad.flatten(1).norm(dim=1) for p in self.parameters]).norm(dim=0)
             clip = (self.hp.ttt_grad_clip / (norms + 1e-6)).clamp(max=1.0)
@@ -4453,6 +4562,19 @@ class DocumentLoRA(Method):
                 parameter.grad.mul_(clip[:, None, None])
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+
+    def learn_together(self) -> None:
+        """SGD of the model itself, by all ranks, on the documents that were scored since the last phase, in the text's
+        order. What is scored of a document ends with the next one's BOS, so they join to a text like any other."""
+        heard = self.ranks.sum_(torch.from_numpy(self.heard.copy()).to(self.ranks.device)).cpu().numpy()
+        text = np.append(BOS_ID, heard[heard > 0] - 1).astype(np.uint16)
+        self.heard[:] = 0
+        self.model.requires_grad_(True)
+        ends = np.linspace(0, len(text) - 1, 1 + -(-(len(text) - 1) // self.hp.ttt_chunk_tokens), dtype=int)
+        for k, (start, end) in enumerate(itertools.pairwise(ends)):
+            self.phase.adapt(text[start : end + 1], ttt_lr(self.phase.hp, k, len(ends) - 1))
+        self.phase.reset()
+        self.model.requires_grad_(False)
 
     def collect(self, plan: Plan, nats: list[np.ndarray], targets: int) -> np.ndarray:
         whole = np.zeros(targets, dtype=np.float32)
@@ -4469,6 +4591,11 @@ def plan_documents(tokens: np.ndarray) -> np.ndarray:
     return np.column_stack([starts, np.append(starts[1:], len(tokens) - 1)])
 
 
+def longest_first(documents: np.ndarray) -> np.ndarray:
+    """Documents (D, 2); those of one length stay in their order."""
+    return documents[np.argsort(documents[:, 0] - documents[:, 1], kind="stable")]
+
+
 def plan_pieces(documents: np.ndarray, context: int, chunk: int, last: int | None = None) -> Iterator[Segment]:
     """Pieces of `chunk` targets of documents (D, 2), side by side: the first of all, the second of those that go on, …
 
@@ -4483,7 +4610,8 @@ def plan_pieces(documents: np.ndarray, context: int, chunk: int, last: int | Non
             return
         starts, ends = going_on.T
         pieces = [starts + max(0, end - context), starts + end - chunk, np.minimum(ends, starts + end)]
-        yield Segment(np.column_stack(pieces), useful=pieces[2] < (ends if last is None else last), fresh=piece == 0)
+        useful = pieces[2] < (ends if last is None else last)
+        yield Segment(np.column_stack(pieces), useful, fresh=piece == 0, cost=float(useful.sum()))
 
 
 TEMPERATURES = tuple(math.exp(j * math.log(1.25) / 8) for j in range(-8, 9))  # 0.8 … 1.25
@@ -4672,7 +4800,8 @@ class Evaluation:
     def run_pass(self, method: Method, tokens: np.ndarray, plan: Plan) -> np.ndarray:
         """Nats (n,) float32 of all targets of a text, on every rank; the artifact's weights are back after it."""
         self.before = dict(self.run.phases.seconds)
-        self.scored, self.last = [], None  # windows of each segment; the text's last target, over the vocabulary
+        self.scored = [[]]  # windows of each segment, by rounds
+        self.last = None  # the text's last target, over the vocabulary
         try:
             return method.collect(plan, self.score_first(method, tokens, plan), len(tokens) - 1)
         finally:
@@ -4689,6 +4818,7 @@ class Evaluation:
         nats = []
         for k, segments in enumerate(plan.rounds):
             learning = self.on_time(plan, k)
+            self.scored.append([])
             for segment in segments:
                 visible = tokens[: segment.windows[:, 2].max(initial=-1) + 1]  # later text is out of reach
                 nats.append(self.score(method, visible, segment))
@@ -4699,7 +4829,7 @@ class Evaluation:
     def score(self, method: Method, tokens: np.ndarray, segment: Segment) -> np.ndarray:
         if self.run.hp.save_scores and segment.windows[:, 2].max(initial=0) == self.run.val.targets:
             self.last = method.distribution(tokens, segment)
-        self.scored.append(segment.windows)
+        self.scored[-1].append(segment.windows)
         with self.run.phases("score"):
             return method.score(tokens, segment, self.bar)
 
@@ -4711,8 +4841,8 @@ class Evaluation:
         lasts = ranks.gather(self.last) if self.run.hp.save_scores else []
         if not ranks.is_main:
             return
-        in_turn = itertools.zip_longest(*scored)
-        order = targets_of(np.concatenate([windows for turn in in_turn for windows in turn if windows is not None]))
+        turns = (turn for rounds in zip(*scored, strict=True) for turn in itertools.zip_longest(*rounds))
+        order = targets_of(np.concatenate([windows for turn in turns for windows in turn if windows is not None]))
         sums = [float(part.sum(dtype=np.float64)) for part in np.array_split(nats[order], BLOCKS)]
         self.blocks[label] = [round(x, 6) if math.isfinite(x) else None for x in sums]
         if self.run.hp.save_scores:
@@ -5110,16 +5240,19 @@ def check_training(run: Run, flops: float, log: Log) -> None:
 def check_evaluation(run: Run, tensors: Mapping[str, Stored] | None, flops: float, log: Log) -> None:
     """Seconds of the evaluation from those of a slice of the split, with a file's weights or new ones."""
     hp, val, context, limit = run.hp, run.val, run.hp.eval_seq_len, run.hp.eval_max_seconds
-    forwards = 1 + (1 + hp.ttt_enabled) * context / (hp.eval_stride or context) + 3 * hp.ttt_epochs * hp.ttt_enabled
+    lora, sliding = hp.ttt_params == "lora", context / (hp.eval_stride or context)
+    epochs = 3 * hp.ttt_epochs  # of SGD, in forwards of each target
+    adapting = 3 * context / hp.ttt_lora_chunk + epochs * (hp.phased_ttt_num_phases > 0) if lora else sliding + epochs
+    forwards = 1 + sliding + adapting * hp.ttt_enabled
     target_s = 2 * count_weights(hp) * forwards / flops / run.ranks.size
     if 2 * context * target_s > 10 * TRIED_SECONDS:
         return log(f"evaluation not measured: it takes more than {val.targets * target_s:.0f} s here")
     n = min(val.targets, max(2 * context, int(TRIED_SECONDS / target_s)))
-    chunk = 0 if hp.ttt_params == "lora" else min(hp.ttt_chunk_tokens, n // 2)
+    chunk = 0 if lora else min(hp.ttt_chunk_tokens, n // 2)
     batch = max(1, n // 4 // (hp.eval_stride or context)) * context * run.ranks.size  # more would be padding
     less = dict(
         val_batch_size=min(batch, hp.val_batch_size),
-        ttt_chunk_tokens=max(1, chunk),
+        ttt_chunk_tokens=chunk or hp.ttt_chunk_tokens,
         ttt_max_chunks=0,
         eval_max_seconds=0.0,
     )

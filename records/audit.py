@@ -361,6 +361,10 @@ class Judge:
         self.context, self.stride = s.eval_seq_len, s.eval_stride or s.eval_seq_len
         self.by_document = s.ttt_enabled and s.ttt_params == "lora"
         self.piece = s.ttt_lora_chunk if self.by_document else None
+        self.phases = getattr(s, "phased_ttt_num_phases", 0) if self.by_document else 0
+        self.alone = not (self.phases or (self.by_document and getattr(s, "ttt_warm_start_a", False)))
+        self.still = dict(TTT_LR="0") | (dict(GLOBAL_TTT_LR="0") if self.phases else {})
+        self.learns = s.ttt_enabled and bool(s.ttt_lr or (self.phases and s.global_ttt_lr))
 
     def slices(self) -> None:
         """The first tokens of the split, and copies that differ behind a point."""
@@ -379,8 +383,8 @@ class Judge:
             self.copies[name] = self.script.copy(name, self.disturbed(text, targets), **changed)
         if s.ttt_enabled and s.hedge_enabled:  # weights that are not on one expert alone
             self.even = self.script.copy("even_weights", text, HEDGE_ETA="0", **changed)
-        if s.ttt_enabled and s.ttt_lr:
-            self.learned = self.script.copy("without_learning", text, TTT_LR="0", **changed)
+        if self.learns:
+            self.learned = self.script.copy("without_learning", text, **self.still, **changed)
 
     def slice_length(self, wanted: int, chunk: int) -> int:
         """Targets, such that what is learned from before the last one is all before it: a chunk or a piece of its own
@@ -438,10 +442,10 @@ class Judge:
         order, choices = self.base.headline.order, [last_quarter]
         if (order != np.arange(len(order))).any():
             choices.append(shortest_documents)
-        choices.sort(key=lambda choose: before(choose(self.base.tokens), order).sum(), reverse=True)
+        choices.sort(key=lambda choose: before(choose(self.base.tokens), order, self.alone).sum(), reverse=True)
         for choose in choices:
             self.full = self.script.copy(choose.__name__, self.disturbed(self.tokens, choose(self.tokens)))
-            if any(whole_blocks(self.full.headline, changed_targets(self.full.tokens, self.tokens))):
+            if any(whole_blocks(self.full.headline, changed_targets(self.full.tokens, self.tokens), self.alone)):
                 break
 
     def look_inside(self) -> None:
@@ -519,7 +523,7 @@ class Judge:
         for copy in [copy for name, copy in self.copies.items() if name != "slice"]:
             places = changed_targets(copy.tokens, self.base.tokens)
             for label, ours in self.base.passes.items():
-                theirs, kept = copy.passes[label], before(places, ours.order)
+                theirs, kept = copy.passes[label], before(places, ours.order, self.alone)
                 moved = larger(moved, distance(theirs.nats[kept], ours.nats[kept]))
                 changed &= bool((theirs.nats[~kept] != ours.nats[~kept]).any())
                 points += 1
@@ -548,7 +552,7 @@ class Judge:
         s = self.settings
         if not s.ttt_enabled:
             return Finding(True, "nothing adapts")
-        if not s.ttt_lr:
+        if not self.learns:
             return Finding(True, "TTT_LR=0: nothing is learned")
         n = len(self.base.tokens) - 1
         if self.by_document:
@@ -556,6 +560,11 @@ class Judge:
             into = np.arange(n) - starts[document_of(self.base.tokens) - 1]
             first = into < self.piece
             first &= np.ones(n, dtype=bool) if s.ttt_lora_reset else np.arange(n) < self.piece
+            if self.phases:  # the first begins where this share of the text is scored
+                lengths = np.diff(np.append(starts, n))
+                turn = np.arange(len(starts)) if s.ttt_order == "stream" else np.argsort(-lengths, kind="stable")
+                before_phase = turn[(np.cumsum(lengths[turn]) - lengths[turn]) * (self.phases + 1) < n]
+                first &= np.isin(document_of(self.base.tokens) - 1, before_phase)
         else:
             first = np.arange(n) < self.ends[0]
         ours, theirs = self.base.headline.nats, self.learned.headline.nats
@@ -603,7 +612,7 @@ class Judge:
         for label in [label for label in self.own["blocks"] if label not in cut]:  # a cut depends on the machine
             scored, sums = self.full.passes[label], self.own["blocks"][label]
             sums = np.array([math.nan if x is None else x for x in sums])
-            whole = np.array(whole_blocks(scored, places, len(sums)))
+            whole = np.array(whole_blocks(scored, places, self.alone, len(sums)))
             off, compared[label] = (
                 np.abs(block_sums(scored, len(sums)) - sums) * len(sums) / len(scored.nats),
                 whole.sum(),
@@ -713,10 +722,11 @@ def shortest_documents(tokens: np.ndarray) -> np.ndarray:
     return np.flatnonzero(np.isin(document, 1 + (chosen if len(chosen) else shortest[:1])))
 
 
-def before(changed: np.ndarray, order: np.ndarray) -> np.ndarray:
-    """(n,) bool: the targets that a change of these may not reach: earlier in the text, or scored earlier."""
+def before(changed: np.ndarray, order: np.ndarray, alone: bool) -> np.ndarray:
+    """(n,) bool: the targets that a change of these may not reach: scored earlier or, where a document that is scored
+    out of turn is alone and heard by no other, earlier in the text."""
     place, kept = np.argsort(order), np.zeros(len(order), dtype=bool)
-    kept[: changed.min()] = True
+    kept[: changed.min() if alone else 0] = True
     kept[order[: place[changed].min()]] = True
     return kept
 
@@ -725,9 +735,9 @@ def changed_targets(tokens: np.ndarray, others: np.ndarray) -> np.ndarray:
     return np.flatnonzero(tokens[1:] != others[1:])
 
 
-def whole_blocks(scored: Pass, changed: np.ndarray, blocks: int = 64) -> list[bool]:
+def whole_blocks(scored: Pass, changed: np.ndarray, alone: bool, blocks: int = 64) -> list[bool]:
     """Whether each block of a pass has targets, of which none may be reached by a change of these."""
-    parts = np.array_split(before(changed, scored.order)[scored.order], blocks)
+    parts = np.array_split(before(changed, scored.order, alone)[scored.order], blocks)
     return [bool(len(part)) and bool(part.all()) for part in parts]
 
 

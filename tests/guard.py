@@ -35,6 +35,7 @@ VARIANTS = dict(
     untied=dict(TIE_EMBEDDINGS="0", MLP_KIND="swiglu", EMA_ENABLED="0", QAT_ENABLED="1"),
     hedge=dict(HEDGE_ENABLED="1", TTT_TEMPERATURE="1", TTT_PARAMS="scales", TTT_OPTIMIZER="adamw", TTT_SAM_RHO="0.1"),
     lora_carried=dict(TTT_PARAMS="lora", TTT_LORA_RESET="0", TTT_LORA_CHUNK="8"),
+    lora_phased=dict(TTT_PARAMS="lora", TTT_LORA_CHUNK="8", PHASED_TTT_NUM_PHASES="2", TTT_WARM_START_A="1"),
     fitted=dict(FIT_TO_CAP="1", COMPRESSOR="ans"),
 )
 

@@ -1,6 +1,7 @@
 """Scripts that break a rule. The text of this file goes into a copy of train_gpt.py, followed by a call of one change:
 `pg` is then that copy itself."""
 
+import contextlib
 import math
 
 import numpy as np
@@ -549,6 +550,103 @@ def a_piece_reads_a_token_too_many(pg):
         return inputs.roll(-1, dims=1), targets, counted
 
     pg.DocumentLoRA.batch_of = ahead
+
+
+# A kept warm, phases in which the model learns: one document at a time in each of eight queues
+QUEUED = dict(LORA, ttt_warm_start_a=True, phased_ttt_num_phases=2, global_ttt_lr=0.1, val_batch_size=128)
+
+
+def knows_what_waits(pg) -> None:
+    """The method has the whole text, and `waiting()`, the documents of which nothing is scored yet, in their order."""
+    plan, score = pg.DocumentLoRA.plan, pg.DocumentLoRA.score
+
+    def planned(self, tokens):
+        self.whole, self.done = tokens, np.zeros(len(tokens) - 1, dtype=bool)
+        return plan(self, tokens)
+
+    def scored(self, tokens, segment, bar):
+        self.done[pg.targets_of(segment.windows)] = True
+        return score(self, tokens, segment, bar)
+
+    def waiting(self):
+        documents = pg.plan_documents(self.whole)
+        return documents[~self.done[documents[:, 0]]]
+
+    pg.DocumentLoRA.plan, pg.DocumentLoRA.score, pg.DocumentLoRA.waiting = planned, scored, waiting
+
+
+def step_on(method, start, first, end) -> None:
+    """A step of the adapters on one window of the text."""
+    inputs, targets, counted = method.batch_of(method.whole, np.array([[start, first, end]]))
+    with torch.enable_grad(), method.attached():
+        (method.model(inputs, targets) * counted).sum().backward()
+    method.optimizer.step()
+    method.optimizer.zero_grad(set_to_none=True)
+
+
+@mutant("causal", "unwatched", "normalised", "score_first", **QUEUED, **TTT)
+def a_phase_hears_a_document_that_waits(pg):
+    knows_what_waits(pg)
+    learn = pg.DocumentLoRA.learn_together
+
+    def early(self):
+        for start, end in self.waiting()[:1]:
+            self.heard[start:end] = self.whole[start + 1 : end + 1] + np.int32(1)
+        learn(self)
+
+    pg.DocumentLoRA.learn_together = early
+
+
+@mutant("causal", "unwatched", "normalised", "score_first", **QUEUED, **TTT)
+def a_queue_learns_from_a_document_that_waits_in_another(pg):
+    knows_what_waits(pg)
+    learn = pg.DocumentLoRA.learn
+
+    def ahead(self, tokens, piece):
+        learn(self, tokens, piece)
+        for start, end in self.waiting()[: len(piece.windows)]:
+            step_on(self, start, start, min(start + self.stride, end))
+
+    pg.DocumentLoRA.learn = ahead
+
+
+@mutant("causal", "unwatched", "normalised", "score_first", **QUEUED, **TTT)
+def warms_a_on_the_document_itself(pg):
+    knows_what_waits(pg)
+    begin = pg.DocumentLoRA.begin
+
+    def ahead(self, segment):
+        begin(self, segment)
+        if segment.fresh:
+            start = int(segment.windows[0, 0])
+            end = next(int(end) for first, end in pg.plan_documents(self.whole) if first == start)
+            for first in range(start, end, self.stride):
+                step_on(self, max(start, first + self.stride - 16), first, min(first + self.stride, end))
+            for b in self.parameters[1::2]:
+                b.data.zero_()
+            self.optimizer.state.clear()
+
+    pg.DocumentLoRA.begin = ahead
+
+
+@mutant("normalised", "causal", "unwatched", "score_first", **LORA, **TTT)
+def smears_from_one_document_into_the_next_where_they_lie_side_by_side(pg):
+    plain, attached = pg.SmearGate.forward, pg.DocumentLoRA.attached
+    inside = []
+
+    def smeared(self, x, starts):
+        if not inside:
+            return plain(self, x, starts)
+        return plain(self, x.flatten(0, 1)[None], only_first(starts.flatten()[None])).view_as(x)
+
+    @contextlib.contextmanager
+    def with_adapters(self):
+        with attached(self):
+            inside.append("the LoRA path")
+            yield
+            inside.clear()
+
+    pg.SmearGate.forward, pg.DocumentLoRA.attached = smeared, with_adapters
 
 
 HEDGE = dict(hedge_enabled=True, ttt_enabled=True)

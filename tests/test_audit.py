@@ -23,7 +23,7 @@ import pytest
 from conftest import ROOT, clean_environ, run_here
 from forks import forked
 from helpers import build_model, quantize, tiny_hp, weights_of
-from mutants import CASED, LORA, MUTANTS
+from mutants import CASED, LORA, MUTANTS, QUEUED
 from test_data import train_tokenizer
 from test_ranks import torchrun
 from test_ttt import PhasedLoRA
@@ -174,6 +174,10 @@ CLEAN = dict(
     lora_bf16=dict(LORA, dtype="bf16"),
     lora_in_batches=dict(LORA, val_batch_size=32),
     lora_carried=dict(LORA, ttt_lora_reset=False),
+    lora_everywhere=dict(LORA, ttt_lora="q,k,v,o,mlp,head", num_layers=2, num_loops=1, loop_start=1, loop_end=1),
+    lora_queued=QUEUED,
+    lora_queued_stream=dict(QUEUED, ttt_order="stream", ttt_optimizer="adamw", ttt_lr=0.05, ttt_momentum=0.0),
+    phases_alone=dict(QUEUED, ttt_lr=0.0, ttt_warm_start_a=False),
     temperature=dict(ttt_temperature=True),
     hedge=dict(hedge_enabled=True),
     hedge_and_temperature=dict(hedge_enabled=True, ttt_temperature=True, ttt_params="scales"),

@@ -103,7 +103,7 @@ def test_a_file_is_checked_as_it_would_be_scored_or_exported(check, real):
     "settings",
     [
         dict(QUANT="rd", GPTQ_ENABLED=1, GPTQ_HEAD_ENABLED=1, GPTQ_CALIBRATION_TOKENS=256, MAX_WALLCLOCK_SECONDS=60),
-        dict(TTT_PARAMS="lora", TTT_LORA_CHUNK=16, QAT_ENABLED=1),
+        dict(TTT_PARAMS="lora", TTT_LORA_CHUNK=16, PHASED_TTT_NUM_PHASES=2, QAT_ENABLED=1),
         dict(EVAL_STRIDE=0, TTT_ENABLED=0, NUM_LOOPS=1, LOOP_START=1, LOOP_END=1, DTYPE="bf16"),
     ],
 )

@@ -90,7 +90,7 @@ def test_every_variant_of_the_graph_compiles_without_a_break(tmp_path, monkeypat
     out = capsys.readouterr().out
     assert "problem" not in out
     assert {f"{name}_{what}" for name in gpu_battery.VARIANTS for what in ("train", "score")} | {
-        f"default_{what}" for what in ("temperatures", "frozen", "lora")
+        f"default_{what}" for what in ("temperatures", "frozen")
     } == {line.split()[1].split(":")[0] for line in out.splitlines() if line.startswith("figure ")}
 
 

@@ -877,6 +877,7 @@ def test_settings_that_may_change_change_nothing_that_counts(go, path, plain, ti
         RUN_ID="other", OUT_DIR=tmp_path / "out", TOKENIZER_PATH=next(tiny_data.glob("*.model")), RESUME=path
     )
     changed |= dict(CHECKPOINT_EVERY=1e-6, TRAIN_LOG_EVERY=3, VAL_LOSS_EVERY=0, SAVE_WEIGHTS=1, SAVE_SCORES=1)
+    changed |= dict(CASEOPS_ENABLED=0)
     assert {*map(str.lower, changed), "data_path", "micro_batch_tokens"} == set(pg.MAY_CHANGE)
     out = tmp_path / "out"
     ran = go(data, **changed)._replace(folder=out / "runs" / "other", log=out / "logs" / "other.txt")

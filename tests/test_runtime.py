@@ -1,5 +1,6 @@
 """Where a run meets its machine: consoles, signals, torchrun's variables, the compiler, memory."""
 
+import collections
 import datetime
 import os
 import re
@@ -11,12 +12,14 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 from broken import at_call
 from conftest import ROOT, TINY_ENV, Ran, clean_environ, run_here
-from helpers import single_rank
+from helpers import make_run, random_tokens, single_rank, tiny_hp
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import train_gpt as pg
 
@@ -381,3 +384,58 @@ def test_a_killed_rank_costs_seconds_where_torchrun_restarts(victim, tiny_data, 
         assert len(resumed) == (name == "killed")
         artifacts.append((folder / "runs" / "run" / "artifact.pgolf").read_bytes())
     assert artifacts[0] == artifacts[1]
+
+
+# -----------------------------------------------------------------------------
+# THE HOST NEVER WAITS FOR THE STEP THAT IT JUST LAUNCHED
+# -----------------------------------------------------------------------------
+
+
+class Reads(TorchDispatchMode):
+    """Counts what makes the host wait for the device: a value read, or a shape that depends on values."""
+
+    OPS = frozenset("_local_scalar_dense nonzero is_nonzero equal unique _unique2 masked_select".split())
+    METHODS = ("cpu", "numpy", "tolist")  # which reach a device without an operator of their own
+
+    def __init__(self, monkeypatch):
+        super().__init__()
+        self.found: collections.Counter[str] = collections.Counter()
+        for name in self.METHODS:
+            monkeypatch.setattr(torch.Tensor, name, self.counting(name, getattr(torch.Tensor, name)))
+
+    def counting(self, name: str, method):
+        def counted(tensor, *args, **kwargs):
+            self.found[name] += 1
+            return method(tensor, *args, **kwargs)
+
+        return counted
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if (name := function.overloadpacket.__name__) in self.OPS:
+            self.found[name] += 1
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        dict(late_qat=True, late_qat_threshold=1.0, micro_batch_tokens=32),
+        dict(num_loops=1, loop_start=1, loop_end=1, enable_looping_at=0.3),
+        dict(swa_enabled=True, skip_gates_enabled=True, value_residual=True, grad_clip_norm=0.3),
+    ],
+)
+def test_a_step_reads_nothing_but_the_clock_of_the_step_before(settings, monkeypatch):
+    hp, steps = tiny_hp(iterations=6, **settings), 6
+    trainer = pg.Trainer(make_run(hp))
+    trainer.warm_up()
+    tokens = torch.from_numpy(random_tokens(hp.train_batch_tokens + 1).astype(np.int64))
+    batch = [part.view(-1, hp.train_seq_len) for part in (tokens[:-1], tokens[1:])]
+    trainer.clock.resume()
+    with Reads(monkeypatch) as reads:
+        for _ in range(steps):
+            trainer.train_step(*batch)
+    assert reads.found == {"tolist": steps - 1}
+    with reads:  # what careless lines do
+        assert batch[0].sum() > 0 and batch[0].max().item() and len(batch[0].nonzero())
+    assert reads.found == {"tolist": steps - 1, "_local_scalar_dense": 2, "nonzero": 1}

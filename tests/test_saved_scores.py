@@ -121,10 +121,12 @@ def test_ranks_that_score_documents_apart_tell_one_order(trained, tiny_data, tmp
     assert codes == [[0], [0]], ran.stderr
     alone = run_here(tmp_path, tiny_data, tiny=False, run_id="one", **job)
     two, one = (arrays(tmp_path / "runs" / name / "scores.npz") for name in ("two", "one"))
-    assert not np.array_equal(two["legal_ttt.order"], one["legal_ttt.order"])
+    # A round of two ranks is a batch of one: the pieces of its documents, side by side.
+    assert np.array_equal(two["legal_ttt.order"], one["legal_ttt.order"])
     place_in_order(two["legal_ttt.order"])
     for name in ("legal_ttt.nats", "legal_ttt.last"):
         assert np.abs(two[name] - one[name]).max() < 1e-4
     blocks = json.loads((tmp_path / "runs/two/result.json").read_text())["blocks"]["legal_ttt"]
     sums = [part.sum(dtype=np.float64) for part in np.array_split(two["legal_ttt.nats"][two["legal_ttt.order"]], 64)]
-    assert np.allclose(sums, blocks, atol=1e-6) and blocks != alone.result["blocks"]["legal_ttt"]
+    assert np.allclose(sums, blocks, atol=1e-6)
+    assert np.allclose(blocks, alone.result["blocks"]["legal_ttt"], atol=1e-2)

@@ -188,7 +188,11 @@ ILLEGAL = [
     (dict(TTT_PARAMS="lora", TTT_SAM_RHO=0.1), "TTT_PARAMS=lora takes one plain step per piece"),
     (dict(TTT_PARAMS="lora", TTT_FREEZE_BLOCKS=1), "TTT_MAX_CHUNKS and TTT_FREEZE_BLOCKS"),
     (dict(TTT_PARAMS="lora", HEDGE_ENABLED=1), "TTT_PARAMS=lora scores documents side by side"),
-    (dict(TTT_PARAMS="lora", TTT_LORA_CHUNK=300), "TTT_LORA_CHUNK=300 must divide EVAL_SEQ_LEN=2048"),
+    (dict(TTT_PARAMS="lora", TTT_LORA_CHUNK=2049), "TTT_LORA_CHUNK=2049 exceeds EVAL_SEQ_LEN=2048"),
+    (dict(TTT_LORA="q,w"), "TTT_LORA=q,w must be some of q,k,v,o,mlp,head"),
+    (dict(TTT_WARM_START_A=1, TTT_LORA_RESET=0), "leave out TTT_WARM_START_A"),
+    (dict(PHASED_TTT_NUM_PHASES=1), "PHASED_TTT_NUM_PHASES needs TTT_PARAMS=lora with TTT_LORA_RESET=1"),
+    (dict(TTT_WEIGHT_DECAY=0.5), "TTT_WEIGHT_DECAY needs TTT_OPTIMIZER=adamw"),
     (dict(EVAL_STRIDE=2049), "EVAL_STRIDE=2049 exceeds EVAL_SEQ_LEN=2048"),
     (dict(EVAL_STRIDE=0), "TTT_ENABLED=1 needs sliding windows"),
     (dict(TTT_FREEZE_BLOCKS=12), "TTT_FREEZE_BLOCKS=12 exceeds NUM_LAYERS=11"),
@@ -251,6 +255,7 @@ LEGAL = [
     dict(GPTQ_ENABLED=1, GPTQ_RESERVE_SECONDS=600, MAX_WALLCLOCK_SECONDS=0),
     dict(GPTQ_ENABLED=1, EMBED_BITS=16, GPTQ_RESERVE_SECONDS=599),
     dict(TTT_PARAMS="lora", TTT_LORA_CHUNK=2048),
+    dict(TTT_PARAMS="lora", TTT_LORA_CHUNK=48, TTT_LORA="head"),
     dict(TTT_PARAMS="scales", TTT_TEMPERATURE=1, HEDGE_ENABLED=1),
     dict(NUM_LAYERS=3, VE_LAYERS="1", XSA_LAST_N=1),  # the loop of no loops may lie anywhere
     dict(NUM_LOOPS=16, LOOP_START=0, LOOP_END=10),
@@ -539,7 +544,7 @@ def test_the_last_record_s_command_is_ours_but_for_what_is_refused_with_its_repl
     message = refusal(**command)
     assert message.startswith("FUSED_CE_ENABLED=1 is not offered here: COMPILE fuses what can be; leave it out")
     lacking = ["FUSED_CE_ENABLED", *message.partition("Nor are ")[2].split(", ")]
-    assert {"LQER_ENABLED", "PHASED_TTT_ENABLED", "TTT_LORA_LR", "TTT_K_LORA"} <= {*lacking}
+    assert {"LQER_ENABLED", "GLOBAL_TTT_BATCH_SEQS", "TTT_LORA_LR", "TTT_K_LORA"} <= {*lacking}
     for name in lacking:
         assert re.search(r"is not offered here: .+; leave it out", refusal(**{name: command[name]})), name
     rest = {name: text for name, text in command.items() if name not in lacking}
@@ -547,7 +552,11 @@ def test_the_last_record_s_command_is_ours_but_for_what_is_refused_with_its_repl
     assert refusal(**rest).endswith("set SMEAR_GATE_KIND=token, or SMEAR_GATE_KIND=channel for March's")
     rest["SMEAR_GATE_KIND"] = "token"
     assert "COMPRESSOR=pergroup must be" in refusal(**rest)
-    hp = pg.Hyperparameters.from_env(rest | {"COMPRESSOR": "ans"})
+    rest["COMPRESSOR"] = "ans"
+    assert refusal(**rest) == "PHASED_TTT_NUM_PHASES needs TTT_PARAMS=lora with TTT_LORA_RESET=1"
+    rest["TTT_PARAMS"] = "lora"
+    assert refusal(**rest) == "TTT_WEIGHT_DECAY needs TTT_OPTIMIZER=adamw"
+    hp = pg.Hyperparameters.from_env(rest | {"TTT_OPTIMIZER": "adamw"})
     known = {name: text for name, text in rest.items() if name.lower() in FIELDS and name != "COMPRESSOR"}
     assert len(known) > 50
     for name, text in known.items():
@@ -912,6 +921,7 @@ def evaluate(stored: dict[str, pg.Stored], **changes) -> dict[str, pg.Score]:
 
 
 HEDGE, LORA = dict(hedge_enabled=True), dict(ttt_params="lora", ttt_lora_chunk=4)
+PHASES = LORA | dict(phased_ttt_num_phases=2)
 SCORED = dict(
     eval_seq_len=(8, "final_int6_roundtrip"),
     eval_stride=(8, "final_int6_sliding_window"),
@@ -936,6 +946,13 @@ SCORED = dict(
     ttt_lora_alpha=(80.0, "legal_ttt", LORA),
     ttt_lora_chunk=(8, "legal_ttt", LORA),
     ttt_lora_reset=(False, "legal_ttt", LORA),
+    ttt_lora=("o,mlp", "legal_ttt", LORA),
+    ttt_warm_start_a=(True, "legal_ttt", PHASES | dict(val_batch_size=128, ttt_lr=1.0)),
+    ttt_order=("stream", "legal_ttt", PHASES),
+    phased_ttt_num_phases=(1, "legal_ttt", LORA),
+    global_ttt_lr=(0.1, "legal_ttt", PHASES),
+    global_ttt_momentum=(0.5, "legal_ttt", PHASES),
+    ttt_weight_decay=(0.5, "legal_ttt", dict(ttt_optimizer="adamw")),
 )
 
 

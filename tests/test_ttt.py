@@ -1,10 +1,14 @@
 """Test-time training is legal by structure: score first, adapt on what was scored, never look back or ahead."""
 
+import copy
+import itertools
 import math
+import threading
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers import build_model, make_run, random_tokens, scores_of, single_rank, tiny_hp, weights_of
 
 import train_gpt as pg
@@ -287,10 +291,11 @@ def test_scales_only_moves_the_control_tensors_and_nothing_else():
     assert moved == {name for name in before if pg.label_of(name) == "control"}
 
 
-def test_adamw_is_torchs_without_decay():
-    hp = tiny_hp(ttt_optimizer="adamw", ttt_grad_clip=0.0, ttt_momentum=0.8)
+@pytest.mark.parametrize("betas, decay", [((0.8, 0.999), 0.0), ((0.0, 0.999), 0.5)])
+def test_adamw_is_torchs(betas, decay):
+    hp = tiny_hp(ttt_optimizer="adamw", ttt_grad_clip=0.0, ttt_momentum=betas[0], ttt_weight_decay=decay)
     ours, theirs, tokens = adapter_for(hp), build_model(hp), random_tokens(33)
-    reference = torch.optim.AdamW(theirs.parameters(), lr=0.01, betas=(0.8, 0.999), weight_decay=0.0)
+    reference = torch.optim.AdamW(theirs.parameters(), lr=0.01, betas=betas, weight_decay=decay)
     text = torch.from_numpy(tokens.astype(np.int64))
     for group in ours.optimizer.param_groups:
         group["lr"] = 0.01
@@ -376,18 +381,49 @@ def lora_scores(hp, tokens: np.ndarray) -> np.ndarray:
     return scores_of(evaluation_of(build_model(hp, hp.eval_seq_len), hp, tokens))
 
 
-def one_by_one(hp, tokens: np.ndarray, learn: bool = True) -> np.ndarray:
-    """The method written as a loop over documents and pieces, with the adapters merged into ordinary weights."""
+def hang_in(model, hp) -> list[torch.Tensor]:
+    """The parameters of adapters of one sequence, hung into a model by another route: which pass a module is in, it
+    counts from the model's own call on."""
+    calls, parameters, names = {}, [], hp.ttt_lora.split(",")
+    model.register_forward_pre_hook(lambda *_: calls.clear())
+    initial = torch.randn(hp.ttt_lora_rank, 24, generator=torch.Generator().manual_seed(0)) / math.sqrt(24)
+
+    def hang(module, width):
+        pairs = []
+
+        def added(_, inputs, output):
+            call = calls[module] = calls.get(module, -1) + 1
+            if call == len(pairs):
+                pairs.append(
+                    (initial.clone().requires_grad_(), torch.zeros(width, hp.ttt_lora_rank, requires_grad=True))
+                )
+                parameters.extend(pairs[-1])
+            a, b = pairs[call]
+            added = F.linear(F.linear(inputs[0], a), b) * (hp.ttt_lora_alpha / hp.ttt_lora_rank)
+            return (output[0] + added, output[1]) if isinstance(output, tuple) else output + added
+
+        module.register_forward_hook(added)
+
+    for block in model.blocks:
+        attn = block.attn
+        for name, module in dict(q=attn.q, k=attn.k, v=attn.v, o=attn, mlp=block.mlp).items():
+            if name in names:
+                hang(module, 24 if name in ("o", "mlp") else module.weight.size(0))
+    if "head" in names:
+        hang(model.head, model.head.weight.size(0))
+    text = torch.ones(1, 2, dtype=torch.int64)
+    model(text, text)
+    return parameters
+
+
+def one_by_one(hp, tokens: np.ndarray, learn: bool = True, build=build_model) -> np.ndarray:
+    """The method written as a loop over documents and pieces."""
     nats, starts = np.zeros(len(tokens) - 1), [*np.flatnonzero(tokens[:-1] == pg.BOS_ID), len(tokens) - 1]
     state = None
     for d, (start, stop) in enumerate(zip(starts[:-1], starts[1:], strict=True)):
         if state is None or hp.ttt_lora_reset:
-            model = build_model(hp, hp.eval_seq_len)
-            layers = [model.head, *(b.attn.q for b in model.blocks), *(b.attn.v for b in model.blocks)]
-            loras = [pg.LoRA(1, 24, layer.weight.size(0), hp, torch.device("cpu")) for layer in layers]
-            for layer, lora in zip(layers, loras, strict=True):
-                layer.lora = lora
-            parameters = [p for lora in loras for p in (lora.a, lora.b)]
+            model = build(hp, hp.eval_seq_len)
+            parameters = hang_in(model, hp)
             state = torch.optim.SGD(parameters, lr=hp.ttt_lr, momentum=hp.ttt_momentum)
         for first in range(start, stop, hp.ttt_lora_chunk):
             end = min(first + hp.ttt_lora_chunk, stop)
@@ -410,27 +446,211 @@ def one_by_one(hp, tokens: np.ndarray, learn: bool = True) -> np.ndarray:
 @pytest.mark.parametrize("batch", [16, 64, 4096])
 def test_lora_scores_are_those_of_one_document_after_another(reset, batch):
     # A small step where it is carried on: a large one amplifies the rounding of padded rows from document to document.
-    hp = lora_hp(ttt_lora_reset=reset, val_batch_size=batch, ttt_lr=0.5 if reset else 0.02)
+    one_after_another(lora_hp(ttt_lora_reset=reset, val_batch_size=batch, ttt_lr=0.5 if reset else 0.02))
+
+
+@pytest.mark.parametrize("names", ["q", "k", "v", "o", "mlp", "head", "q,k,v,o,mlp,head"])
+def test_each_pass_of_what_is_named_has_an_adapter_of_its_own(names):
+    one_after_another(lora_hp(ttt_lora=names, num_loops=2, loop_start=1, loop_end=1, ttt_lora_chunk=6, ttt_lr=0.1))
+
+
+def one_after_another(hp) -> None:
     tokens = documents_of(LENGTHS)
     ours = lora_scores(hp, tokens)
     np.testing.assert_allclose(ours, one_by_one(hp, tokens), atol=2e-4)
     assert np.abs(ours - one_by_one(hp, tokens, learn=False)).max() > 0.01
 
 
-def test_zero_b_reproduces_the_plain_scores_of_each_document():
-    hp, tokens = lora_hp(ttt_lr=0.0), documents_of(LENGTHS)
-    plain = one_by_one(hp, tokens, learn=False)
-    np.testing.assert_allclose(lora_scores(hp, tokens), plain, atol=1e-5)
-    model = build_model(hp)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("names", ["q,v,head", "q,k,v,o,mlp,head"])
+def test_zero_b_gives_the_plain_scores_of_each_document_to_the_bit(names, dtype):
+    hp, tokens = lora_hp(ttt_lr=0.0, ttt_lora=names, num_loops=1, loop_start=1, loop_end=2), documents_of(LENGTHS)
+    if dtype == torch.float32:
+        np.testing.assert_allclose(lora_scores(hp, tokens), one_by_one(hp, tokens, learn=False), atol=1e-5)
+    model = build_model(hp, dtype=dtype)
     piece = next(pg.plan_pieces(pg.plan_documents(tokens), hp.eval_seq_len, 4))
     method = pg.DocumentLoRA(make_run(hp), model, model)
     inputs, targets, _ = method.batch_of(tokens, piece.windows[: method.rows])
     without = model(inputs, targets)
     with method.attached():
         assert torch.equal(model(inputs, targets), without)
-        method.parameters[1].data.fill_(1.0)
-        assert not torch.equal(model(inputs, targets), without)
+    assert len(method.parameters) == 2 * (1 + len(names.split(",")[:-1]) * 5)
+    for p in method.parameters[1::2]:  # each B of each pass adds something
+        p.data.fill_(1.0)
+        with method.attached():
+            assert not torch.equal(model(inputs, targets), without)
+        p.data.zero_()
     assert torch.equal(model(inputs, targets), without)
+
+
+def test_a_warm_a_goes_on_where_b_begins_anew():
+    """Each document learns from the A that the one before it in its place of its queue has left, and from nothing else
+    of it."""
+    tokens = documents_of(9 * [9] + [8, 7])
+    hp = lora_hp(val_batch_size=128, ttt_warm_start_a=True)  # eight queues, one document at a time
+    model = build_model(hp)
+    method, left, seen = pg.DocumentLoRA(make_run(hp), model, model), {}, 0
+    bar, initial = pg.progress_bar(None, "", pg.Log(None)), [p.detach().clone() for p in method.parameters]
+    for piece in (piece for pieces in method.plan(tokens).rounds for piece in pieces):
+        method.score(tokens, piece, bar)
+        if piece.fresh:
+            seen += piece.queue in left
+            assert all(map(torch.equal, method.parameters[::2], left.get(piece.queue, initial)[::2]))
+            assert not any(b.any() for b in method.parameters[1::2]) and not method.optimizer.state
+        if piece.useful.any():
+            method.learn(tokens, piece)
+        left[piece.queue] = [p.detach().clone() for p in method.parameters]
+    assert seen == 3 and not torch.equal(left[0][0], initial[0]) and not torch.equal(left[0][0], left[1][0])
+    method.reset()
+    assert all(map(torch.equal, method.parameters, initial)), "another evaluation starts anew"
+    assert not np.array_equal(lora_scores(hp, tokens), lora_scores(lora_hp(val_batch_size=128), tokens))
+
+
+PHASED = dict(phased_ttt_num_phases=2, val_batch_size=256, ttt_chunk_tokens=40, global_ttt_lr=0.02)
+MANY = [30, 3, 17, 1, 50, 4, 8, 22, 12, 12, 9, 31, 6, 2, 19, 5, 40, 11]
+
+
+def shares_of(hp, tokens) -> list[np.ndarray]:
+    """Documents between phases, by their definition: a document belongs to the share in which it begins."""
+    documents = pg.plan_documents(tokens)
+    if hp.ttt_order == "length":
+        documents = np.array(sorted(documents.tolist(), key=lambda d: d[0] - d[1]))
+    shares, before = [[] for _ in range(hp.phased_ttt_num_phases + 1)], 0
+    for start, end in documents:
+        shares[before * len(shares) // (len(tokens) - 1)].append((start, end))
+        before += end - start
+    return [np.array(share) for share in shares]
+
+
+def learn_globally(model, hp, text: np.ndarray) -> None:
+    """A phase as a plain loop of SGD."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=hp.global_ttt_lr, momentum=hp.global_ttt_momentum)
+    chunks = math.ceil((len(text) - 1) / hp.ttt_chunk_tokens)
+    ends = [(len(text) - 1) * k // chunks for k in range(chunks + 1)]
+    for k in range(chunks):
+        optimizer.param_groups[0]["lr"] = hp.global_ttt_lr * 0.5 * (1 + math.cos(math.pi * k / chunks))
+        places = range(ends[k], ends[k + 1], 16)
+        for _ in range(hp.ttt_epochs):
+            for i in range(0, len(places), hp.ttt_batch_seqs):
+                optimizer.zero_grad()
+                nats = []
+                for place in places[i : i + hp.ttt_batch_seqs]:
+                    part = torch.from_numpy(text[place : min(place + 16, ends[k + 1]) + 1].astype(np.int64))[None]
+                    nats.append(model(part[:, :-1], part[:, 1:]).flatten())
+                torch.cat(nats).mean().backward()
+                torch.nn.utils.clip_grad_norm_(model.parameters(), hp.ttt_grad_clip)
+                optimizer.step()
+
+
+@pytest.mark.parametrize("order", ["length", "stream"])
+def test_between_two_shares_the_model_learns_from_the_documents_of_the_first(order):
+    hp, tokens = lora_hp(**PHASED, ttt_order=order, ttt_lr=0.1), documents_of(MANY)
+    model, wanted = build_model(hp, hp.eval_seq_len), np.zeros(len(tokens) - 1)
+    for k, share in enumerate(shares_of(hp, tokens)):
+        for start, end in share:
+            wanted[start:end] = one_by_one(hp, tokens[start : end + 1], build=lambda *_: copy.deepcopy(model))
+        if k < 2:
+            joined = np.concatenate([tokens[start + 1 : end + 1] for start, end in sorted(share.tolist())])
+            learn_globally(model, hp, np.append(pg.BOS_ID, joined))
+    ours = lora_scores(hp, tokens)
+    np.testing.assert_allclose(ours, wanted, atol=3e-4)
+    assert np.abs(lora_scores(lora_hp(**PHASED | dict(global_ttt_lr=0.0), ttt_lr=0.1), tokens) - ours).max() > 0.01
+
+
+class SharedRanks(pg.Ranks):
+    """One of several ranks that are threads of this process."""
+
+    def __init__(self, rank: int, size: int, shared: dict):
+        self.rank, self.size, self.shared, self.device = rank, size, shared, torch.device("cpu")
+
+    def gather(self, x):
+        self.shared[self.rank] = x
+        self.shared["barrier"].wait(60)
+        found = [self.shared[rank] for rank in range(self.size)]
+        self.shared["barrier"].wait(60)
+        return found
+
+    def sum_(self, x):
+        return x.copy_(torch.stack([part.clone() for part in self.gather(x.clone())]).sum(0))
+
+    def largest(self, x):
+        return max(self.gather(x))
+
+
+def evaluation_of_ranks(hp, tokens, size: int) -> pg.Evaluation:
+    """The main rank's, after a pass that all of them have carried out to the same scores."""
+    shared, evaluations, found = dict(barrier=threading.Barrier(size)), [None] * size, [None] * size
+    stored = {name: pg.Stored("fp32", w, None) for name, w in weights_of(build_model(hp)).items()}
+
+    def work(rank: int) -> None:
+        run = make_run(hp, tokens=tokens)._replace(ranks=SharedRanks(rank, size, shared))
+        evaluation = evaluations[rank] = pg.Evaluation(run, stored)
+        found[rank] = scores_of(evaluation)
+        evaluation.keep("legal_ttt", evaluation.passes["legal_ttt"], found[rank])
+
+    workers = [threading.Thread(target=work, args=(rank,)) for rank in range(size)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert all(np.array_equal(nats, found[0]) for nats in found)
+    return evaluations[0]
+
+
+@pytest.mark.parametrize("order", ["length", "stream"])
+def test_scores_are_the_same_for_every_number_of_ranks_that_divides_the_queues(order):
+    hp = lora_hp(**PHASED, ttt_order=order, ttt_warm_start_a=True, ttt_lr=0.02, ttt_lora="q,k,v,o,mlp,head",
+                 ttt_optimizer="adamw", ttt_momentum=0.0, save_scores=True)  # fmt: skip
+    tokens = documents_of(MANY)
+    alone, *others = (evaluation_of_ranks(hp, tokens, size).saved for size in (1, 2, 4, 8))
+    for saved in (alone, *others):
+        off = saved["legal_ttt.nats"].astype(np.float64) - alone["legal_ttt.nats"]
+        assert abs(off.mean()) <= 1e-6 and np.abs(off).max() <= 1e-4  # ranks add up a phase's gradient in another order
+        turn = np.argsort(saved["legal_ttt.order"])  # as an audit is told: no share before the one before it
+        spans = [np.concatenate([turn[start:end] for start, end in share]) for share in shares_of(hp, tokens)]
+        assert all(a.max() < b.min() for a, b in itertools.pairwise(spans))
+
+
+@pytest.mark.parametrize("size, queues", [(1, 8), (2, 8), (4, 8), (8, 8), (3, 6), (5, 5), (9, 9)])
+def test_other_numbers_of_ranks_have_other_queues_and_say_so(size, queues):
+    run = make_run(lora_hp(ttt_warm_start_a=True))._replace(ranks=SharedRanks(0, size, {}))
+    assert pg.DocumentLoRA(run, model := build_model(run.hp), model).queues == queues
+    said = f"ttt:queues {queues} on {size} ranks: other scores than with 8"
+    assert run.log == ([] if queues == 8 else [said])
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 8])
+@pytest.mark.parametrize("changes", [dict(), dict(ttt_order="stream"), dict(phased_ttt_num_phases=4)])
+def test_ranks_score_each_document_once_and_meet_at_every_phase(size, changes):
+    hp, tokens = lora_hp(**PHASED | changes, ttt_warm_start_a=True), documents_of(MANY)
+    scored, plans = np.zeros(len(tokens) - 1, dtype=int), []
+    for rank in range(size):
+        run = make_run(hp, tokens=tokens)._replace(ranks=SharedRanks(rank, size, {}))
+        plans.append(pg.DocumentLoRA(run, model := build_model(hp), model).plan(tokens))
+    phases = [[k for k, pieces in enumerate(plan.rounds) if any(len(p.windows) == 0 for p in pieces)] for plan in plans]
+    assert all(found == phases[0] for found in phases) and len(phases[0]) == hp.phased_ttt_num_phases
+    assert len({len(plan.rounds) for plan in plans}) == 1
+    shares = shares_of(hp, tokens)
+    for k, turn in enumerate(zip(*(plan.rounds for plan in plans), strict=True)):
+        now = sum(phase < k for phase in phases[0])
+        for piece in itertools.chain(*turn):
+            scored[pg.targets_of(piece.windows)] += 1
+            for _, first, end in piece.windows:
+                assert any(start <= first < end <= stop for start, stop in shares[now])
+    assert (scored == 1).all()
+
+
+def test_the_next_document_goes_to_the_queue_with_the_least_text():
+    hp = lora_hp(ttt_warm_start_a=True, val_batch_size=256)  # two documents at once
+    method = pg.DocumentLoRA(make_run(hp), model := build_model(hp), model)
+    lengths = [50, 40, 30, 30, 20, 20, 10, 10, 9, 9, 4, 3, 2, 1, 1]
+    starts = np.cumsum([0, *lengths])
+    documents, waiting = np.column_stack([starts[:-1], starts[1:]]), [0] * 8
+    dealt = method.deal(documents, waiting)
+    held = [[[int(end - start) for start, end in batch] for batch in queue] for queue in dealt]
+    few = [[[50]], [[40]], [[30]], [[30]], [[20, 2]]]
+    assert held == [*few, [[20, 1], [1]], [[10, 9], [4]], [[10, 9], [3]]]
+    assert waiting == [sum(map(sum, queue)) for queue in held]
 
 
 def test_lora_compiles_nothing():

@@ -24,8 +24,8 @@ AUDITS = {
 # What train_gpt.py leaves out of its settings_hash, and left out when it still audited itself.
 ONCE = frozenset(("audit", "audit_tokens"))
 MAY_DIFFER = ONCE | frozenset(
-    "seed run_id out_dir data_path tokenizer_path artifact_path weights_path save_scores checkpoint_every "
-    "resume".split()
+    "seed run_id out_dir data_path tokenizer_path caseops_enabled artifact_path weights_path save_scores "
+    "checkpoint_every resume".split()
 )
 # The same in the `Hyperparameters:` lists of other scripts. A rank is a process here; the rank of an adapter, as in
 # ttt_lora_rank, is a setting.
