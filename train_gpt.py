@@ -1639,8 +1639,10 @@ class TokenBytes:
     def count(self, tokens: np.ndarray) -> np.ndarray:
         """Bytes (n-1,) int64 of tokens[1:], each given its predecessor; tokens is (n,) of any integer type."""
         previous, target = tokens[:-1], tokens[1:]
-        literal = self.escapes(tokens)[:-1] & self.operator[target]
-        return self.base[target] + (self.leading_space[target] & ~self.boundary[previous]) + 3 * literal
+        counts = self.base[target] + (self.leading_space[target] & ~self.boundary[previous])
+        if self.transform:
+            counts[self.escapes(tokens)[:-1] & self.operator[target]] = 3
+        return counts
 
     def escapes(self, tokens: np.ndarray) -> np.ndarray:
         """Whether each of (n,) tokens escapes the next one: in a row of U+E004 the first, the third, … do."""
@@ -1708,11 +1710,12 @@ def load_validation(hp: Hyperparameters) -> Validation:
     counter = TokenBytes(path, hp.vocab_size)
     stream = TokenStream(shards, hp.vocab_size)
     tokens = stream.read(0, len(stream))
+    target_bytes = counter.count(tokens)
     problems = {
         "has fewer than two tokens": len(tokens) < 2,
         f"does not start with BOS ({BOS_ID})": tokens[0] != BOS_ID,
         "holds <unk>, so its text is lost": (tokens == counter.unknown_id).any(),
-        "holds no text": counter.count(tokens).sum() == 0,
+        "holds no text": target_bytes.sum() == 0,
     }
     for problem, found in problems.items():
         if found:
@@ -1722,7 +1725,6 @@ def load_validation(hp: Hyperparameters) -> Validation:
         says = f"the text is {'' if counter.transform else 'not '}in CaseOps by the pieces of {path}"
         raise UserError(f"CASEOPS_ENABLED={hp.caseops_enabled}, but {says}; leave it out, or use the other data")
     density = check_manifest(Path(hp.data_path) / "manifest.json", counter.sha256)
-    target_bytes = counter.count(tokens)
     check_sidecar(sorted(Path(hp.data_path).glob(SIDECAR)), tokens, target_bytes)
     return Validation(tokens, target_bytes, stream.fingerprint, path, counter.sha256, counter.transform, density)
 

@@ -604,7 +604,7 @@ VARIANTS = {  # between them every branch of the model's forward
 
 def variants(bench: Bench) -> None:
     """Every branch of the model compiled without a break, its nats and gradients against eager: trained, with frozen
-    blocks, scored (also at several temperatures), and under LoRA."""
+    blocks, and scored (also at several temperatures)."""
     import helpers
     import torch
 

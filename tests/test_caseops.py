@@ -12,6 +12,7 @@ import pytest
 import sentencepiece as spm
 from conftest import ROOT, run_here
 from hypothesis import strategies as st
+from test_data import train_tokenizer
 from test_prepare import real_documents, run, split_tokens, story, write_jsonl
 
 sys.path.insert(0, str(ROOT / "data"))
@@ -121,8 +122,6 @@ def test_the_published_tokenizer_counts_the_450_documents_like_the_plain_one(rea
 
 
 def test_a_tokenizer_of_some_operators_is_refused(tmp_path):
-    from test_data import train_tokenizer
-
     for symbols in (["\ue001"], [*caseops.OPERATORS, "<sep>"], [*caseops.OPERATORS, "▁\ue003"]):
         with pytest.raises(pg.UserError, match="user-defined symbols"):
             pg.TokenBytes(*train_tokenizer(tmp_path, "other", user_defined_symbols=symbols))
@@ -194,7 +193,7 @@ def test_a_tokenizer_that_exists_decides_itself(models, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("place", caseops.PLACES)
-def test_real_documents_cost_as_many_bytes_in_operators(place, real_text, tmp_path):
+def test_real_documents_have_as_many_bytes_in_caseops(place, real_text, tmp_path):
     source = write_jsonl(tmp_path / "texts.jsonl", real_documents(real_text, 60))
     sizes = []
     for words in ([], ["--caseops", place]):

@@ -218,20 +218,24 @@ def notes_of(log: runlog.RunLog) -> Iterator[str]:
         yield "no score is the declared one"
 
 
-def scored(logs: Sequence[runlog.RunLog], label: str | None) -> list[float | None]:
-    """val_bpb of each log: that of the declared label where there is one, else the log's own headline."""
-    lines = [log.score(label) if label else log.headline() for log in logs]
+def score_lines(logs: Sequence[runlog.RunLog], label: str | None) -> list[runlog.ScoreLine | None]:
+    """The score of each log: that of the declared label where there is one, else the log's own headline."""
+    return [log.score(label) if label else log.headline() for log in logs]
+
+
+def scored(lines: Sequence[runlog.ScoreLine | None]) -> list[float | None]:
+    """val_bpb of each."""
     return [number(line.val_bpb) if line is not None else None for line in lines]
 
 
 def from_logs(entry: Entry, logs: Sequence[runlog.RunLog], label: str | None = None) -> Entry:
     """The entry with all that its logs show."""
-    scores = scored(logs, label)
+    lines = score_lines(logs, label)
+    scores = scored(lines)
     if logs and None not in scores:
         known = {log.seed for log in logs if log.seed is not None}
         entry.bpb, entry.seeds = statistics.fmean(scores), len(known) or len(scores)
         entry.std = statistics.stdev(scores) if len(scores) > 1 else None
-    lines = [log.score(label) if label else log.headline() for log in logs]
     entry.text_bytes = next((n for pair in zip(logs, lines, strict=True) if (n := validation_bytes(*pair))), None)
     entry.bytes = whole(largest(log.bytes_total for log in logs))
     entry.train_s = mean(number(log.train_seconds) for log in logs)
@@ -276,7 +280,7 @@ def read_folder(folder: Path) -> Entry:
         notes.append("no submission.json")
     if not s.choice.decided:
         notes.append("several experiments, and nothing says which one counts")
-    elif declared_label(s.meta) and None in scored(logs, declared_label(s.meta)):
+    elif declared_label(s.meta) and None in scored(score_lines(logs, declared_label(s.meta))):
         notes.append(f"not every log has the declared score {declared_label(s.meta)}")
     if entry.bpb is None and stated is not None:
         entry.bpb, entry.std = stated, number(exact(s.meta.get("val_bpb_std")))
