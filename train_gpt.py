@@ -130,7 +130,7 @@ class Hyperparameters:
     device: str = opt("run", "auto", "where to run", choices="auto cuda cpu")
     dtype: str = opt("run", "auto", "activations, Newton-Schulz, gradient banks", choices="auto bf16 fp32")
     compile: str = opt("run", "auto", "torch.compile; auto: CUDA, and long trainings on CPU", choices="auto 0 1")
-    attention: str = opt("run", "auto", "kernel; auto: the first that works", choices="auto fa3 fa2 sdpa matmul")
+    attention: str = opt("run", "auto", "kernel; auto: the first that works", choices="auto fa3 fa2 flex sdpa matmul")
     train_log_every: int = opt("run", 500, "steps between training lines, after the first ten; 0: none")
     val_loss_every: int = opt("run", 4000, "steps between validations of the raw weights; 0: only after the last")
     eval_only: bool = opt("run", False, "score ARTIFACT_PATH again; needs no training data")
@@ -180,6 +180,7 @@ class Hyperparameters:
     ve_enabled: bool = opt("model", True, "value embeddings: a token table added to the values of VE_LAYERS", off=False)
     ve_dim: int = opt("model", 128, "width of the value table", lo=1, hi=16384, off=128)
     ve_layers: str = opt("model", "9,10", "layers that add value embeddings, separated by commas", off="9,10")
+    document_mask: bool = opt("model", False, "attention, too, stays within a document", off=False)
     train_seq_len: int = opt("model", 2048, "training context; rotary frequencies belong to it", lo=2, hi=1 << 20)
 
     iterations: int = opt("training", 9000, "steps at most", lo=1)
@@ -1940,6 +1941,7 @@ class Stream:
     x0: Tensor  # (B, T, D): the embedding that the first block gets
     value_embedding: Tensor | None  # (B, T, Hkv*K)
     first_value: Tensor | None = None  # (B, T, Hkv*K): the first layer's own value, from the second pass on
+    mask: Any = None  # what keeps documents apart, as the attention kernel wants it; None: it is causal alone
 
 
 class Attention(nn.Module):
@@ -1976,7 +1978,7 @@ class Attention(nn.Module):
         q, k, v = self.q(x).view(heads), self.k(x).view(heads), v.view(heads)
         q = self.rotary(rms_norm(q)) * self.q_gain.to(x.dtype)[:, None]
         k = self.rotary(rms_norm(k))
-        y = self.attend(q, k, v)
+        y = self.attend(q, k, v, stream.mask)
         if self.exclude_self:
             y = exclude_own_value(y, v)
         if self.gate is not None:
@@ -2101,6 +2103,9 @@ class GPT(nn.Module):
         self.skip_gates = nn.Parameter(torch.empty(skips, dim)) if skips and hp.skip_gates_enabled else None
         self.lm_head = None if hp.tie_embeddings else CastedLinear(dim, hp.vocab_size)
         self.softcap, self.dtype = hp.logit_softcap, dtype
+        self.document_mask = None
+        if hp.document_mask:
+            self.document_mask = flex_mask if attend is flex else additive_mask
         for name, _ in self.named_parameters():
             row_of(name)  # a parameter without initial values, optimizer and storage is a defect: here, not after a run
 
@@ -2110,7 +2115,10 @@ class GPT(nn.Module):
         return self.tok_emb if self.lm_head is None else self.lm_head
 
     def trunk(self, tokens: Tensor) -> Tensor:
-        """(B, T) int -> (B, T, D): normalized output of the last block. Nothing but attention crosses a BOS."""
+        """(B, T) int -> (B, T, D): normalized output of the last block. Nothing but attention crosses a BOS, and with
+        DOCUMENT_MASK not even that: a document's scores are then those that it has alone. Rotation needs no positions
+        of its own for it: queries and keys meet by their distance.
+        """
         starts = tokens == BOS_ID
         starts[:, 0] = True
         x = self.tok_emb.look_up(tokens).to(self.dtype)
@@ -2122,7 +2130,8 @@ class GPT(nn.Module):
         if self.smear is not None:
             x = self.smear(x, starts)
         ve = self.value_embedding(tokens, self.dtype) if self.value_embedding is not None else None
-        stream, skips = Stream(x, ve), []
+        mask = None if self.document_mask is None else self.document_mask(starts, x.dtype)
+        stream, skips = Stream(x, ve, mask=mask), []
         passes = self.looped if self.looping else self.plain
         encoder = len(passes) // 2 if self.unet_skips else 0
         lane = None  # the MLPs' own residual stream; x is then attention's (public pull request 1529)
@@ -2296,13 +2305,47 @@ def init_weights(model: GPT, hp: Hyperparameters) -> None:
             parameter.copy_(drawn)
 
 
-def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """torch's own causal attention in the layout of the flash kernels: q (B, T, H, K), k and v (B, T, Hkv, K)."""
+def additive_mask(starts: Tensor, dtype: torch.dtype) -> Tensor:
+    """starts (B, T) bool, of documents -> (B, 1, T, T): 0 where a position may see another, -inf where not."""
+    document = starts.cumsum(1)
+    seen = (document[:, :, None] == document[:, None, :]).tril()
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -math.inf)[:, None]
+
+
+def flex_mask(starts: Tensor, dtype: torch.dtype):
+    """The same as blocks for flex attention, which skips those that see nothing. Outside of a compiled graph additive:
+    there flex attention would hold all scores."""
+    if not torch.compiler.is_compiling():
+        return additive_mask(starts, dtype)
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    document, (batch, length) = starts.cumsum(1), starts.shape
+
+    def seen(row: Tensor, _, query: Tensor, key: Tensor) -> Tensor:
+        return (query >= key) & (document[row, query] == document[row, key])
+
+    return create_block_mask(seen, batch, None, length, length, device=starts.device)
+
+
+def flex(q: Tensor, k: Tensor, v: Tensor, mask: Any = None) -> Tensor:
+    """Attention under flex_mask: compiled to a kernel that skips what no position sees, else SDPA's."""
+    if mask is None or isinstance(mask, Tensor):
+        return sdpa(q, k, v, mask)
+    from torch.nn.attention.flex_attention import flex_attention
+
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.size(1) != k.size(1)).transpose(1, 2)
+    return flex_attention(q, k, v, block_mask=mask, enable_gqa=q.size(1) != k.size(1)).transpose(1, 2)
 
 
-def matmul_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """torch's own attention in the layout of the flash kernels: q (B, T, H, K), k and v (B, T, Hkv, K); causal, or
+    under an additive mask (B, 1, T, T)."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    how = dict(is_causal=mask is None, enable_gqa=q.size(1) != k.size(1))
+    return F.scaled_dot_product_attention(q, k, v, mask, **how).transpose(1, 2)
+
+
+def matmul_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """The same attention as three batched products, for short contexts on CPUs with bf16 instructions.
 
     There it takes half the time of SDPA, whose CPU kernel is made for long ones; memory grows with T² instead.
@@ -2311,8 +2354,11 @@ def matmul_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     groups = k.size(2)
     q = q.view(batch, length, groups, -1, width).permute(0, 2, 3, 1, 4).reshape(batch * groups, -1, width)
     k, v = (x.transpose(1, 2).reshape(batch * groups, length, width) for x in (k, v))
-    future = torch.full((length, length), -math.inf, dtype=q.dtype, device=q.device).triu_(1)
-    mask = future.repeat(heads // groups, 1).expand(batch * groups, -1, -1)
+    if mask is None:
+        future = torch.full((length, length), -math.inf, dtype=q.dtype, device=q.device).triu_(1)
+        mask = future.repeat(heads // groups, 1).expand(batch * groups, -1, -1)
+    else:
+        mask = mask[:, None].expand(-1, groups, heads // groups, -1, -1).reshape(batch * groups, -1, length)
     y = torch.baddbmm(mask, q, k.mT, alpha=width**-0.5).softmax(-1) @ v
     return y.view(batch, groups, -1, length, width).permute(0, 3, 1, 2, 4).reshape(batch, length, heads, width)
 
@@ -2324,7 +2370,7 @@ def load_flash(kernel: str) -> Callable:
     else:
         from flash_attn import flash_attn_func
 
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(q: Tensor, k: Tensor, v: Tensor, _: None = None) -> Tensor:
         y = flash_attn_func(q.bfloat16(), k.bfloat16(), v.bfloat16(), causal=True)
         return (y[0] if isinstance(y, tuple) else y).to(q.dtype)  # some FA3 versions also return the log-sum-exp
 
@@ -2333,10 +2379,12 @@ def load_flash(kernel: str) -> Callable:
 
 def attention_fails(attend: Callable, hp: Hyperparameters, device: torch.device, dtype: torch.dtype) -> str | None:
     """Why a kernel does not run here, forward or backward, or None: a wheel may be built for another GPU."""
-    heads = (hp.num_heads, hp.num_kv_heads, hp.num_kv_heads)
-    q, k, v = (torch.zeros(1, 16, n, hp.head_dim, device=device, dtype=dtype, requires_grad=True) for n in heads)
+    heads, starts = (hp.num_heads, hp.num_kv_heads, hp.num_kv_heads), torch.zeros(1, 128, device=device).bool()
+    q, k, v = (torch.zeros(1, 128, n, hp.head_dim, device=device, dtype=dtype, requires_grad=True) for n in heads)
     try:
-        attend(q, k, v).sum().backward()
+        if attend is flex:
+            masked = torch.compile(lambda *qkv: flex(*qkv, flex_mask(starts, dtype)), dynamic=False, fullgraph=True)
+        (masked if attend is flex else attend)(q, k, v).sum().backward()
         synchronize(device)
     except (RuntimeError, NotImplementedError, TypeError) as error:
         return f"does not run here ({str(error).splitlines()[0]})"
@@ -2345,26 +2393,31 @@ def attention_fails(attend: Callable, hp: Hyperparameters, device: torch.device,
 
 def choose_attention(hp: Hyperparameters, device: torch.device, dtype: torch.dtype) -> tuple[str, Callable]:
     """(what the log says, attend). A flash kernel asked for by name works or is a UserError; auto takes the first of
-    FA3, FA2, SDPA that works on CUDA, and on CPU the faster of SDPA and plain products."""
+    FA3, FA2, SDPA that works on CUDA (of flex and SDPA, where documents are kept apart), and on CPU the faster of SDPA
+    and plain products."""
     plain = {"sdpa": sdpa, "matmul": matmul_attention}
     if hp.attention in plain:
         return hp.attention, plain[hp.attention]
     if hp.attention == "auto" and device.type == "cpu":
         short = max(hp.train_seq_len, hp.eval_seq_len) <= 512 and dtype == torch.bfloat16
         return ("matmul", matmul_attention) if short else ("sdpa", sdpa)
-    reasons = []
-    for kernel in ("fa3", "fa2") if hp.attention == "auto" else (hp.attention,):
+    reasons, kernels = [], ("flex",) if hp.document_mask else ("fa3", "fa2")
+    for kernel in kernels if hp.attention == "auto" else (hp.attention,):
         if device.type != "cuda":
             reason = "needs CUDA"
+        elif hp.document_mask != (kernel == "flex"):
+            reason = f"needs DOCUMENT_MASK={int(kernel == 'flex')}"
+        elif kernel == "flex" and hp.compile == "0":
+            reason = "needs COMPILE=1"
         elif kernel == "fa3" and torch.cuda.get_device_capability(device)[0] != 9:
             reason = "needs a Hopper GPU"
-        elif dtype != torch.bfloat16:
+        elif kernel != "flex" and dtype != torch.bfloat16:
             reason = "needs DTYPE=bf16"
         elif hp.head_dim % 8:
             reason = f"needs a head width divisible by 8, not {hp.head_dim}"
         else:
             try:
-                attend = load_flash(kernel)
+                attend = flex if kernel == "flex" else load_flash(kernel)
                 if (reason := attention_fails(attend, hp, device, dtype)) is None:
                     return kernel, attend
             except ImportError as error:
@@ -5171,7 +5224,7 @@ def predict_memory(run: Run) -> int:
     """
     hp, kept = run.hp, {}
     fused = run.attend is not matmul_attention  # such a kernel keeps q, k, v and its output
-    attend = (lambda q, k, v: q * q + (k * k).sum() + (v * v).sum()) if fused else run.attend
+    attend = (lambda q, k, v, _: q * q + (k * k).sum() + (v * v).sum()) if fused else run.attend
     with torch.device("meta"):
         model = GPT(hp, hp.train_seq_len, attend, run.dtype)
         tokens = torch.zeros(hp.micro_batch(run.ranks.size) // hp.train_seq_len, hp.train_seq_len, dtype=torch.long)

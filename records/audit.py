@@ -282,7 +282,8 @@ class Script:
 
 def from_inside(folder: Path) -> None:
     """What needs the script's names, in a process of its own: reads inside.json and inside.npz, writes silent.pgolf,
-    the artifact without attention, and answer.json."""
+    the artifact without attention (unless its header says that attention, too, stays within a document), and
+    answer.json."""
     import torch
 
     job = json.loads((folder / "inside.json").read_text("utf-8"))
@@ -291,7 +292,9 @@ def from_inside(folder: Path) -> None:
     spec.loader.exec_module(script)
     _, header, tensors = script.read_artifact_file(job["artifact"], "artifact")
     scales = [name for name in tensors if name.endswith(".attn_scale")]
-    silent = {name: tensors[name]._replace(data=torch.zeros_like(tensors[name].data)) for name in scales}
+    masked = header["architecture"].get("document_mask", False)
+    silenced = [] if masked else scales
+    silent = {name: tensors[name]._replace(data=torch.zeros_like(tensors[name].data)) for name in silenced}
     (folder / "silent.pgolf").write_bytes(script.pack_artifact(header, {**tensors, **silent}, "stored"))
     model, *_ = script.load_model(job["artifact"], job["device"])
     place, nats = next(model.parameters()).device, []
@@ -301,7 +304,7 @@ def from_inside(folder: Path) -> None:
                 logits = model.logits(torch.from_numpy(text.astype(np.int64))[None].to(place))[0, int(at)]
                 nats.append(-logits.double().log_softmax(-1)[int(target)].item())
     fingerprint = script.data_fingerprint([Path(path) for path in job["shards"]])
-    answer = dict(nats=nats, silenced=len(scales), fingerprint=fingerprint)
+    answer = dict(nats=nats, silenced=bool(scales), masked=masked, fingerprint=fingerprint)
     (folder / "answer.json").write_text(json.dumps(answer), "utf-8")
 
 
@@ -503,7 +506,8 @@ class Judge:
         return found
 
     def listen(self, silent: bytes) -> None:
-        """Without attention, whole windows of the split twice, the second time with other ends of documents."""
+        """Without attention that crosses a border, whole windows of the split twice, the second time with other ends of
+        documents."""
         half = max(1, min(len(self.tokens), max(len(self.base.tokens), 16_384)) // self.context) * self.context
         text = np.resize(self.tokens[:half], half)
         ends = np.flatnonzero(text[1:] == BOS_ID)
@@ -632,10 +636,12 @@ class Judge:
     def documents(self) -> Finding:
         """With attention switched off, the token before a document's BOS reaches no score inside that document.
 
-        Attention may look into the text before, as in the published systems; what mixes neighbours must not.
+        Attention may look into the text before, as in the published systems; what mixes neighbours must not. An
+        artifact of DOCUMENT_MASK=1 is judged with its attention.
         """
-        figure = f"borders:{len(self.silent_ends)} scores_across_moved:{self.across:.2g}"
-        if not self.inside["silenced"]:
+        attention = "on" if self.inside["masked"] else "off"
+        figure = f"borders:{len(self.silent_ends)} attention:{attention} scores_across_moved:{self.across:.2g}"
+        if not self.inside["masked"] and not self.inside["silenced"]:
             return Finding(False, "the artifact has no *.attn_scale: attention cannot be switched off")
         return Finding(self.across <= max(1e-6, MOVED_NATS[self.kind]), figure)
 

@@ -6,6 +6,7 @@ A part ends in one line, `battery:<part> ok|FAIL|skip figures`. What it prints b
 
 import argparse
 import contextlib
+import dataclasses
 import datetime
 import functools
 import importlib.util
@@ -362,7 +363,7 @@ def card(bench: Bench) -> None:
 
 def attention(bench: Bench) -> None:
     """Every attention there is, under the default model with random weights: its scores and gradients against SDPA's
-    and those of fp32 on CPU, its time at the training shape alone."""
+    and those of fp32 on CPU, its time at the training shape alone. Those that keep documents apart against SDPA so."""
     import helpers
     import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -371,30 +372,35 @@ def attention(bench: Bench) -> None:
 
     hp = hyperparameters(bench.settings(VOCAB_SIZE=1024))
     rows, length = (2, hp.train_seq_len)
-    text = torch.from_numpy(helpers.random_tokens(rows * (length + 1), 1024, document=300).astype("int64"))
+    text = torch.from_numpy(helpers.random_tokens(rows * (length + 1), 1024, document=length // 8).astype("int64"))
     inputs, targets = (part.contiguous() for part in (text.view(rows, -1)[:, :-1], text.view(rows, -1)[:, 1:]))
 
-    def measure(attend: Callable, device, dtype) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        model = helpers.randomize(pg.GPT(hp, length, attend, dtype)).to(device)
-        nats = model(inputs.to(device), targets.to(device))
+    def measure(attend: Callable, device, dtype, masked=False) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        rules = dataclasses.replace(hp, document_mask=masked)
+        model = helpers.randomize(pg.GPT(rules, length, attend, dtype)).to(device)
+        nats = pg.compiled(model, attend is pg.flex)(inputs.to(device), targets.to(device))
         nats.mean().backward()
         return nats.detach().cpu(), {name: p.grad.double().cpu() for name, p in model.named_parameters()}
 
     def forced(backend: SDPBackend) -> Callable:
-        def attend(q, k, v):
+        def attend(q, k, v, mask=None):
             with sdpa_kernel(backend):
-                return pg.sdpa(q, k, v)
+                return pg.sdpa(q, k, v, mask)
 
         return attend
 
-    kernels = {"matmul": pg.matmul_attention}
+    kernels, apart = {"matmul": pg.matmul_attention}, {"matmul_apart": pg.matmul_attention}
+    if not bench.cpu:
+        apart["flex"] = pg.flex
     names = ("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION", "MATH")
     kernels |= {f"sdpa_{name.split('_')[0].lower()}": forced(getattr(SDPBackend, name)) for name in names}
     for kind in () if bench.cpu else ("fa3", "fa2"):
         with contextlib.suppress(ImportError):
             kernels[kind] = pg.load_flash(kind)
     exact, exact_gradients = measure(pg.sdpa, torch.device("cpu"), torch.float32)
-    reference, gradients = measure(pg.sdpa, bench.device, torch.bfloat16)
+    references = [measure(pg.sdpa, bench.device, torch.bfloat16, masked) for masked in (False, True)]
+    reference, gradients = references[False]
+    expect(not torch.equal(reference, references[True][0]), "masks at documents change no score")
 
     def gradients_off(ours, theirs) -> float:
         norms = [((ours[n] - theirs[n]).norm() / theirs[n].norm().clamp(min=1e-30)).item() for n in ours]
@@ -417,9 +423,10 @@ def attention(bench: Bench) -> None:
         gradients=gradients_off(gradients, exact_gradients),
     )
     expect(off.mean() < 0.05, f"SDPA in bf16 is {off.mean():.3g} nats from fp32 on CPU")
-    for name, attend in kernels.items():
+    for name, attend in (kernels | apart).items():
+        reference, gradients = references[name in apart]
         try:
-            nats, found = measure(attend, bench.device, torch.bfloat16)
+            nats, found = measure(attend, bench.device, torch.bfloat16, name in apart)
         except Exception as error:  # whatever a kernel of another package raises, the others still tell
             if name.startswith("sdpa_") and re.search("No (available|viable)", str(error)):
                 figure(**{name: "absent"})
@@ -431,8 +438,16 @@ def attention(bench: Bench) -> None:
         figure(**{name: off, f"{name}_gradients": gradient})
         expect(off <= 2e-3, f"{name} scores {off:.3g} nats from SDPA, more than 2e-3")
         expect(gradient <= 0.05, f"{name}'s gradients are {gradient:.3g} of their norm from SDPA's")
-        if name not in ("matmul", "sdpa_math"):  # whose memory grows with the square of the context
+        if name not in ("sdpa_math", "matmul", *apart):  # whose memory grows with the square of the context
             figure(**{f"{name}_ms": milliseconds(functools.partial(forward_and_backward, attend))})
+    if not bench.cpu:
+        starts = torch.arange(shape[0] * shape[1], device=bench.device).view(shape[:2]) % 700 == 0
+
+        def flex(q, k, v):
+            return pg.flex(q, k, v, pg.flex_mask(starts, q.dtype))
+
+        attend = torch.compile(flex, dynamic=False, fullgraph=True)
+        figure(flex_ms=milliseconds(functools.partial(forward_and_backward, attend)))
 
 
 def chain(bench: Bench) -> None:

@@ -235,6 +235,12 @@ def smears_across_documents(pg):
     pg.SmearGate.forward = lambda self, x, starts: forward(self, x, only_first(starts))
 
 
+@mutant("documents", document_mask=True)
+def attends_across_documents(pg):
+    mask = pg.additive_mask
+    pg.additive_mask = lambda starts, dtype: mask(only_first(starts), dtype)
+
+
 @mutant("documents")
 def hashes_bigrams_across_documents(pg):
     forward = pg.BigramHash.forward

@@ -159,6 +159,7 @@ CLEAN = dict(
     fp32=dict(),
     three_layers=dict(num_layers=3, ve_layers="1,2"),
     bf16=dict(dtype="bf16"),
+    documents_apart=dict(document_mask=True),
     without_ttt=dict(ttt_enabled=False),
     without_sliding_windows=dict(ttt_enabled=False, eval_stride=0),
     single_targets=dict(eval_stride=1),

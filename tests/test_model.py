@@ -7,6 +7,7 @@ import re
 import numpy as np
 import pytest
 import torch
+import torch.nn.attention.flex_attention
 import torch.nn.functional as F
 from helpers import build_model, random_tokens, randomize, single_rank, tiny_hp, weights_of
 
@@ -53,7 +54,7 @@ def ref_rotate(x, position: int, hp, context: int):
     return y
 
 
-def ref_attention(x, ve, first, layer: int, hp, w, context: int):
+def ref_attention(x, ve, first, layer: int, hp, w, context: int, tokens):
     """(output, own value)"""
     length, width = len(x), hp.model_dim // hp.num_heads
     group = hp.num_heads // hp.num_kv_heads
@@ -68,8 +69,9 @@ def ref_attention(x, ve, first, layer: int, hp, w, context: int):
         keys = torch.stack([ref_rotate(ref_rms(k[t, shared]), t, hp, context) for t in range(length)])
         for t in range(length):
             query = ref_rotate(ref_rms(q[t, mine]), t, hp, context) * w[f"{name}.q_gain"][h]
-            share = torch.softmax(keys[: t + 1] @ query / math.sqrt(width), 0)
-            out = share @ v[: t + 1, shared]
+            begin = max((i for i in range(t + 1) if tokens[i] == 1), default=0) if hp.document_mask else 0
+            share = torch.softmax(keys[begin : t + 1] @ query / math.sqrt(width), 0)
+            out = share @ v[begin : t + 1, shared]
             if layer >= hp.num_layers - hp.xsa_last_n:
                 unit = v[t, shared] / v[t, shared].norm()
                 out = out - (out @ unit) * unit
@@ -133,7 +135,7 @@ def ref_logits(tokens, hp, weights, context: int):
             x = x + w["loop_vectors"][loop]
         scale = 1 / math.sqrt(layer + 1) if hp.ln_scale else 1.0
         u = w[f"{name}.resid_mix"][0] * x + w[f"{name}.resid_mix"][1] * x0
-        y, own = ref_attention(ref_rms(u) * scale, ve, first, layer, hp, w, context)
+        y, own = ref_attention(ref_rms(u) * scale, ve, first, layer, hp, w, context, tokens)
         first = own if first is None else first
         y = w[f"{name}.attn_scale"] * y
         u = u + y
@@ -188,9 +190,10 @@ FRONTIER = dict(
         (dict(sparse_attn_gate_enabled=True, sparse_attn_gate_scale=0.5, gate_window=5), 16),
         (dict(smear_gate_kind="token", gate_window=7), 16),
         (dict(num_layers=5, parallel_start_layer=3), 16),
+        (dict(document_mask=True), 16),
     ],
     ids="""frontier all nothing five-layers untied ntk one-layer values-and-gates swiglu star-relu loop-of-one
-    loop-of-all loop-without-skips gated-skips sparse-gate token-smear lanes""".split(),
+    loop-of-all loop-without-skips gated-skips sparse-gate token-smear lanes document-mask""".split(),
 )
 def test_model_equals_plain_reference(changes, context):
     hp = tiny_hp(**changes)
@@ -284,6 +287,65 @@ def test_trunk_restarts_smear_and_bigram_at_each_bos():
             model.logits(batch(tokens))
     torch.testing.assert_close(seen[0][:, 4:], seen[1], atol=1e-6, rtol=1e-6)
     torch.testing.assert_close(seen[0][:, :4], seen[2], atol=1e-6, rtol=1e-6)
+
+
+# Documents
+
+
+DOCUMENTS = ((0, 5), (5, 6), (6, 16), (16, 32))  # in two rows of sixteen
+
+
+def packed_and_alone(logits) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits (T, V) of DOCUMENTS, packed and each alone at the start of a row, with whatever behind it."""
+    tokens = random_tokens(32, document=1000)
+    tokens[[start for start, _ in DOCUMENTS]] = pg.BOS_ID
+    with torch.no_grad():
+        packed = [logits(batch(row))[0] for row in tokens.reshape(2, 16)]
+        alone = [logits(batch(np.resize(tokens[a:b], 16)))[0, : b - a] for a, b in DOCUMENTS]
+    return torch.cat(packed), torch.cat(alone)
+
+
+@pytest.mark.parametrize("changes", [dict(), NOTHING, FRONTIER], ids=["all", "nothing", "frontier"])
+@pytest.mark.parametrize("attend", [pg.sdpa, pg.matmul_attention, pg.flex], ids=lambda attend: attend.__name__)
+def test_masked_documents_score_as_they_do_alone(attend, changes):
+    """At any place in a row; without the mask they hear of what stands before them."""
+    for masked in (True, False):
+        model = randomize(pg.GPT(tiny_hp(**changes, document_mask=masked), 16, attend, torch.float32))
+        packed, alone = packed_and_alone(model.logits)
+        assert (packed - alone).abs().max() < 1e-4 if masked else (packed - alone).abs().max() > 1e-2
+
+
+def test_compiled_flex_attention_is_the_masked_sdpa(monkeypatch):
+    """Scores and gradients, by what is traced: the kernel that it becomes on CUDA, and its backward, CPUs lack."""
+    monkeypatch.setattr(torch.nn.attention.flex_attention, "_validate_device", lambda *_: None)
+    hp, results = tiny_hp(document_mask=True), []
+    for attend in (pg.sdpa, pg.flex):
+        model = randomize(pg.GPT(hp, 16, attend, torch.float32))
+        logits = model.logits
+        if attend is pg.flex:
+            logits = torch.compile(logits, backend="aot_eager", fullgraph=True, dynamic=False)
+            packed, alone = packed_and_alone(logits)
+            torch.testing.assert_close(packed, alone, atol=1e-4, rtol=0)
+        out = logits(batch(random_tokens(16, document=4)))
+        out.square().mean().backward()
+        results.append([out.detach(), *(p.grad for p in model.parameters())])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("kernel", [pg.sdpa, pg.matmul_attention], ids=["sdpa", "matmul"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_token_of_another_document_moves_a_masked_score(kernel, dtype):
+    hp = tiny_hp(document_mask=True, train_seq_len=64, train_batch_tokens=64)
+    model = randomize(pg.GPT(hp, 64, kernel, dtype))
+    tokens = random_tokens(65, document=1000)
+    tokens[[20, 21, 50]] = pg.BOS_ID
+    before = losses(model, tokens)
+    changed = tokens.copy()
+    changed[22:50] = 9
+    after = losses(model, changed)
+    assert torch.equal(before[:21], after[:21]) and torch.equal(before[50:], after[50:])
+    assert (before[22:49] != after[22:49]).all()
 
 
 # Rotary

@@ -473,6 +473,19 @@ def test_hessians_are_the_second_moments_of_each_layers_inputs():
         torch.testing.assert_close(hessian, x.T @ x, rtol=1e-4, atol=1e-3)
 
 
+def test_calibration_keeps_documents_apart_as_training_does():
+    """Two documents in a row give the Hessians of both, whichever comes first."""
+    tokens, swapped = random_tokens(17, document=1000), random_tokens(17)
+    tokens[8] = tokens[16] = pg.BOS_ID
+    swapped[:8], swapped[8:] = tokens[8:16], np.append(tokens[:8], pg.BOS_ID)
+    for masked in (True, False):
+        hp = tiny_hp(gptq_enabled=True, gptq_calibration_tokens=32, document_mask=masked)
+        weights, run = weights_of(build_model(hp)), make_run(hp, Memory(tokens))
+        ours, theirs = (pg.calibrate(run, weights, text[None]).hessians for text in (tokens, swapped))
+        off = max((ours[name] - theirs[name]).norm() / ours[name].norm() for name in ours)
+        assert off < 1e-4 if masked else off > 1e-2
+
+
 def test_a_matrix_without_input_is_a_broken_limit():
     hp = tiny_hp(gptq_enabled=True, gptq_calibration_tokens=32)
     weights = weights_of(build_model(hp))

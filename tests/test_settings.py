@@ -13,6 +13,7 @@ from collections.abc import Mapping
 import numpy as np
 import pytest
 import torch
+import torch.nn.attention.flex_attention
 from conftest import ROOT, clean_environ, run_here
 from helpers import TINY, build_model, make_run, quantize, random_tokens, single_rank, tiny_hp, weights_of
 
@@ -808,6 +809,7 @@ TRAINED = dict(
     ve_enabled=(False, {}),
     ve_dim=(4, {}),
     ve_layers=("1", {}),
+    document_mask=(True, {}),
     train_seq_len=(32, {}),
     iterations=(7, dict(warmdown_iters=0)),
     warmdown_iters=(0, {}),
@@ -1024,6 +1026,25 @@ def test_attention_kernels_are_chosen_by_name_or_refused():
     for kind in ("fa2", "fa3"):
         with pytest.raises(pg.UserError, match=f"ATTENTION={kind} needs CUDA; use ATTENTION=auto or sdpa"):
             pg.choose_attention(tiny_hp(attention=kind), cpu, torch.float32)
+
+
+def test_documents_are_kept_apart_by_the_kernels_that_can(monkeypatch):
+    """Flash kernels cannot, flex needs a compiler; auto says what it fell back from, a name is refused."""
+    cpu, hopper = torch.device("cpu"), types.SimpleNamespace(type="cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    monkeypatch.setattr(torch.nn.attention.flex_attention, "_validate_device", lambda *_: None)  # no backward on CPUs
+    tried = pg.attention_fails
+    monkeypatch.setattr(pg, "attention_fails", lambda attend, hp, _, dtype: tried(attend, hp, cpu, dtype))
+    hp = tiny_hp(attention="auto", document_mask=True, compile="auto", model_dim=32)
+    assert pg.choose_attention(hp, hopper, torch.bfloat16) == ("flex", pg.flex)
+    assert pg.choose_attention(hp, cpu, torch.bfloat16)[1] is pg.matmul_attention
+    uncompiled = dataclasses.replace(hp, compile="0")
+    assert pg.choose_attention(uncompiled, hopper, torch.bfloat16) == ("sdpa (flex needs COMPILE=1)", pg.sdpa)
+    for masked, kind, says in ((True, "fa3", "needs DOCUMENT_MASK=0"), (False, "flex", "needs DOCUMENT_MASK=1")):
+        with pytest.raises(pg.UserError, match=f"^ATTENTION={kind} {says}; use ATTENTION=auto or sdpa$"):
+            hp = tiny_hp(attention=kind, document_mask=masked, model_dim=32)
+            pg.choose_attention(hp, hopper, torch.bfloat16)
 
 
 def test_a_kernel_is_tried_before_it_is_chosen(monkeypatch):
