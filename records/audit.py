@@ -330,6 +330,7 @@ class Judge:
         self.learned: Copy | None = None  # the slice without learning
         self.even: Copy | None = None  # the slice, every expert of a mixture as likely as the others
         self.inside: dict | None = None
+        self.as_logged: dict[str, str] = {}  # settings of the log's run
 
     def judge(self) -> Iterator[tuple[str, Finding]]:
         """Findings by name, in the order of rules.AUDITS."""
@@ -356,8 +357,11 @@ class Judge:
         """The run that was not asked for its scores: that of the log, or one made here."""
         self.own = self.log.result if self.log else {}
         self.made_here = "blocks" not in self.own or self.own.get("world_size") != self.script.world.size
+        if self.log:  # what an artifact's header does not know and rounding depends on
+            told = ((name, self.log.settings.get(name)) for name in ("compile", "attention"))
+            self.as_logged = {name.upper(): str(value) for name, value in told if value is not None}
         if self.made_here:
-            self.own = self.script.score("own")
+            self.own = self.script.score("own", **self.as_logged)
         logged = self.log or runlog.parse(self.script.folder / "own" / "logs" / "copy.txt")
         s = self.settings = argparse.Namespace(**logged.settings)
         self.kind = "cpu" if str(self.own.get("device")).startswith("cpu") else "cuda"
@@ -447,7 +451,8 @@ class Judge:
             choices.append(shortest_documents)
         choices.sort(key=lambda choose: before(choose(self.base.tokens), order, self.alone).sum(), reverse=True)
         for choose in choices:
-            self.full = self.script.copy(choose.__name__, self.disturbed(self.tokens, choose(self.tokens)))
+            text = self.disturbed(self.tokens, choose(self.tokens))
+            self.full = self.script.copy(choose.__name__, text, **self.as_logged)
             if any(whole_blocks(self.full.headline, changed_targets(self.full.tokens, self.tokens), self.alone)):
                 break
 

@@ -447,6 +447,14 @@ def test_a_run_s_log_tells_what_it_scored_unwatched(trained, tmp_path):
     assert ran.out.splitlines()[-1] == f"files: {artifact.parent / 'audit.json'}"
 
 
+def test_what_a_log_s_run_scored_is_scored_again_by_the_same_kernel(tiny_data, tmp_path):
+    """Else a run of another kernel, or a compiled one, would seem to have scored something else."""
+    made = run_here(tmp_path / "made", tiny_data, **SMALL, ATTENTION="sdpa", DTYPE="bf16")
+    ran = audit_here(copy_of(made, tmp_path), "--tokens", 200)
+    figures = {name: figure for name, _, figure in ran.lines}
+    assert ran.code == 0 and float(figures["unwatched"].rpartition("nats_off:")[2]) < 1e-6
+
+
 @pytest.mark.parametrize("better", [0.0, 0.01])
 def test_the_log_of_other_ranks_has_to_tell_the_same_scores(better, trained, tmp_path):
     artifact, log = copy_of(trained, tmp_path), tmp_path / "out/logs/run.txt"
