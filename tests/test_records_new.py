@@ -16,7 +16,7 @@ import records_corpus as corpus
 from conftest import run_here
 
 import train_gpt as pg
-from records.submission import folder, pack, rules
+from records.submission import check, folder, pack, rules
 
 SCRIPT = '''"""Trains."""
 import dataclasses
@@ -323,6 +323,15 @@ def test_an_audit_of_the_artifact_goes_along(named, new, logs, tmp_path):
     assert (made["causal_dependence"], made["single_pass"], made["audit_passed"]) == (True, False, False)
     assert (path / "audit_seed42.json").read_bytes() in [word.read_bytes() for word in words]
     assert "`audit_seed42.json`" in readme(path) and "| audit, as written |" in readme(path)
+    assert not [found for found in check.check(path) if "not one of the files" in found.what]
+
+
+def test_seconds_are_rounded_once(new, logs):
+    """582.3497 is 582.3, not 582.4 by way of 582.35: `check` looks for the log's own figures."""
+    took = '"eval_seconds": 582.3496527550014'
+    paths = logs(each=lambda text, _: re.sub(r'"eval_seconds": [0-9.]+', took, text))
+    code, path, out, err = new("x", *paths)
+    assert code == 0 and "| 582.3 |" in readme(path) and "582.4" not in readme(path)
 
 
 def test_an_audit_of_another_script_is_refused(new, logs, tmp_path):

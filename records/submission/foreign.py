@@ -38,7 +38,8 @@ MAX_AUDITS = 20  # files that are read
 LOG = re.compile(r"\.(?:log|txt)$", re.I)
 COMPANION = re.compile(
     r"README\.md|submission[\w.-]*\.json|train_gpt\.py|requirements[\w.-]*\.txt|LICENSE(?:\.\w+)?|\.gitattributes"
-    r"|train_gpt_human\.py|\w+_decode\.py|lossless_caps\.py|prepare_caseops_data\.py|tokenizers/[\w.+-]+\.(?:model|vocab)"
+    r"|audit_seed\d+\.json|train_gpt_human\.py|\w+_decode\.py|lossless_caps\.py|prepare_caseops_data\.py"
+    r"|tokenizers/[\w.+-]+\.(?:model|vocab)"
 )
 
 
