@@ -2770,9 +2770,9 @@ class Trainer:
                 accumulate_gradients(self.forward, inputs, targets, self.micro_rows, hp.train_batch_tokens)
                 self.optimizers.step(1.0, hp.muon_momentum)
             run.log(f"warmup_step:{i + 1}/{hp.warmup_steps}")
-        self.set_switches(variants[0])
         with torch.no_grad():
-            if hp.warmup_steps and run.compile.training:
+            for variant in variants if hp.warmup_steps and run.compile.training else ():
+                self.set_switches(variant)
                 with self.qat.switched(False):
                     self.forward(*synthetic(score_batch_windows(hp, run.ranks, hp.train_seq_len)))
             for parameter, value in zip(self.model.parameters(), initial, strict=True):
