@@ -5113,10 +5113,8 @@ def prepare(job: Job, ranks: Ranks, signals: Signals, checks: Checks | None = No
 
     attention, attend, val, stream, checkpoint = ranks.agree(check)
     script, artifact = (hashlib.sha256(data or b"").hexdigest() for data in (source, job.blob))
-    facts = dataclasses.asdict(hp) | dict(
-        script=script, artifact=artifact, dtype=str(dtype), validation=val.fingerprint
-    )
-    facts |= dict(tokenizer=val.tokenizer_sha256, text=stream and stream.fingerprint)
+    facts = dataclasses.asdict(hp) | dict(script=script, artifact=artifact, dtype=str(dtype))
+    facts |= dict(validation=val.fingerprint, tokenizer=val.tokenizer_sha256, text=stream and stream.fingerprint)
     every = ranks.gather(facts)
     ranks.agree(lambda: check_alike(every))
     compile, notes = choose_compiled(hp, device), list(job.notes)
