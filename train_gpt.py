@@ -7,8 +7,8 @@ the validation split in bits per byte: plain windows, sliding windows, and legal
 
     python train_gpt.py                                               CPU, or one GPU where there is one
     torchrun --standalone --nproc_per_node=8 train_gpt.py             eight GPUs (NCCL) or eight CPU processes (gloo)
-    torchrun --nnodes=2 --node_rank=$N --nproc_per_node=8 \\
-             --rdzv_backend=c10d --rdzv_endpoint=$HOST:29500 train_gpt.py          two hosts; N is 0 or 1
+    torchrun --nnodes=2 --nproc_per_node=8 --local_addr=$OWN \\
+             --rdzv_backend=c10d --rdzv_endpoint=$FIRST:29500 train_gpt.py         on each of two hosts, see SETTINGS.md
     python train_gpt.py --check                                       what would go wrong or be cut; writes nothing
     python train_gpt.py --settings                                    every setting, as a Markdown table
     EVAL_ONLY=1 ARTIFACT_PATH=runs/ID/artifact.pgolf python train_gpt.py           repeat an artifact's scores
@@ -1038,7 +1038,8 @@ class Signals:
             self.patience = self.PATIENCE
 
     def resume_from(self, checkpoint: Path) -> None:
-        self.advice = f"go on with the same command and RESUME={checkpoint}"
+        elsewhere = "" if self.is_main or checkpoint.exists() else ", which is on the host of rank 0"
+        self.advice = f"go on with the same command and RESUME={checkpoint}{elsewhere}"
 
     def run_ends(self) -> None:
         """Whatever for: one reason is enough, and what comes now is ignored."""
@@ -2822,9 +2823,9 @@ class Trainer:
                 accumulate_gradients(self.forward, inputs, targets, self.micro_rows, hp.train_batch_tokens)
                 self.optimizers.step(1.0, hp.muon_momentum)
             run.log(f"warmup_step:{i + 1}/{hp.warmup_steps}")
-        self.set_switches(variants[0])
         with torch.no_grad():
-            if hp.warmup_steps and run.compile.training:
+            for variant in variants if hp.warmup_steps and run.compile.training else ():
+                self.set_switches(variant)
                 with self.qat.switched(False):
                     self.forward(*synthetic(score_batch_windows(hp, run.ranks, hp.train_seq_len)))
             for parameter, value in zip(self.model.parameters(), initial, strict=True):
@@ -5133,6 +5134,14 @@ def write_result(run: Run, path: Path, data: bytes) -> Path:
         return kept
 
 
+def check_alike(every: Sequence[Mapping[str, Any]]) -> None:
+    """Whether all ranks, by what each has, are to make the same run, wherever a host keeps it. Raises UserError."""
+    for rank, theirs in enumerate(every):
+        differing = [name for name, fact in every[0].items() if theirs[name] != fact]
+        if names := ", ".join(name for name in differing if not name.endswith(("_path", "_dir"))):
+            raise UserError(f"ranks 0 and {rank} differ in {names.upper()}; start the same run on every host")
+
+
 def prepare(job: Job, ranks: Ranks, signals: Signals, checks: Checks | None = None) -> Run:
     """All that can go wrong before any work goes wrong here, on all ranks alike. Raises UserError.
 
@@ -5156,6 +5165,11 @@ def prepare(job: Job, ranks: Ranks, signals: Signals, checks: Checks | None = No
         return attention, attend, val, stream, find_resumed(hp, source) if ranks.is_main else None
 
     attention, attend, val, stream, checkpoint = ranks.agree(check)
+    script, artifact = (hashlib.sha256(data or b"").hexdigest() for data in (source, job.blob))
+    facts = dataclasses.asdict(hp) | dict(script=script, artifact=artifact, dtype=str(dtype))
+    facts |= dict(validation=val.fingerprint, tokenizer=val.tokenizer_sha256, text=stream and stream.fingerprint)
+    every = ranks.gather(facts)
+    ranks.agree(lambda: check_alike(every))
     compile, notes = choose_compiled(hp, device), list(job.notes)
     shared = ranks.broadcast_object(checkpoint and checkpoint._replace(tensors={}))
     if checkpoint := checkpoint or shared:
@@ -5473,7 +5487,8 @@ def ending(
     if ranks is None:
         where = f"MASTER_ADDR={environ.get('MASTER_ADDR')} MASTER_PORT={environ.get('MASTER_PORT')}"
         rank, reason = int(environ.get("RANK", 0)), str(error).splitlines()[0]
-        return 2, f"error: rank {rank} did not meet the others at {where}: {reason}", True
+        hint = "; on several hosts set GLOO_SOCKET_IFNAME to the device that joins them" * ("connectFullMesh" in reason)
+        return 2, f"error: rank {rank} did not meet the others at {where}: {reason}{hint}", True
     if isinstance(cause := getattr(error, "inner_exception", None), OSError):  # of torch.compile
         return 2, f"error: torch.compile fails: {cause}; {advice}", True
     on_gpu = isinstance(error, torch.OutOfMemoryError)  # torch has no such class for the CPU

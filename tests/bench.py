@@ -12,6 +12,7 @@ Exit code: 0 done, 2 unusable input or a machine that was not idle, said in one 
 import argparse
 import contextlib
 import json
+import math
 import os
 import re
 import shlex
@@ -108,6 +109,12 @@ def optimizer_shapes(hp: pg.Hyperparameters) -> dict[str, list[tuple[int, ...]]]
     return shapes
 
 
+def optimized_weights(hp: pg.Hyperparameters) -> tuple[int, int]:
+    """How many AdamW moves, and how many Muon."""
+    shapes = optimizer_shapes(hp)
+    return tuple(sum(map(math.prod, shapes[algorithm])) for algorithm in ("adamw", "muon"))
+
+
 def step_flops(hp: pg.Hyperparameters, attended: float | None = None) -> dict[str, float]:
     """FLOPs of one training step over all ranks, by phase.
 
@@ -134,9 +141,19 @@ def optimizer_bytes(hp: pg.Hyperparameters, world_size: int, dtype: torch.dtype)
     `dtype` for the exchange, the weight read and written, the update read; and of this rank's shard the momentum read
     and written and the update written. What the iterations of Newton-Schulz move beyond that is not counted.
     """
-    adamw, muon = (sum(map(torch.Size.numel, map(torch.Size, optimizer_shapes(hp)[k]))) for k in ("adamw", "muon"))
+    adamw, muon = optimized_weights(hp)
     short = dtype.itemsize
     return 28 * adamw + (4 + short + 8 + short) * muon + (8 + short) * muon / world_size
+
+
+def sent_bytes(hp: pg.Hyperparameters, world_size: int, dtype: torch.dtype) -> float:
+    """Bytes that each rank has to send in a training step, and to hear.
+
+    Whatever is summed over ranks leaves each of them (ranks - 1) / ranks of it twice, as parts and as sums: AdamW's
+    gradients in fp32; of Muon, gradients as parts and updates as sums, both in `dtype`.
+    """
+    adamw, muon = optimized_weights(hp)
+    return (world_size - 1) / world_size * 2 * (4 * adamw + dtype.itemsize * muon)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -441,7 +458,7 @@ def measure_phases(args: argparse.Namespace, environ: dict[str, str], folder: Pa
     if "sliding score" in passes:
         scoring = passes["sliding score"] * found["scored_token_flops"] / ranks.size / peak
         found |= dict(scoring_utilisation=scoring)
-    found |= dict(optimizer_bytes=moved, bandwidth=bandwidth)
+    found |= dict(optimizer_bytes=moved, bandwidth=bandwidth, sent_bytes=sent_bytes(hp, ranks.size, dtype))
     return found | dict(bandwidth_share=moved / seconds["optimizer"].median / bandwidth)
 
 
@@ -475,6 +492,8 @@ def show_phases(found: Mapping) -> Iterator[str]:
         f"optimizer: moves {moved / 1e6:.4g} MB at least, {found['bandwidth_share']:.1%} of what a copy moves in that "
         f"time ({speed / 1e9:.3g} GB/s)"
     )
+    if sent := found["sent_bytes"]:
+        yield f"communication: each rank sends {sent / 1e6:.4g} MB at least"
     yield told(found["others"])
 
 

@@ -65,6 +65,12 @@ def die_once(result, *_):
     return result
 
 
+def die_with_torchrun(*_) -> None:
+    """As a host dies that has one rank."""
+    os.kill(os.getppid(), signal.SIGKILL)
+    die()
+
+
 def raise_own(*_) -> None:
     raise ZeroDivisionError("a fault of its own")
 
@@ -91,7 +97,8 @@ def write_bad_token(result, *_):
     return result
 
 
-FAULTS = {f.__name__: f for f in (die, die_once, raise_own, stop_torchrun, shrink, remove, write_bad_token)}
+DEATHS = (die, die_once, die_with_torchrun, raise_own, stop_torchrun)
+FAULTS = {f.__name__: f for f in (*DEATHS, shrink, remove, write_bad_token)}
 FAULTS |= dict(nan_loss=spoil_loss(math.nan), inf_gradient=spoil_gradient("blocks.0.mlp.up.weight", math.inf))
 
 

@@ -114,6 +114,8 @@ def test_bytes_of_the_optimizer_are_those_of_its_tensors():
     small, large = (sum(p.numel() for p in parameters) for parameters in (optimizers.small, muon))
     assert bench.optimizer_bytes(hp, 1, torch.float32) == 7 * 4 * small + 8 * 4 * large
     assert bench.optimizer_bytes(hp, 4, torch.bfloat16) == 28 * small + 16 * large + 10 * large / 4
+    assert bench.sent_bytes(hp, 1, torch.float32) == 0
+    assert bench.sent_bytes(hp, 4, torch.bfloat16) == 6 * small + 3 * large
 
 
 # -----------------------------------------------------------------------------
@@ -188,6 +190,7 @@ def test_two_processes_tell_what_they_wait_for(recipe, tiny_data, tmp_path):
     assert ran.returncode == 0, ran.stderr[-3000:]
     found = json.loads((tmp_path / "out").read_text())
     assert found["world_size"] == 2 and found["phases"]["communication"]["median"] > 0
+    assert f"each rank sends {found['sent_bytes'] / 1e6:.4g} MB at least" in ran.stdout
 
 
 # -----------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """`train_gpt.py --check`: a run's errors in its words, what it would be, and nothing written."""
 
 import base64
+import contextlib
 import os
 import re
 import shutil
@@ -8,10 +9,11 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import memory
 import pytest
 import torch
 from conftest import ROOT, TINY_ENV, Ran, run_here, torchrun
-from helpers import make_run, tiny_hp
+from helpers import build_model, make_run, random_tokens, tiny_hp
 
 import train_gpt as pg
 
@@ -175,6 +177,20 @@ def test_the_memory_of_a_micro_batch_is_what_autograd_keeps(attend, tolerance, d
     assert pg.predict_memory(run) - fixed == pytest.approx(1.25 * activations, rel=tolerance, abs=1)
     averages = pg.predict_memory(run._replace(hp=tiny_hp(train_seq_len=64, train_batch_tokens=512)))
     assert averages - pg.predict_memory(run) == 8 * pg.count_weights(hp)
+
+
+def test_blocks_that_are_computed_again_keep_less_and_have_the_same_gradients():
+    hp, gradients = tiny_hp(num_loops=1, loop_start=1, loop_end=1, parallel_start_layer=2, value_residual=True), []
+    tokens = torch.from_numpy(random_tokens(64).astype("int64")).view(4, 16)
+    for how in (contextlib.nullcontext(), memory.recomputing(), memory.recomputing(spared=1)):
+        with how:
+            model = build_model(hp)
+            model(tokens, tokens).mean().backward()
+        gradients.append([p.grad for p in model.parameters()])
+    assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(*gradients, strict=True))
+    deep, flat = (memory.Kept.of(tiny_hp(num_layers=n, ve_layers="0"), 1) for n in (4, 1))
+    assert deep.recomputed < 0.7 * deep.as_it_is < 0.7 * deep.peak
+    assert flat.recomputed >= flat.as_it_is  # that one block is computed again as a whole
 
 
 def test_a_step_that_may_not_fit_is_a_warning(check, script_of, monkeypatch):

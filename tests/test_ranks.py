@@ -16,6 +16,7 @@ import train_gpt as pg
 # rounding difference into a visible one and are off: fake quantization, and AdamW's division by gradients near zero.
 SETTINGS = dict(NUM_LAYERS=5, MODEL_DIM=16, ITERATIONS=5, WARMDOWN_ITERS=2, VAL_LOSS_EVERY=2, SAVE_WEIGHTS=1)
 SETTINGS |= dict(LATE_QAT=0, ADAM_EPS=1e-4)
+SAME_WEIGHTS = 1e-5  # what world sizes may differ by; bf16 differs by more than ten times that
 
 
 def tiny_environ(data: Path, **settings) -> dict[str, str]:
@@ -86,7 +87,7 @@ def test_jobs_end_alike_on_every_rank(world):
 
 
 def test_weights_do_not_depend_on_the_world_size(world, alone):
-    assert difference(world.runs["fp32"], alone["fp32"]) < 1e-5
+    assert difference(world.runs["fp32"], alone["fp32"]) < SAME_WEIGHTS
     moved = difference(alone["fp32"], alone["bf16"])
     assert moved > 1e-4  # the tolerance is below what another arithmetic does
 
@@ -148,7 +149,7 @@ def test_an_error_in_the_data_is_said_once(world):
 
 def test_micro_batches_change_nothing(alone):
     assert "grad_accum_steps:4" in alone["accumulated"].out and "grad_accum_steps:1" in alone["fp32"].out
-    assert difference(alone["accumulated"], alone["fp32"]) < 1e-5
+    assert difference(alone["accumulated"], alone["fp32"]) < SAME_WEIGHTS
     assert bpb(alone["accumulated"]) == pytest.approx(bpb(alone["fp32"]), abs=1e-4, rel=0)
 
 

@@ -1,6 +1,7 @@
 """Where a run meets its machine: consoles, signals, torchrun's variables, the compiler, memory."""
 
 import collections
+import dataclasses
 import datetime
 import os
 import re
@@ -350,6 +351,24 @@ def test_before_the_ranks_met_the_main_one_speaks_unless_they_could_not_meet():
     where = "MASTER_ADDR=nowhere MASTER_PORT=29500"
     line = f"error: rank 1 did not meet the others at {where}: {LOST}"
     assert pg.ending(LOST, None, environ, "") == (2, line, True)
+    refused = RuntimeError("Gloo connectFullMesh failed with [gloo/transport/tcp/pair.cc:152] timed out connecting")
+    code, line, own = pg.ending(refused, None, environ, "")
+    assert (code, own) == (2, True) and "set GLOO_SOCKET_IFNAME" in line
+
+
+def test_what_hosts_may_differ_in_is_where_they_keep_it():
+    own = dataclasses.asdict(tiny_hp()) | dict(script="a", text="b")
+    pg.check_alike([own, own | dict(data_path="/here", out_dir="/there")])
+    with pytest.raises(pg.UserError, match="^ranks 0 and 2 differ in SEED, SCRIPT; start"):
+        pg.check_alike([own, own, own | dict(seed=7, script="c", data_path="/here")])
+
+
+def test_a_checkpoint_that_is_on_another_host_is_said_to_be(tmp_path):
+    signals = pg.Signals()
+    signals.is_main = False
+    for path, more in ((tmp_path / "there", ", which is on the host of rank 0"), (tmp_path, "")):
+        signals.resume_from(path)
+        assert signals.advice == f"go on with the same command and RESUME={path}{more}"
 
 
 @pytest.mark.parametrize("error", [RuntimeError("a mistake of ours"), ZeroDivisionError(), SystemExit(1)], ids=repr)
