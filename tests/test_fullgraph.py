@@ -87,7 +87,7 @@ def test_a_training_compiles_all_of_it_in_its_warm_up(changes):
 @cases(
     dict(SMALL, num_layers=2, ttt_freeze_blocks=1, ttt_temperature=True),
     hedge=dict(FRONTIER, hedge_enabled=True, ttt_epochs=1),
-    phases=dict(ttt_params="lora", phased_ttt_num_phases=2, ttt_epochs=1),
+    phases=dict(ttt_params="lora", ttt_lora_chunk=4, phased_ttt_num_phases=2, ttt_epochs=1),
 )
 def test_an_evaluation_compiles_all_of_it_in_its_warm_up(changes):
     """Wide and narrow windows, several temperatures, training with frozen weights: to the eager scores."""
