@@ -49,8 +49,8 @@ def test_a_wrong_attention_fails(tmp_path):
 def test_a_part_that_raises_fails_with_its_error_and_the_next_one_still_runs(tmp_path):
     script = edited(
         tmp_path / "script",
-        '    """torch\'s own causal attention in the layout',
-        '    raise RuntimeError("planted")\n    """torch\'s own causal attention in the layout',
+        '    """torch\'s own attention in the layout',
+        '    raise RuntimeError("planted")\n    """torch\'s own attention in the layout',
     )
     code, lines = battery(tmp_path / "out", "--script", script, ["attention", "machine"])
     assert code == 1
