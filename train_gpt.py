@@ -2383,8 +2383,7 @@ def attention_fails(attend: Callable, hp: Hyperparameters, device: torch.device,
     heads, starts = (hp.num_heads, hp.num_kv_heads, hp.num_kv_heads), torch.zeros(1, 128, device=device).bool()
     q, k, v = (torch.zeros(1, 128, n, hp.head_dim, device=device, dtype=dtype, requires_grad=True) for n in heads)
     try:
-        if attend is flex:
-            masked = torch.compile(lambda *qkv: flex(*qkv, flex_mask(starts, dtype)), dynamic=False, fullgraph=True)
+        masked = torch.compile(lambda *qkv: flex(*qkv, flex_mask(starts, dtype)), dynamic=False, fullgraph=True)
         (masked if attend is flex else attend)(q, k, v).sum().backward()
         synchronize(device)
     except (RuntimeError, NotImplementedError, TypeError) as error:

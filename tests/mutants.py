@@ -174,7 +174,7 @@ def has_no_score_for_a_rare_token(pg):
     rescore(pg, lambda p, t: torch.where(t == 4, math.nan, -p.gather(-1, t)))
 
 
-def look_ahead(q, k, v):
+def look_ahead(q, k, v, mask=None):
     group, allowed = q.size(2) // k.size(2), torch.ones(q.size(1), q.size(1)).tril(1).bool()
     q, k, v = (x.transpose(1, 2) for x in (q, k.repeat_interleave(group, 2), v.repeat_interleave(group, 2)))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed).transpose(1, 2)
@@ -193,7 +193,7 @@ def attention_of_one_layer_sees_the_next_position(pg):
 @mutant("normalised", "unwatched", **TTT)
 def attention_sees_the_next_position_where_it_has_adapted(pg):
     plain, score, ahead = pg.sdpa, pg.Evaluation.score, []
-    pg.sdpa = lambda q, k, v: (look_ahead if ahead else plain)(q, k, v)
+    pg.sdpa = lambda *qkv: (look_ahead if ahead else plain)(*qkv)
 
     def changed(self, method, tokens, segment):
         if method.adapted_params and segment.windows[0, 1] > 0:
