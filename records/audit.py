@@ -625,7 +625,7 @@ class Judge:
             sums = np.array([math.nan if x is None else x for x in sums])
             whole = np.array(whole_blocks(scored, places, self.alone, len(sums)))
             off, compared[label] = (
-                np.abs(block_sums(scored, len(sums)) - sums) * len(sums) / len(scored.nats),
+                np.abs(block_sums(scored, len(sums)) - sums) / max(1, len(scored.nats) / len(sums)),
                 whole.sum(),
             )
             worst = larger(worst, *off[whole])
