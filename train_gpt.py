@@ -3494,7 +3494,7 @@ class QAT:
 # ----------------------------------------------------------------------------------------------------------------------
 
 FIT_WINDOW = 4096  # bytes below the cap that a fitted artifact may leave
-FIT_FACTORS = (2.0**-4, 2.0**2)  # on the steps: beyond, int8 has no more levels or a matrix hardly any
+FIT_FACTORS = (2.0**-4, 2.0**4)  # on the steps: before, int8 has no more levels; beyond, int5 has not even one
 FIT_ATTEMPTS = 8  # of packing; two to four do
 FIT_SAMPLE = 1 << 22  # weights that a prediction rounds
 

@@ -110,8 +110,17 @@ def test_sampled_rows_predict_as_all_do(monkeypatch):
 def test_predicted_bytes_fall_with_the_factor():
     for quant in ("sdclip", "rd", "clip_search"):
         one = exporter(5, quant=quant)
-        sizes = [one.predict(2.0 ** (k / 4)) for k in range(-8, 9)]
-        assert sizes == sorted(sizes, reverse=True) and sizes[0] > 1.5 * sizes[-1]
+        sizes = [one.predict(2.0 ** (k / 4)) for k in range(-8, 17)]
+        assert sizes == sorted(sizes, reverse=True) and sizes[0] > 1.5 * sizes[16] > 2 * sizes[-1]
+
+
+@pytest.mark.parametrize("quant, bits", [("sdclip", 1.5), ("rd", 1.5), ("clip_search", 2.5)])
+def test_a_large_model_is_fitted_down_to_very_few_bits_a_weight(quant, bits):
+    """Steps many times as coarse as those of QUANT: scores suffer, but the artifact counts."""
+    one = exporter(6, quant=quant)
+    room = int(sum(w.numel() for w in one.weights.values()) * bits / 8)
+    packed = one.fit(room)
+    assert packed.factor > 4 and 0 <= room - len(packed.blob) <= pg.FIT_WINDOW
 
 
 def test_a_small_model_under_a_large_cap_takes_the_finest_steps_and_says_so():
