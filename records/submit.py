@@ -81,9 +81,9 @@ of both sides, the difference in nats and bpb, and whether A meets the two rules
         "board",
         "the leaderboard: Markdown into records/README.md, and one offline HTML page",
         """\
-Ranks all record folders, and loose logs given beside them. Writes a table between the markers of records/README.md and,
-with --html, one page that needs no network: sortable table, training curves, score against bytes and time, settings of
-two runs side by side.
+Ranks all record folders: the table goes between the markers of records/README.md. With folders or logs named it ranks
+those, and prints the table unless --readme names a file for it. --html writes one page that needs no network: sortable
+table, training curves, score against bytes and time, settings of two runs side by side.
 
   submit.py board
   submit.py board records logs --html board.html

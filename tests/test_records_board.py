@@ -256,6 +256,17 @@ def test_several_runs_in_one_log_are_several_curves(dialect, tmp_path):
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+def test_a_board_of_some_folders_is_printed_and_the_repository_s_own_stays(tree, monkeypatch, capsys):
+    own = tree / "own"
+    monkeypatch.setattr(board, "RECORDS", own)
+    assert run(tree) == 0
+    assert "wrote" not in (said := capsys.readouterr().out) and rows_of(said)
+    assert not own.exists()
+    shutil.copytree(tree / "track_10min_16mb", own / "track_10min_16mb")
+    assert run() == 0
+    assert rows_of((own / "README.md").read_text("utf-8"))
+
+
 def test_the_readme_is_begun_then_changed_between_its_markers_alone(tree, capsys):
     readme, page = tree / "README.md", tree / "board.html"
     assert run(tree, "--readme", readme, "--html", page) == 0

@@ -473,14 +473,20 @@ def write(path: Path, text: str) -> None:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("paths", nargs="*", type=Path, metavar="PATH", help="record folders, logs, or folders of them")
     parser.add_argument("--html", type=Path, metavar="OUT.html", help="also write one page that needs no network")
-    parser.add_argument("--readme", type=Path, default=RECORDS / "README.md", help="file with the board's markers")
+    parser.add_argument(
+        "--readme", type=Path, help="file with the board's markers (default without PATH: this board's)"
+    )
 
 
 @command
 def run(args: argparse.Namespace) -> int:
     """Exit code: 0, or 2 where a path or a file cannot be used."""
     entries = collect(args.paths or [RECORDS])
-    update_readme(args.readme, markdown(entries, args.readme.parent))
+    readme = args.readme or (None if args.paths else RECORDS / "README.md")
+    if readme is None:  # of some folders: this repository's table keeps the others
+        print(markdown(entries, Path.cwd()))
+    else:
+        update_readme(readme, markdown(entries, readme.parent))
     if args.html is not None:
         write(args.html, page(entries))
     return 0
