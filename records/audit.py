@@ -727,10 +727,12 @@ def last_quarter(tokens: np.ndarray) -> np.ndarray:
 
 
 def shortest_documents(tokens: np.ndarray) -> np.ndarray:
-    """The targets of the shortest documents that together are a quarter of a text."""
+    """The targets of the shortest documents of a text's second half that together are half of that: late in the text,
+    for passes over the stream, and late in the order of lengths."""
     document, n = document_of(tokens), len(tokens) - 1
     lengths = np.bincount(document)[1:]
-    shortest = np.argsort(lengths, kind="stable")
+    first = min(int(document[n // 2]), len(lengths) - 1)  # the one after that of the middle
+    shortest = first + np.argsort(lengths[first:], kind="stable")
     chosen = shortest[np.cumsum(lengths[shortest]) <= n / 4]
     return np.flatnonzero(np.isin(document, 1 + (chosen if len(chosen) else shortest[:1])))
 

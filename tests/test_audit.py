@@ -538,3 +538,23 @@ def test_audit_in_the_environment_names_the_command(tiny_data, tmp_path):
     ran = run_here(tmp_path, tiny_data, AUDIT=1)
     assert ran.code == 2 and ran.err.startswith("error: AUDIT") and "records/audit.py ARTIFACT" in ran.err
     assert ran.err.count("\n") == 1 and not ran.log.exists()
+
+
+def test_what_is_disturbed_last_leaves_whole_blocks_of_every_pass():
+    """Where documents are scored the longest first and hear of each other, and the passes before go by the text."""
+    rng = np.random.default_rng(0)
+    lengths = rng.lognormal(6, 1, 400).astype(int) + 2
+    tokens = np.concatenate(
+        [[audit.BOS_ID, *rng.integers(2, 500, length - 1)] for length in lengths] + [[audit.BOS_ID]]
+    )
+    n, starts = len(tokens) - 1, np.cumsum(lengths) - lengths
+    by_length = np.concatenate(
+        [np.arange(starts[i], starts[i] + lengths[i]) for i in np.argsort(-lengths, kind="stable")]
+    )
+    changed = audit.shortest_documents(tokens)
+    assert changed.min() > n // 2 and n / 8 < len(changed) <= n / 4
+    for order in (np.arange(n), by_length):
+        scored = audit.Pass(np.zeros(n, dtype=np.float32), order, np.zeros(1))
+        assert sum(audit.whole_blocks(scored, changed, alone=False)) >= 16
+    one = np.array([audit.BOS_ID, 5, 6, 7, audit.BOS_ID, 5, 6])
+    assert len(audit.shortest_documents(one))
