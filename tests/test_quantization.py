@@ -372,7 +372,7 @@ def test_codes_are_those_of_the_method_whatever_the_block(block):
 
 def store_by_gptq(w: torch.Tensor, hessian: torch.Tensor) -> pg.Stored:
     """On clip search's grid of six bits."""
-    return pg.quantize({INT6: w}, tiny_hp(), {INT6: clip_grid(w)}, {INT6: pg.GPTQ(hessian, tiny_hp()).round})[INT6]
+    return pg.quantize({INT6: w}, tiny_hp(), {INT6: clip_grid(w)}, {INT6: pg.GPTQ(hessian, tiny_hp())})[INT6]
 
 
 def test_gptq_loses_less_of_the_outputs_than_rounding_and_more_of_the_weights():
