@@ -226,6 +226,8 @@ class Hyperparameters:
     attn_out_bits: int = opt("quantization", 6, "of the attention's output matrix", lo=5, hi=8)
     mlp_bits: int = opt("quantization", 6, "of the MLP's matrices", lo=5, hi=8)
     embed_bits: int = opt("quantization", 8, "of the tables and an untied head; 16: fp16", lo=5, hi=16)
+    projection_bits: int = opt("quantization", 16, "of the tables' projections; 16: fp16", lo=5, hi=16)
+    control_bits: int = opt("quantization", 32, "of vectors and single numbers; 32: fp32, 16: fp16", lo=16, hi=32)
     quant: str = opt(
         "quantization",
         "clip_search",
@@ -343,6 +345,8 @@ class Hyperparameters:
         says = "SWA_SOURCE=ema needs EMA_ENABLED=1; use SWA_SOURCE=raw or SWA_ENABLED=0"
         yield s.swa_enabled and s.swa_source == "ema" and not s.ema_enabled, says
         yield 8 < s.embed_bits < 16, f"{n.embed_bits} must be from 5 to 8, or 16"
+        yield 8 < s.projection_bits < 16, f"{n.projection_bits} must be from 5 to 8, or 16"
+        yield 16 < s.control_bits < 32, f"{n.control_bits} must be 16 or 32"
         says = (
             f"GPTQ_HEAD_ENABLED=1 needs GPTQ_ENABLED=1 and codes to round: EMBED_BITS of 8 or less, not {s.embed_bits}"
         )
@@ -2235,8 +2239,8 @@ STORAGE = (  # in the artifact's order: like beside like
     Storage("embedding", (*CODES, "fp16"), lambda hp: hp.embed_bits, lambda hp: hp.embed_clip_sigmas),
     Storage("head", (*CODES, "fp16"), lambda hp: hp.embed_bits, lambda hp: hp.embed_clip_sigmas),
     Storage("gate", ("int8",)),
-    Storage("projection", ("fp16",)),
-    Storage("control", ("fp32",)),
+    Storage("projection", (*CODES, "fp16"), lambda hp: hp.projection_bits, lambda hp: hp.embed_clip_sigmas),
+    Storage("control", ("fp32", "fp16"), lambda hp: hp.control_bits),
 )
 
 
@@ -3093,7 +3097,7 @@ def storage_of(name: str, hp: Hyperparameters) -> str:
     if storage.bits is None:
         return storage.forms[0]
     bits = storage.bits(hp)
-    return "fp16" if bits == 16 else f"int{bits}"
+    return f"{'int' if bits <= 8 else 'fp'}{bits}"
 
 
 def sigmas_of(name: str, hp: Hyperparameters) -> float | None:
