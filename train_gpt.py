@@ -3560,7 +3560,7 @@ def quantize(
 
 def main_grid(tensors: Mapping[str, Stored]) -> str:
     """The grid that most weights are on, for labels: that of the MLP's matrices, int5 … int8 in a trellis too."""
-    return f"int{tensors['blocks.0.mlp.down.weight'].storage[3:]}"
+    return tensors["blocks.0.mlp.down.weight"].storage.replace("tcq", "int")
 
 
 def reconstructed_layers(model: GPT, head: bool = False) -> dict[str, CastedLinear]:
