@@ -226,6 +226,8 @@ class Hyperparameters:
     attn_out_bits: int = opt("quantization", 6, "of the attention's output matrix", lo=5, hi=8)
     mlp_bits: int = opt("quantization", 6, "of the MLP's matrices", lo=5, hi=8)
     embed_bits: int = opt("quantization", 8, "of the tables and an untied head; 16: fp16", lo=5, hi=16)
+    projection_bits: int = opt("quantization", 16, "of the tables' projections; 16: fp16", lo=5, hi=16)
+    control_bits: int = opt("quantization", 32, "of vectors and single numbers; 32: fp32, 16: fp16", lo=16, hi=32)
     quant: str = opt(
         "quantization",
         "clip_search",
@@ -238,6 +240,7 @@ class Hyperparameters:
     fit_to_cap: bool = opt(
         "quantization", False, "make all steps finer or coarser until the artifact just fits the cap"
     )
+    trellis_enabled: bool = opt("quantization", False, "trellis-coded quantization, for QUANT=sdclip and rd with ans")
     gptq_enabled: bool = opt("quantization", False, "full GPTQ of the block matrices, calibrated on training text")
     gptq_head_enabled: bool = opt("quantization", False, "and of the head, which is the token table if tied")
     gptq_calibration_tokens: int = opt("quantization", 262_144, "training tokens for GPTQ and QUANT=rd", lo=2)
@@ -342,10 +345,14 @@ class Hyperparameters:
         says = "SWA_SOURCE=ema needs EMA_ENABLED=1; use SWA_SOURCE=raw or SWA_ENABLED=0"
         yield s.swa_enabled and s.swa_source == "ema" and not s.ema_enabled, says
         yield 8 < s.embed_bits < 16, f"{n.embed_bits} must be from 5 to 8, or 16"
+        yield 8 < s.projection_bits < 16, f"{n.projection_bits} must be from 5 to 8, or 16"
+        yield 16 < s.control_bits < 32, f"{n.control_bits} must be 16 or 32"
         says = (
             f"GPTQ_HEAD_ENABLED=1 needs GPTQ_ENABLED=1 and codes to round: EMBED_BITS of 8 or less, not {s.embed_bits}"
         )
         yield s.gptq_head_enabled and not (s.gptq_enabled and s.embed_bits <= 8), says
+        says = f"TRELLIS_ENABLED=1 needs COMPRESSOR=ans and QUANT=rd or sdclip, not {n.compressor} and {n.quant}"
+        yield s.trellis_enabled and (s.compressor != "ans" or s.quant == "clip_search"), says
         says = f"{n.gptq_reserve_seconds} leaves nothing of {n.max_wallclock_seconds} to train in"
         yield s.calibrates and s.gptq_reserve_seconds >= s.max_wallclock_seconds > 0, says
         says = f"{n.gptq_calibration_tokens} is less than one sequence, {n.train_seq_len}"
@@ -2224,7 +2231,7 @@ class Storage(NamedTuple):
     reconstructed: bool = False  # by late QAT while training, and by full GPTQ from calibration text
 
 
-CODES = ("int6", "int5", "int7", "int8")
+CODES = ("int6", "int5", "int7", "int8", "tcq5", "tcq6", "tcq7", "tcq8")  # of a grid; of a trellis
 STORAGE = (  # in the artifact's order: like beside like
     Storage("attention", CODES, lambda hp: hp.attn_bits, lambda hp: hp.attn_clip_sigmas, reconstructed=True),
     Storage("attention_out", CODES, lambda hp: hp.attn_out_bits, lambda hp: hp.attn_clip_sigmas, reconstructed=True),
@@ -2232,8 +2239,8 @@ STORAGE = (  # in the artifact's order: like beside like
     Storage("embedding", (*CODES, "fp16"), lambda hp: hp.embed_bits, lambda hp: hp.embed_clip_sigmas),
     Storage("head", (*CODES, "fp16"), lambda hp: hp.embed_bits, lambda hp: hp.embed_clip_sigmas),
     Storage("gate", ("int8",)),
-    Storage("projection", ("fp16",)),
-    Storage("control", ("fp32",)),
+    Storage("projection", (*CODES, "fp16"), lambda hp: hp.projection_bits, lambda hp: hp.embed_clip_sigmas),
+    Storage("control", ("fp32", "fp16"), lambda hp: hp.control_bits),
 )
 
 
@@ -3090,7 +3097,7 @@ def storage_of(name: str, hp: Hyperparameters) -> str:
     if storage.bits is None:
         return storage.forms[0]
     bits = storage.bits(hp)
-    return "fp16" if bits == 16 else f"int{bits}"
+    return f"{'int' if bits <= 8 else 'fp'}{bits}"
 
 
 def sigmas_of(name: str, hp: Hyperparameters) -> float | None:
@@ -3100,20 +3107,26 @@ def sigmas_of(name: str, hp: Hyperparameters) -> float | None:
 
 
 def levels(storage: str) -> int:
-    """The largest code of a grid; 0 for fp16 and fp32."""
-    return (1 << int(storage[3:]) - 1) - 1 if storage.startswith("int") else 0
+    """The largest code of a grid or a trellis; 0 for fp16 and fp32."""
+    return (1 << int(storage[3:]) - 1) - 1 if storage[:3] in ("int", "tcq") else 0
 
 
 class Stored(NamedTuple):
-    """A tensor as the artifact holds it: codes of a grid (int5 … int8) with one fp16 scale per row, or fp16/fp32."""
+    """A tensor as the artifact holds it: codes of a grid (int5 … int8) or a trellis (tcq5 … tcq8) with one fp16 scale
+    per row, or fp16/fp32."""
 
     storage: str
     data: Tensor  # int8 codes (rows, cols), or fp16/fp32 of any shape
     scale: Tensor | None  # fp16 (rows, 1)
+    columns: Tensor | None = None  # of a trellis: int8 (cols,), the columns' own scales in quarters of an octave
 
     def dequantize(self) -> Tensor:
         """fp32, of the original shape."""
-        return self.data.float() if self.scale is None else self.data.float() * self.scale.float()
+        values = self.data.float()
+        if self.columns is not None:
+            odd = torch.from_numpy(odd_states(self.data.numpy(), self.columns.numpy()))
+            values = (values - 0.5 * values.sign() * odd) * column_scales(self.columns)
+        return values if self.scale is None else values * self.scale.float()
 
     def size(self) -> float:
         """Bytes of its values, codes at their entropy."""
@@ -3127,6 +3140,15 @@ class Grid(NamedTuple):
 
     scales: Tensor  # (rows, candidates) fp32 of fp16 values: what a row may choose from
     q_max: int | Tensor  # the largest code; a tensor () where reading it would wait for the device
+
+
+# Of a trellis's columns, from -128 quarters of an octave to 127; no exp2, which differs between machines.
+COLUMN_SCALES = torch.tensor([math.ldexp(2 ** (k % 4 / 4), k // 4) for k in range(-128, 128)], dtype=torch.float32)
+
+
+def column_scales(columns: Tensor) -> Tensor:
+    """(cols,) int8 -> fp32"""
+    return COLUMN_SCALES.to(columns.device)[columns.long() + 128]
 
 
 def quantize_rows(w: Tensor, scale: Tensor, q_max: int) -> Tensor:
@@ -3255,7 +3277,8 @@ def make_grids(
         label, fixed = label_of(name), not sigmas_of(name, hp)
         quantizer = QUANTIZERS["clip_search" if fixed else hp.quant]
         grids[name] = quantizer.grid(weights[name].float(), step, storage_of(name, hp), 1.0 if fixed else factor)
-        q_max[label] = max(q_max.get(label, 1), int(grids[name].q_max))
+        wider = hp.trellis_enabled and not fixed  # a walk may need the next code
+        q_max[label] = max(q_max.get(label, 1), min(int(grids[name].q_max) + wider, Q_LIMIT))
     return {name: grid._replace(q_max=q_max[label_of(name)]) for name, grid in grids.items()}
 
 
@@ -3284,13 +3307,27 @@ class GPTQ:
     """Rounds a matrix column by column and lets the later columns make up for each error (Frantar et al., 2022).
 
     hessian is (cols, cols) fp32, Σ x xᵀ of the layer's inputs. Columns go in descending order of its diagonal.
+
+    In a trellis a column has a scale of its own, so that an error of any of them costs the outputs as much (WaterSIC,
+    arXiv 2603.04956); they go in the order of these, which the decoder knows. `round` then takes and gives the matrix
+    divided by them.
     """
 
     def __init__(self, hessian: Tensor, hp: Hyperparameters):
-        self.hessian, self.block = hessian, hp.gptq_block_size
+        self.block, self.columns, diagonal = hp.gptq_block_size, None, hessian.double().diagonal()
+        self.energy = diagonal.mean().item()  # of an input
+        self.factorize(hessian, hp, diagonal.argsort(descending=True, stable=True))
+        if hp.trellis_enabled:
+            steps = torch.empty_like(diagonal)
+            steps[self.order] = self.factor.diagonal().double().log2()
+            self.columns = (4 * (steps - steps.mean())).round().clamp(-127, 127).to(torch.int8)
+            scales = column_scales(self.columns)
+            self.factorize(scales[:, None] * hessian * scales, hp, self.columns.argsort(stable=True))
+
+    def factorize(self, hessian: Tensor, hp: Hyperparameters, order: Tensor) -> None:
+        self.hessian, self.order = hessian, order
         damped, diagonal = hessian.double(), hessian.double().diagonal()
         damped = damped + torch.diag(hp.gptq_percdamp * diagonal.mean() + (diagonal == 0).double())
-        self.order = diagonal.argsort(descending=True, stable=True)
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped[self.order][:, self.order]))
         self.factor = torch.linalg.cholesky(inverse, upper=True).float()
 
@@ -3299,10 +3336,12 @@ class GPTQ:
         """The share of rounding's error of outputs that stays, for errors as independent as fine steps make them: what
         of each input the later ones do not explain."""
         unexplained = self.factor.diagonal().double().square().reciprocal()
-        return (unexplained.mean() / self.hessian.double().diagonal().mean()).item()
+        return unexplained.mean().item() / self.energy
 
     def round(self, w: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
         """(scale, codes) like round_to_nearest, of the scales with the least error of the layer's outputs."""
+        if self.columns is not None:
+            return grid.scales, trellis_codes(w[:, self.order], grid, self.factor, self.block)[:, self.order.argsort()]
         rows, count = grid.scales.shape
         codes = self.codes(w.repeat(count, 1), grid.scales.T.reshape(-1, 1), grid.q_max).unflatten(0, (count, rows))
         candidates = zip(codes, grid.scales.split(1, dim=1), strict=True)
@@ -3327,16 +3366,96 @@ class GPTQ:
         return codes[:, self.order.argsort()]
 
 
+# Trellis-coded quantization (Marcellin and Fischer, 1990), as the dependent quantization of videos and neural networks
+# has it (Schwarz et al., 2019; ISO/IEC 15938-17): the codes of a row walk through eight states, and the parity of each
+# leads to the next. In even states code k stands for k steps, in odd ones for k - sgn(k)/2, so that the walk chooses
+# among points half as far apart as those of any one state: a sixth less squared error at the same entropy.
+NEXT_STATE = np.array([[0, 2], [5, 7], [1, 3], [6, 4], [2, 0], [4, 6], [3, 1], [7, 5]], dtype=np.uint8)  # by parity
+WAYS = np.argsort(NEXT_STATE.T.ravel(), kind="stable").reshape(8, 2)  # into each state: 8 * parity + state before it
+
+
+def odd_states(codes: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    """(rows, cols) bool: which codes (rows, cols) int8 belong to odd states; the walk goes by columns (cols,) int8."""
+    state, odd = np.zeros(len(codes), dtype=np.uint8), np.empty(codes.shape, dtype=bool)
+    for column in np.argsort(columns, kind="stable"):
+        odd[:, column] = state & 1
+        state = NEXT_STATE[state, codes[:, column] & 1]
+    return odd
+
+
+def parity_codes(x: Tensor, q_max: int) -> tuple[Tensor, Tensor]:
+    """(magnitudes, what they stand for), both (2, 8, rows): of even and of odd codes up to q_max, in each state, the
+    nearest to |x| (8, rows)."""
+    magnitude, odd = x.abs(), torch.tensor([0.0, 1.0] * 4, device=x.device)[:, None]
+    parity = torch.tensor([0.0, 1.0], device=x.device)[:, None, None]
+    codes = 2 * ((magnitude + 0.5 * odd - parity) / 2).round() + parity
+    codes = codes.clamp(parity, q_max - (q_max + parity) % 2)
+    codes = torch.where((codes == 2) & (magnitude < 0.75), 0.0, codes)  # an odd state's 2 is 1.5
+    return codes, codes - 0.5 * odd * codes.sign()
+
+
+def trellis_codes(w: Tensor, grid: Grid, factor: Tensor | None = None, block: int = 128) -> Tensor:
+    """Codes (rows, cols) of w, whose columns are in the order of the walk, on the walk with the least squared error;
+    with GPTQ's factor (cols, cols) of the layer's outputs. By Viterbi's algorithm: the best walk to each state is kept,
+    and with it what its errors ask of the columns to come.
+    """
+    (rows, cols), scale, q_max = w.shape, grid.scales[:, 0], int(grid.q_max)
+    step, ways = torch.where(scale > 0, scale, 1.0), torch.from_numpy(WAYS).to(w.device)
+    cost = torch.full((8, rows), math.inf, device=w.device)
+    cost[0] = 0.0
+    wanted, codes, origins = w.expand(8, rows, cols), [], []
+    for start in range(0, cols, block):
+        end = min(start + block, cols)
+        now, survivors = wanted[:, :, start:end], torch.arange(8, device=w.device)[:, None].expand(8, rows)
+        errors = torch.zeros_like(now)
+        for j in range(start, end):
+            x = now[:, :, j - start]
+            sign = torch.where(x < 0, -1.0, 1.0)
+            magnitudes, points = parity_codes(x / step, q_max)
+            error = x - sign * points * scale
+            if factor is not None:
+                error = error / factor[j, j]
+            total = (cost + error.square()).flatten(0, 1)  # (16, rows), as WAYS counts them
+            way = torch.where(total[ways].argmin(1) == 0, ways[:, :1], ways[:, 1:])  # (8, rows): the better of two
+            cost, origin = total.gather(0, way), way % 8
+            codes.append((sign * magnitudes).flatten(0, 1).gather(0, way).to(torch.int8))
+            origins.append(origin.to(torch.uint8))
+            if factor is not None:
+                error, whose = error.flatten(0, 1).gather(0, way), origin[:, :, None].expand_as(now)
+                now, errors, survivors = now.gather(0, whose), errors.gather(0, whose), survivors.gather(0, origin)
+                errors[:, :, j - start] = error
+                now[:, :, j - start :] -= error[:, :, None] * factor[j, j:end]
+        if factor is not None and end < cols:
+            later = wanted[:, :, end:]
+            later = later.gather(0, survivors[:, :, None].expand_as(later)) - errors @ factor[start:end, end:]
+            wanted = torch.cat([wanted[:, :, :end], later], dim=2)
+    state, walk = cost.argmin(0, keepdim=True), torch.empty_like(w)
+    for j in reversed(range(cols)):
+        walk[:, j] = codes[j].gather(0, state)[0]
+        state = origins[j].gather(0, state).long()
+    return walk
+
+
+class Trellis:
+    """Rounds a matrix of which no Hessian is known: its columns one after another, each as important."""
+
+    def __init__(self, cols: int):
+        self.columns = torch.zeros(cols, dtype=torch.int8)
+
+    def round(self, w: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+        return grid.scales, trellis_codes(w, grid)
+
+
 class Rounder(NamedTuple):
     """How weights become codes of their grids."""
 
     # (settings, calibration) -> by name, for the weights that are not rounded to nearest, what rounds them instead
-    prepare: Callable[[Hyperparameters, Calibration], dict[str, Callable[[Tensor, Grid], tuple[Tensor, Tensor]]]]
+    prepare: Callable[[Hyperparameters, Calibration], dict[str, GPTQ | Trellis]]
     needs: tuple[str, ...] = ()  # fields of Calibration
 
 
-def full_gptq(hp: Hyperparameters, calibration: Calibration) -> dict[str, Callable]:
-    return {name: GPTQ(hessian, hp).round for name, hessian in calibration.hessians.items()}
+def full_gptq(hp: Hyperparameters, calibration: Calibration) -> dict[str, GPTQ]:
+    return {name: GPTQ(hessian, hp) for name, hessian in calibration.hessians.items()}
 
 
 ROUNDERS = {  # by GPTQ_ENABLED
@@ -3409,9 +3528,13 @@ def calibration_texts(run: Run) -> np.ndarray:
 
 
 def quantize(
-    weights: Mapping[str, Tensor], hp: Hyperparameters, grids: Mapping[str, Grid], rounding: Mapping[str, Callable] = {}
+    weights: Mapping[str, Tensor],
+    hp: Hyperparameters,
+    grids: Mapping[str, Grid],
+    rounding: Mapping[str, GPTQ | Trellis] = {},
 ) -> dict[str, Stored]:
-    """All weights as the artifact holds them, on CPU, in its order (class by class).
+    """All weights as the artifact holds them, on CPU, in its order (class by class). What `rounding` does not name is
+    rounded to nearest.
 
     Raises LimitError where a storage cannot hold them.
     """
@@ -3419,9 +3542,13 @@ def quantize(
     for name in sorted(weights, key=lambda name: order.index(label_of(name))):  # stable: model order in a class
         w, storage = weights[name].detach().float(), storage_of(name, hp)
         if name in grids:
-            storage = next(grid for grid in sorted(CODES) if levels(grid) >= grids[name].q_max)  # the smallest
-            scale, codes = rounding.get(name, round_to_nearest)(w, grids[name])
-            stored[name] = t = Stored(storage, codes.to(torch.int8).cpu(), scale.half().cpu())
+            rounder = rounding.get(name)
+            scale, codes = (rounder.round if rounder else round_to_nearest)(w, grids[name])
+            columns = rounder and rounder.columns
+            forms = (f"{'int' if columns is None else 'tcq'}{bits}" for bits in range(5, 9))
+            storage = next(form for form in forms if levels(form) >= grids[name].q_max)  # the smallest
+            columns = None if columns is None else columns.cpu()
+            stored[name] = t = Stored(storage, codes.to(torch.int8).cpu(), scale.half().cpu(), columns)
         else:
             stored[name] = t = Stored(storage, w.half().cpu() if storage == "fp16" else w.cpu(), None)
         if not (w.isfinite().all() and t.dequantize().isfinite().all()):
@@ -3432,8 +3559,8 @@ def quantize(
 
 
 def main_grid(tensors: Mapping[str, Stored]) -> str:
-    """The grid that most weights are on, for labels: that of the MLP's matrices."""
-    return tensors["blocks.0.mlp.down.weight"].storage
+    """The grid that most weights are on, for labels: that of the MLP's matrices, int5 … int8 in a trellis too."""
+    return tensors["blocks.0.mlp.down.weight"].storage.replace("tcq", "int")
 
 
 def reconstructed_layers(model: GPT, head: bool = False) -> dict[str, CastedLinear]:
@@ -3511,9 +3638,16 @@ class Exporter:
     """Averaged weights on their way into an artifact, on the main rank."""
 
     def __init__(self, run: Run, weights: Mapping[str, Tensor], calibration: Calibration):
-        self.run, self.weights = run, {name: w.to(run.ranks.device) for name, w in weights.items()}
-        self.steps, self.calibration = choose_steps(self.weights, run.hp, calibration), calibration
+        self.run, self.calibration = run, calibration
         self.rounding = ROUNDERS[run.hp.gptq_enabled].prepare(run.hp, calibration)
+        if run.hp.trellis_enabled:
+            free = [name for name in weights if levels(storage_of(name, run.hp)) and sigmas_of(name, run.hp)]
+            self.rounding = {name: Trellis(weights[name].size(1)) for name in free} | self.rounding
+        self.weights = {name: w.to(run.ranks.device) for name, w in weights.items()}
+        for name, rounder in self.rounding.items():
+            if rounder.columns is not None:  # what is quantized is the matrix without its columns' scales
+                self.weights[name] = self.weights[name] / column_scales(rounder.columns.to(run.ranks.device))
+        self.steps = choose_steps(self.weights, run.hp, calibration)
 
     def pack(self, factor: float = 1.0) -> Packed:
         run = self.run
@@ -3579,11 +3713,12 @@ class Exporter:
             for name in names:
                 t, bits = tensors[name], 8 * sizes[name] / tensors[name].data.numel()
                 line = f"grid:{name} {storage} step:{t.scale.float().median():.4g} entropy:{bits:.3f}"
-                if (hessian := self.calibration.hessians.get(name)) is not None:
-                    w = self.weights[name].float()
+                if isinstance(rounder := self.rounding.get(name), GPTQ):
+                    w, hessian = self.weights[name].float(), rounder.hessian
                     scale, codes = round_to_nearest(w, grids[name])
                     plain = output_error(w, codes * scale, hessian).sum().item()
-                    error = output_error(w, t.dequantize().to(w.device), hessian).sum().item()
+                    stored = t.dequantize() if t.columns is None else t.dequantize() / column_scales(t.columns)
+                    error = output_error(w, stored.to(w.device), hessian).sum().item()
                     shares.append(error / plain if plain else 1.0)
                     line += f" output_error:{error:.6g} of_rounding:{shares[-1]:.4f}"
                 log(line, console=False)
@@ -3700,11 +3835,29 @@ def code_contexts(shapes: Sequence[Sequence[int]], rows: np.ndarray, columns: np
     return np.concatenate([(row[:, None] + column).ravel() for row, column in sides])
 
 
-def classify(matrices: Sequence[np.ndarray], q_max: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+class Walk(NamedTuple):
+    """How a trellis goes through the codes of matrices, whose rows are numbered through: all rows at once, column by
+    column."""
+
+    column: np.ndarray  # (codes,) int32: the how manieth of its row a code is
+    row: np.ndarray  # (codes,) int32
+
+
+def walk_of(shapes: Sequence[Sequence[int]], columns: Sequence[np.ndarray]) -> Walk:
+    """columns: (cols,) int8 of each matrix."""
+    heights, widths = zip(*shapes, strict=True)
+    places = (np.argsort(np.argsort(part, kind="stable")) for part in columns)
+    column = np.concatenate([np.tile(place, height) for place, height in zip(places, heights, strict=True)])
+    return Walk(column.astype(np.int32), np.arange(sum(heights), dtype=np.int32).repeat(np.repeat(widths, heights)))
+
+
+def classify(
+    matrices: Sequence[np.ndarray], q_max: int, odd: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The cheapest of a few ways to class rows and columns, side information and tables counted.
 
     The result is the uint8 classes of all rows, those of all columns, and the costs of every context's magnitudes,
-    (contexts, q_max + 1) uint8.
+    (contexts, q_max + 1) uint8: of a trellis two for each sum of classes, of its even and of its `odd` states.
     """
     magnitudes = np.concatenate([np.abs(m, dtype=np.int16).ravel() for m in matrices]).astype(np.int64)
     shapes, energies = [m.shape for m in matrices], []
@@ -3718,8 +3871,11 @@ def classify(matrices: Sequence[np.ndarray], q_max: int) -> tuple[np.ndarray, np
     for row_step, column_step in itertools.product(CLASS_STEPS, CLASS_STEPS):
         rows = np.round((by_row if row_step else by_matrix) / (row_step or column_step or 1.0))
         columns = np.round(by_column / column_step) if column_step else np.zeros_like(by_column)
-        rows, columns = (np.minimum(side - side.min(), 127).astype(np.uint8) for side in (rows, columns))
-        counts = np.bincount(code_contexts(shapes, rows, columns) * np.int64(q_max + 1) + magnitudes)
+        limit = 127 if odd is None else 63
+        rows, columns = (np.minimum(side - side.min(), limit).astype(np.uint8) for side in (rows, columns))
+        contexts = code_contexts(shapes, rows, columns)
+        contexts = contexts if odd is None else 2 * contexts + odd
+        counts = np.bincount(contexts * np.int64(q_max + 1) + magnitudes)
         counts = np.pad(counts, (0, -len(counts) % (q_max + 1))).reshape(-1, q_max + 1)
         bits = entropy_bits(counts) + entropy_bits(np.bincount(rows)) + entropy_bits(np.bincount(columns))
         bits += 4.0 * (q_max + 1) * len(counts)  # a table entry, compressed
@@ -3742,25 +3898,38 @@ def encode_codes(tensors: Mapping[str, Stored]) -> tuple[bytes, bytes]:
     coder, models, jobs = load_compressor("ans").stack.AnsCoder(), [], []
     for (_, storage), names in code_groups({name: t.storage for name, t in tensors.items()}).items():
         matrices, q_max = [tensors[name].data.numpy() for name in names], levels(storage)
-        rows, columns, tables = classify(matrices, q_max)
+        shapes, walk, odd = [m.shape for m in matrices], None, None
+        if storage.startswith("tcq"):
+            scales = [tensors[name].columns.numpy() for name in names]
+            walk = walk_of(shapes, scales)
+            odd = np.concatenate([odd_states(m, part).ravel() for m, part in zip(matrices, scales, strict=True)])
+        rows, columns, tables = classify(matrices, q_max, odd)
         for side in (rows, columns):
             costs = costs_of(np.bincount(side))
             models.append(bytes([len(costs) - 1]) + costs.tobytes())
-            jobs.append((side.astype(np.int32), costs))
+            jobs.append((side.astype(np.int32), entropy_model(costs) if len(costs) > 1 else None))
         models.append(bytes([len(tables) - 1]) + tables.tobytes())
-        contexts = code_contexts([m.shape for m in matrices], rows, columns)
-        codes = np.concatenate([m.ravel() for m in matrices]).astype(np.int32) + q_max
-        parts = split(codes[np.argsort(contexts, kind="stable")], np.bincount(contexts, minlength=len(tables)))
-        jobs += [(part, mirrored(costs)) for part, costs in zip(parts, tables, strict=True)]
-    for symbols, costs in reversed(jobs):  # a stack: the decoder meets the last first
-        if len(costs) > 1 and len(symbols):
-            coder.encode_reverse(symbols, entropy_model(costs))
+        run = contexts = code_contexts(shapes, rows, columns)  # what is coded in one go
+        if walk is not None:
+            contexts = 2 * contexts + odd
+            run = walk.column * np.int32(len(tables)) + contexts
+        order, tables = np.argsort(run, kind="stable"), [entropy_model(mirrored(costs)) for costs in tables]
+        starts = np.flatnonzero(np.append(True, np.diff(run[order]) != 0))
+        codes = np.concatenate([m.ravel() for m in matrices])[order].astype(np.int32) + q_max
+        models_of = (tables[context] for context in contexts[order[starts]])
+        jobs += zip(np.split(codes, starts[1:]), models_of, strict=True)
+    for symbols, model in reversed(jobs):  # a stack: the decoder meets the last first
+        if model is not None:
+            coder.encode_reverse(symbols, model)
     words = coder.get_compressed().astype("<u4").tobytes()
     return struct.pack("<I", len(words) // 4) + b"".join(models), words
 
 
-def decode_codes(table: Sequence, models: memoryview, words: bytes) -> dict[str, np.ndarray]:
-    """int8 codes by name, in the order of a checked table, of just these models and words. Raises ArtifactError."""
+def decode_codes(
+    table: Sequence, models: memoryview, words: bytes, scales: Mapping[str, np.ndarray] = {}
+) -> dict[str, np.ndarray]:
+    """int8 codes by name, in the order of a checked table, of just these models and words; `scales` are those of the
+    columns of its trellises. Raises ArtifactError."""
     damaged = ArtifactError("artifact is damaged: its code tables or words are not whole")
     asked = sum(math.prod(shape) for _, shape, storage in table if levels(storage))
     if asked > min(MAX_PAYLOAD_BYTES, MAX_CODES_PER_BYTE * (len(models) + len(words))):
@@ -3790,12 +3959,24 @@ def decode_codes(table: Sequence, models: memoryview, words: bytes) -> dict[str,
             decode(read_costs(1)[:, 0], sum(sizes)).astype(np.uint8) for sizes in zip(*shapes, strict=True)
         )
         tables, contexts = read_costs(levels(storage) + 1), code_contexts(shapes, rows, columns)
-        counts = np.bincount(contexts, minlength=len(tables))
-        if len(counts) > len(tables):
-            raise damaged
-        decoded = [decode(mirrored(costs), int(n)) for costs, n in zip(tables, counts, strict=True)]
-        values = np.empty(len(contexts), dtype=np.int8)
-        values[np.argsort(contexts, kind="stable")] = np.concatenate(decoded) - levels(storage)
+        coders = [entropy_model(mirrored(costs)) for costs in tables]
+        values, walk, state = np.empty(len(contexts), dtype=np.int8), None, np.zeros(len(rows), dtype=np.uint8)
+        steps = [np.arange(len(contexts))]
+        if storage.startswith("tcq"):
+            walk = walk_of(shapes, [scales[name] for name in names])
+            steps = split(np.argsort(walk.column, kind="stable"), np.bincount(walk.column))
+        for places in steps:
+            here = contexts[places]
+            if walk is not None:
+                states = state[walk.row[places]]
+                here = 2 * here + (states & 1)
+            if here.max() >= len(coders):
+                raise damaged
+            counts = np.bincount(here)
+            decoded = [coder.decode(coders[context], int(counts[context])) for context in np.flatnonzero(counts)]
+            values[places[np.argsort(here, kind="stable")]] = np.concatenate(decoded) - levels(storage)
+            if walk is not None:
+                state[walk.row[places]] = NEXT_STATE[states, values[places] & 1]
         for name, shape, part in zip(names, shapes, split(values, [math.prod(s) for s in shapes]), strict=True):
             codes[name] = part.reshape(shape)
     if not coder.is_empty() or reader.read(1):
@@ -3820,16 +4001,17 @@ def decode_codes(table: Sequence, models: memoryview, words: bytes) -> dict[str,
 #   the codes, row-major, one int8 each
 #   the fp16 tensors and after them the fp16 row scales of the codes: all high bytes, then all low bytes
 #   the fp32 tensors: the highest bytes of all, then the next ones, and so on
+#   of each trellis the scales of its columns, one i8 each
 #   for ans: no codes above, but here u32 number of words, and for each class and storage of coded tensors three groups,
 #   each u8 number of rows less one and the rows: costs of row and of column classes (1 byte each), context tables
 # Header: {"kind": "artifact"|"weights", "architecture": {…}, "evaluation": {…}, "tokenizer_sha256": hex,
-#   "tensors": [[name, shape, "int5"|…|"int8"|"fp16"|"fp32"], …]}, and "transform": "caseops_…" where the text is in
+#   "tensors": [[name, shape, "int5"|…|"tcq8"|"fp16"|"fp32"], …]}, and "transform": "caseops_…" where the text is in
 #   CaseOps. Nothing in it depends on time, paths or run names.
 MAGIC, FORMAT_VERSION, PREFIX_BYTES = b"PGOLF", 2, 56
 MAX_PAYLOAD_BYTES, MAX_HEADER_BYTES = 1 << 30, 1 << 20
 MAX_CODES_PER_BYTE = 1024  # of an entropy-coded file: a few bytes must not ask for gigabytes
 COMPRESSORS = ("stored", "lzma", "zstd", "ans")
-STREAMS = {"codes": "<i1", "fp16": "<f2", "fp32": "<f4"}  # of the payload, in its order
+STREAMS = {"codes": "<i1", "fp16": "<f2", "fp32": "<f4", "columns": "<i1"}  # of the payload, in its order
 
 
 class ArtifactError(UserError):
@@ -3903,9 +4085,11 @@ def from_planes(data: memoryview, dtype: str) -> np.ndarray:
 
 
 def stream_places(table: Sequence) -> list[tuple[str, Sequence[int]]]:
-    """(stream, shape) of every tensor of a table [[name, shape, storage], …], then of the row scales of all codes."""
+    """(stream, shape) of every tensor of a table [[name, shape, storage], …], then of the row scales of all codes, of
+    the columns of all trellises."""
     places = [("codes" if levels(storage) else storage, shape) for _, shape, storage in table]
-    return places + [("fp16", (shape[0], 1)) for _, shape, storage in table if levels(storage)]
+    places += [("fp16", (shape[0], 1)) for _, shape, storage in table if levels(storage)]
+    return places + [("columns", (shape[1],)) for _, shape, storage in table if storage.startswith("tcq")]
 
 
 def pack_artifact(header: dict, tensors: Mapping[str, Stored], compressor: str) -> bytes:
@@ -3914,6 +4098,7 @@ def pack_artifact(header: dict, tensors: Mapping[str, Stored], compressor: str) 
     header_bytes = json.dumps({**header, "tensors": table}, separators=(",", ":"), sort_keys=True).encode()
     arrays = [t.data.numpy() for t in tensors.values()]
     arrays += [t.scale.numpy() for t in tensors.values() if t.scale is not None]
+    arrays += [t.columns.numpy() for t in tensors.values() if t.columns is not None]
     places = [stream for stream, _ in stream_places(table)]
     streams = {
         stream: byte_planes([a for a, place in zip(arrays, places, strict=True) if place == stream], dtype)
@@ -4015,11 +4200,15 @@ def read_tensors(table: list, data: memoryview, words: bytes | None) -> dict[str
         raise ArtifactError("artifact is damaged: its streams are shorter or longer than its table")
     for stream, dtype in STREAMS.items():
         part = from_planes(data[start : start + bytes_of[stream]], dtype)
-        values[stream], start = iter(split(part, sizes[stream])), start + bytes_of[stream]
+        values[stream], start = split(part, sizes[stream]), start + bytes_of[stream]
+    trellises = [name for name, _, storage in table if storage.startswith("tcq")]
     if words is not None:
-        values["codes"] = iter(decode_codes(table, data[end:], words).values())
+        scales = dict(zip(trellises, values["columns"], strict=False))
+        values["codes"] = list(decode_codes(table, data[end:], words, scales).values())
+    values = {stream: iter(parts) for stream, parts in values.items()}
     arrays = [torch.from_numpy(next(values[stream]).reshape(shape)) for stream, shape in places]
     tensors, scales = {}, iter(arrays[len(table) :])
+    columns = dict(zip(trellises, arrays[len(arrays) - len(trellises) :], strict=True))
     for (name, _, storage), data in zip(table, arrays, strict=False):
         limit = levels(storage)
         scale = next(scales) if limit else None
@@ -4027,7 +4216,7 @@ def read_tensors(table: list, data: memoryview, words: bytes | None) -> dict[str
             raise ArtifactError(f"artifact is damaged: codes of {name} lie outside {storage}")
         if not (scale if limit else data).isfinite().all() or (limit and (scale < 0).any()):
             raise ArtifactError(f"artifact is damaged: {name} holds values that are not finite")
-        tensors[name] = Stored(storage, data, scale)
+        tensors[name] = Stored(storage, data, scale, columns.get(name))
     return tensors
 
 

@@ -451,10 +451,11 @@ def attention(bench: Bench) -> None:
 
 
 def chain(bench: Bench) -> None:
-    """Train a little, GPTQ + rate-distortion + entropy coder, artifact, read back, sliding, TTT by SGD; the same
-    artifact again, with TTT by LoRA."""
+    """Train a little, GPTQ in a trellis + rate-distortion + entropy coder, artifact, read back, sliding, TTT by SGD;
+    the same artifact again, with TTT by LoRA."""
     coder = "ans" if importlib.util.find_spec("constriction") else "lzma"
     quantizer = dict(QUANT="rd", GPTQ_ENABLED=1, COMPRESSOR=coder, GPTQ_CALIBRATION_TOKENS=2048 if bench.cpu else 65536)
+    quantizer |= dict(TRELLIS_ENABLED=int(coder == "ans"))
     shape = {} if bench.cpu else dict(TRAIN_BATCH_TOKENS=98304, MICRO_BATCH_TOKENS=32768, EVAL_STRIDE=256)
     steps = dict(ITERATIONS=12 if bench.cpu else 80, WARMDOWN_ITERS=10 if bench.cpu else 60, WARMUP_STEPS=1)
     steps |= dict(MUON_MOMENTUM_WARMUP_STEPS=20, EMA_DECAY=0.9, COMPILE=0)

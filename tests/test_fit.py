@@ -90,7 +90,7 @@ def test_gptq_is_part_of_what_is_fitted():
             x = torch.randn(300, w.size(1), generator=generator) @ torch.randn(
                 w.size(1), w.size(1), generator=generator
             )
-            one.rounding[name] = pg.GPTQ(x.T @ x, one.run.hp).round
+            one.rounding[name] = pg.GPTQ(x.T @ x, one.run.hp)
     fitted = one.fit(150_000).blob
     assert fitted != plain and 0 <= 150_000 - len(fitted) <= pg.FIT_WINDOW
 

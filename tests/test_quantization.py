@@ -302,7 +302,7 @@ def test_scales_are_no_part_of_the_weights():
 def test_bits_reach_their_class_alone_and_finer_grids_err_less(bits, storage):
     weights = weights_of(build_model(tiny_hp(tie_embeddings=False, gated_attention=True)))
     for setting, classes in dict(attn_bits=["attention"], attn_out_bits=["attention_out"], mlp_bits=["mlp"],
-                                 embed_bits=["embedding", "head"]).items():  # fmt: skip
+                                 embed_bits=["embedding", "head"], projection_bits=["projection"]).items():  # fmt: skip
         default = quantize(weights, tiny_hp())
         stored = quantize(weights, tiny_hp(**{setting: bits}))
         for name, t in stored.items():
@@ -320,6 +320,15 @@ def test_embeddings_of_sixteen_bits_are_fp16():
     tables = {name for name, t in stored.items() if pg.label_of(name) == "embedding"}
     assert tables and all(stored[name].storage == "fp16" for name in tables)
     assert all(torch.equal(stored[name].dequantize(), weights[name].half().float()) for name in tables)
+
+
+def test_vectors_and_numbers_of_sixteen_bits_are_fp16():
+    weights = weights_of(build_model())
+    stored, default = quantize(weights, tiny_hp(control_bits=16)), quantize(weights, tiny_hp())
+    for name, t in stored.items():
+        assert t.storage == ("fp16" if pg.label_of(name) == "control" else default[name].storage)
+        if pg.label_of(name) == "control":
+            assert torch.equal(t.dequantize(), weights[name].half().float()) and default[name].storage == "fp32"
 
 
 @pytest.mark.parametrize("bits", [5, 7, 8])
@@ -372,7 +381,7 @@ def test_codes_are_those_of_the_method_whatever_the_block(block):
 
 def store_by_gptq(w: torch.Tensor, hessian: torch.Tensor) -> pg.Stored:
     """On clip search's grid of six bits."""
-    return pg.quantize({INT6: w}, tiny_hp(), {INT6: clip_grid(w)}, {INT6: pg.GPTQ(hessian, tiny_hp()).round})[INT6]
+    return pg.quantize({INT6: w}, tiny_hp(), {INT6: clip_grid(w)}, {INT6: pg.GPTQ(hessian, tiny_hp())})[INT6]
 
 
 def test_gptq_loses_less_of_the_outputs_than_rounding_and_more_of_the_weights():

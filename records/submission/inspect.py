@@ -47,6 +47,9 @@ def shares_of(blob: bytes, header: dict, tensors: Mapping[str, pg.Stored]) -> li
     scales = [t.scale.numpy() for t in tensors.values() if t.scale is not None]
     size = alone(pg.byte_planes(scales, pg.STREAMS["fp16"]))
     parts.append(Share("row scales fp16", len(scales), sum(map(len, scales)), None, size))
+    if columns := [t.columns.numpy() for t in tensors.values() if t.columns is not None]:
+        size = alone(pg.byte_planes(columns, pg.STREAMS["columns"]))
+        parts.append(Share("column scales int8", len(columns), sum(map(len, columns)), None, size))
     text = json.dumps(header, separators=(",", ":"), sort_keys=True).encode()
     parts.append(Share("header", 0, 0, None, alone(text) + pg.PREFIX_BYTES))
     factor = len(blob) / sum(part.bytes for part in parts)
