@@ -347,9 +347,7 @@ class Hyperparameters:
         yield 8 < s.embed_bits < 16, f"{n.embed_bits} must be from 5 to 8, or 16"
         yield 8 < s.projection_bits < 16, f"{n.projection_bits} must be from 5 to 8, or 16"
         yield 16 < s.control_bits < 32, f"{n.control_bits} must be 16 or 32"
-        says = (
-            f"GPTQ_HEAD_ENABLED=1 needs GPTQ_ENABLED=1 and codes to round: EMBED_BITS of 8 or less, not {s.embed_bits}"
-        )
+        says = f"GPTQ_HEAD_ENABLED=1 needs GPTQ_ENABLED=1 and EMBED_BITS of 8 or less, not {s.embed_bits}"
         yield s.gptq_head_enabled and not (s.gptq_enabled and s.embed_bits <= 8), says
         says = f"TRELLIS_ENABLED=1 needs COMPRESSOR=ans and QUANT=rd or sdclip, not {n.compressor} and {n.quant}"
         yield s.trellis_enabled and (s.compressor != "ans" or s.quant == "clip_search"), says
@@ -3621,7 +3619,8 @@ class QAT:
 # ----------------------------------------------------------------------------------------------------------------------
 
 FIT_WINDOW = 4096  # bytes below the cap that a fitted artifact may leave
-FIT_FACTORS = (2.0**-4, 2.0**4)  # on the steps: before, int8 has no more levels; beyond, int5 has not even one
+# On the steps: finer, int8 has no more levels; what is hardly ever coarser; coarser, int5 has not even one.
+FIT_FACTORS = (2.0**-4, 2.0**2, 2.0**4)
 FIT_ATTEMPTS = 8  # of packing; two to four do
 FIT_SAMPLE = 1 << 22  # weights that a prediction rounds
 
@@ -3670,7 +3669,7 @@ class Exporter:
 
     def solve(self, size: float) -> float:
         """The factor whose artifact is predicted to have so many bytes; an end of FIT_FACTORS where none does."""
-        low, high = FIT_FACTORS
+        low, high = FIT_FACTORS[:2] if self.predict(FIT_FACTORS[1]) <= size else FIT_FACTORS[1:]
         while high / low > 1.0001:
             middle = math.sqrt(low * high)
             low, high = (middle, high) if self.predict(middle) > size else (low, middle)
@@ -3700,7 +3699,7 @@ class Exporter:
                 under, best = factor, max(best or packed, packed, key=lambda packed: len(packed.blob))
             else:
                 over = factor
-            if room - FIT_WINDOW <= size <= room or factor == FIT_FACTORS[0 if fits else 1]:
+            if room - FIT_WINDOW <= size <= room or factor == FIT_FACTORS[0 if fits else -1]:
                 break
         return best or packed
 
@@ -3732,7 +3731,7 @@ class Exporter:
 
     def report_fit(self, packed: Packed, room: int) -> None:
         """How near to the cap a fitted artifact came and, where that is not within FIT_WINDOW, why."""
-        log, left, (finest, coarsest) = self.run.log, room - len(packed.blob), FIT_FACTORS
+        log, left, (finest, _, coarsest) = self.run.log, room - len(packed.blob), FIT_FACTORS
         log(f"fit:factor:{packed.factor:.6f} left:{left}")
         if left < 0 and packed.factor < coarsest:
             log(f"fit: none of {FIT_ATTEMPTS} attempts fits ARTIFACT_CAP_BYTES, by {-left} bytes; use COMPRESSOR=ans")
@@ -3828,27 +3827,22 @@ def split(values: np.ndarray, sizes: Sequence[int]) -> list[np.ndarray]:
     return np.split(values, np.cumsum(sizes)[:-1])
 
 
-def code_contexts(shapes: Sequence[Sequence[int]], rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
-    """uint8 of every code of matrices of these shapes, from the classes of all their rows and of all their columns."""
+def code_contexts(
+    shapes: Sequence[Sequence[int]], rows: np.ndarray, columns: np.ndarray, odd: np.ndarray | None = None
+) -> np.ndarray:
+    """uint8 of every code of matrices of these shapes, from the classes of all their rows and of all their columns; in
+    a trellis two for each sum of them, for even states and for `odd` ones (codes,) bool."""
     heights, widths = zip(*shapes, strict=True)
     sides = zip(split(rows, heights), split(columns, widths), strict=True)
-    return np.concatenate([(row[:, None] + column).ravel() for row, column in sides])
+    contexts = np.concatenate([(row[:, None] + column).ravel() for row, column in sides])
+    return contexts if odd is None else 2 * contexts + odd
 
 
-class Walk(NamedTuple):
-    """How a trellis goes through the codes of matrices, whose rows are numbered through: all rows at once, column by
-    column."""
-
-    column: np.ndarray  # (codes,) int32: the how manieth of its row a code is
-    row: np.ndarray  # (codes,) int32
-
-
-def walk_of(shapes: Sequence[Sequence[int]], columns: Sequence[np.ndarray]) -> Walk:
-    """columns: (cols,) int8 of each matrix."""
-    heights, widths = zip(*shapes, strict=True)
-    places = (np.argsort(np.argsort(part, kind="stable")) for part in columns)
-    column = np.concatenate([np.tile(place, height) for place, height in zip(places, heights, strict=True)])
-    return Walk(column.astype(np.int32), np.arange(sum(heights), dtype=np.int32).repeat(np.repeat(widths, heights)))
+def walk_order(shapes: Sequence[Sequence[int]], columns: Sequence[np.ndarray]) -> np.ndarray:
+    """int32 of every code: at which step a trellis comes to it. It goes through all rows of all matrices at once,
+    column by column; columns: (cols,) int8 of each matrix."""
+    steps = [np.argsort(np.argsort(part, kind="stable")).astype(np.int32) for part in columns]
+    return np.concatenate([np.tile(step, height) for step, (height, _) in zip(steps, shapes, strict=True)])
 
 
 def classify(
@@ -3857,7 +3851,7 @@ def classify(
     """The cheapest of a few ways to class rows and columns, side information and tables counted.
 
     The result is the uint8 classes of all rows, those of all columns, and the costs of every context's magnitudes,
-    (contexts, q_max + 1) uint8: of a trellis two for each sum of classes, of its even and of its `odd` states.
+    (contexts, q_max + 1) uint8.
     """
     magnitudes = np.concatenate([np.abs(m, dtype=np.int16).ravel() for m in matrices]).astype(np.int64)
     shapes, energies = [m.shape for m in matrices], []
@@ -3873,9 +3867,7 @@ def classify(
         columns = np.round(by_column / column_step) if column_step else np.zeros_like(by_column)
         limit = 127 if odd is None else 63
         rows, columns = (np.minimum(side - side.min(), limit).astype(np.uint8) for side in (rows, columns))
-        contexts = code_contexts(shapes, rows, columns)
-        contexts = contexts if odd is None else 2 * contexts + odd
-        counts = np.bincount(contexts * np.int64(q_max + 1) + magnitudes)
+        counts = np.bincount(code_contexts(shapes, rows, columns, odd) * np.int64(q_max + 1) + magnitudes)
         counts = np.pad(counts, (0, -len(counts) % (q_max + 1))).reshape(-1, q_max + 1)
         bits = entropy_bits(counts) + entropy_bits(np.bincount(rows)) + entropy_bits(np.bincount(columns))
         bits += 4.0 * (q_max + 1) * len(counts)  # a table entry, compressed
@@ -3898,10 +3890,9 @@ def encode_codes(tensors: Mapping[str, Stored]) -> tuple[bytes, bytes]:
     coder, models, jobs = load_compressor("ans").stack.AnsCoder(), [], []
     for (_, storage), names in code_groups({name: t.storage for name, t in tensors.items()}).items():
         matrices, q_max = [tensors[name].data.numpy() for name in names], levels(storage)
-        shapes, walk, odd = [m.shape for m in matrices], None, None
+        shapes, odd = [m.shape for m in matrices], None
         if storage.startswith("tcq"):
             scales = [tensors[name].columns.numpy() for name in names]
-            walk = walk_of(shapes, scales)
             odd = np.concatenate([odd_states(m, part).ravel() for m, part in zip(matrices, scales, strict=True)])
         rows, columns, tables = classify(matrices, q_max, odd)
         for side in (rows, columns):
@@ -3909,10 +3900,9 @@ def encode_codes(tensors: Mapping[str, Stored]) -> tuple[bytes, bytes]:
             models.append(bytes([len(costs) - 1]) + costs.tobytes())
             jobs.append((side.astype(np.int32), entropy_model(costs) if len(costs) > 1 else None))
         models.append(bytes([len(tables) - 1]) + tables.tobytes())
-        run = contexts = code_contexts(shapes, rows, columns)  # what is coded in one go
-        if walk is not None:
-            contexts = 2 * contexts + odd
-            run = walk.column * np.int32(len(tables)) + contexts
+        run = contexts = code_contexts(shapes, rows, columns, odd)  # what is coded in one go
+        if odd is not None:
+            run = walk_order(shapes, scales) * np.int32(len(tables)) + contexts
         order, tables = np.argsort(run, kind="stable"), [entropy_model(mirrored(costs)) for costs in tables]
         starts = np.flatnonzero(np.append(True, np.diff(run[order]) != 0))
         codes = np.concatenate([m.ravel() for m in matrices])[order].astype(np.int32) + q_max
@@ -3960,23 +3950,24 @@ def decode_codes(
         )
         tables, contexts = read_costs(levels(storage) + 1), code_contexts(shapes, rows, columns)
         coders = [entropy_model(mirrored(costs)) for costs in tables]
-        values, walk, state = np.empty(len(contexts), dtype=np.int8), None, np.zeros(len(rows), dtype=np.uint8)
+        values, trellis = np.empty(len(contexts), dtype=np.int8), storage.startswith("tcq")
         steps = [np.arange(len(contexts))]
-        if storage.startswith("tcq"):
-            walk = walk_of(shapes, [scales[name] for name in names])
-            steps = split(np.argsort(walk.column, kind="stable"), np.bincount(walk.column))
+        if trellis:
+            order, state = walk_order(shapes, [scales[name] for name in names]), np.zeros(len(rows), dtype=np.uint8)
+            steps = split(np.argsort(order, kind="stable"), np.bincount(order))
+            row = np.arange(len(rows), dtype=np.int32).repeat([cols for height, cols in shapes for _ in range(height)])
         for places in steps:
             here = contexts[places]
-            if walk is not None:
-                states = state[walk.row[places]]
+            if trellis:
+                states = state[row[places]]
                 here = 2 * here + (states & 1)
             if here.max() >= len(coders):
                 raise damaged
             counts = np.bincount(here)
             decoded = [coder.decode(coders[context], int(counts[context])) for context in np.flatnonzero(counts)]
             values[places[np.argsort(here, kind="stable")]] = np.concatenate(decoded) - levels(storage)
-            if walk is not None:
-                state[walk.row[places]] = NEXT_STATE[states, values[places] & 1]
+            if trellis:
+                state[row[places]] = NEXT_STATE[states, values[places] & 1]
         for name, shape, part in zip(names, shapes, split(values, [math.prod(s) for s in shapes]), strict=True):
             codes[name] = part.reshape(shape)
     if not coder.is_empty() or reader.read(1):
@@ -4202,13 +4193,13 @@ def read_tensors(table: list, data: memoryview, words: bytes | None) -> dict[str
         part = from_planes(data[start : start + bytes_of[stream]], dtype)
         values[stream], start = split(part, sizes[stream]), start + bytes_of[stream]
     trellises = [name for name, _, storage in table if storage.startswith("tcq")]
+    columns = dict(zip(trellises, values["columns"], strict=False))  # without any, the stream is one empty part
     if words is not None:
-        scales = dict(zip(trellises, values["columns"], strict=False))
-        values["codes"] = list(decode_codes(table, data[end:], words, scales).values())
+        values["codes"] = list(decode_codes(table, data[end:], words, columns).values())
     values = {stream: iter(parts) for stream, parts in values.items()}
     arrays = [torch.from_numpy(next(values[stream]).reshape(shape)) for stream, shape in places]
     tensors, scales = {}, iter(arrays[len(table) :])
-    columns = dict(zip(trellises, arrays[len(arrays) - len(trellises) :], strict=True))
+    columns = {name: torch.from_numpy(part) for name, part in columns.items()}
     for (name, _, storage), data in zip(table, arrays, strict=False):
         limit = levels(storage)
         scale = next(scales) if limit else None

@@ -4,7 +4,7 @@ r"""bpb lost to quantization, without the luck of one draw, and at equal bytes.
         COMPRESSOR=zstd "COMPRESSOR=ans QUANT=rd"
 
 Each row is named by its settings. The first is stored as its settings have it; all later ones are fitted (FIT_TO_CAP)
-to the bytes that the first needs, unless --unfitted.
+to the bytes that the first needs, unless --unfitted. With --bytes N all are fitted to N.
 
 A rounding error d moves the loss by g·d + ½ d·H·d + …. The first term has no sign of its own: on a fixed text it may
 hide what is lost, or feign a gain. The loss at w + d and at w - d has it with opposite signs, so their mean is the
@@ -56,13 +56,17 @@ class Bench:
     @functools.cached_property
     def calibration(self) -> pg.Calibration:
         """With all that any settings need, in one pass."""
-        run = self.run._replace(hp=dataclasses.replace(self.hp, gptq_enabled=True, quant="rd"))
+        every = dict(gptq_enabled=True, gptq_head_enabled=True, quant="rd", projection_bits=8)
+        run = self.run._replace(hp=dataclasses.replace(self.hp, **every))
         return pg.calibrate(run, self.weights, pg.calibration_texts(run))
 
     def exporter(self, settings: Mapping[str, str]) -> pg.Exporter:
         """With these settings in place of the defaults."""
         hp = pg.Hyperparameters.from_env(settings, dataclasses.asdict(self.hp))
         calibration = self.calibration if hp.calibrates else pg.Calibration()
+        if not hp.gptq_head_enabled:
+            blocks = {n: h for n, h in calibration.hessians.items() if pg.row_of(n).storage.reconstructed}
+            calibration = calibration._replace(hessians=blocks)
         return pg.Exporter(self.run._replace(hp=hp), self.weights, calibration)
 
     def landings(self, settings: Mapping[str, str], copies: int) -> list[int]:
@@ -91,6 +95,7 @@ def main() -> int:
     parser.add_argument("settings", nargs="+", help="of a row, such as 'QUANT=rd COMPRESSOR=ans'")
     parser.add_argument("--data", required=True)
     parser.add_argument("--unfitted", action="store_true", help="do not fit the later rows to the first one's bytes")
+    parser.add_argument("--bytes", type=int, metavar="N", help="fit every row to so many bytes")
     parser.add_argument("--landings", type=int, metavar="N", help="fit N perturbed copies instead of scoring")
     parser.add_argument("--calibration-tokens", type=int, default=262_144)
     arguments = parser.parse_args()
@@ -109,7 +114,7 @@ def main() -> int:
         base = bench.bpb(bench.weights)
         print(f"float {base:.6f} bpb; lost: thousandths of a bpb")
         print("| settings | factor | bytes | left | lost at w + d | lost at w - d | mean | less |\n|" + 8 * "---|")
-        room = first = None
+        room, first = arguments.bytes, None
         for text, settings in zip(arguments.settings, rows, strict=True):
             exporter = bench.exporter(settings)
             packed = exporter.pack() if room is None or arguments.unfitted else exporter.fit(room)

@@ -84,7 +84,8 @@ def differences(then: Ran, now: Ran) -> Iterator[str]:
         yield f"other tensors: {sorted(theirs.keys() ^ ours.keys())}"
     for name in theirs.keys() & ours.keys():
         a, b = theirs[name], ours[name]
-        scales = (a.scale is None) == (b.scale is None) and (a.scale is None or torch.equal(a.scale, b.scale))
+        beside = [(a.scale, b.scale), (a.columns, b.columns)]
+        scales = all(x is y or (x is not None and y is not None and torch.equal(x, y)) for x, y in beside)
         if (a.storage, a.data.shape) != (b.storage, b.data.shape) or not torch.equal(a.data, b.data) or not scales:
             yield f"{name} differs"
     if then.result["scores"] != now.result["scores"]:

@@ -39,6 +39,11 @@ def test_quantization_loss_is_the_mean_of_both_sides_at_equal_bytes(tiny_data, t
         assert float(mean) == pytest.approx((float(there) + float(mirrored)) / 2, abs=2e-3)
         assert 0 <= int(left.replace(",", "")) <= pg.FIT_WINDOW and int(size.replace(",", "")) > 10_000
     assert len({row[6] for row in rows}) == 3
+    rd = "QUANT=rd COMPRESSOR=ans GPTQ_ENABLED=1"
+    room = int(rows[0][2].replace(",", ""))
+    rows = table(rd, f"{rd} GPTQ_HEAD_ENABLED=1", f"{rd} TRELLIS_ENABLED=1 PROJECTION_BITS=8", "--bytes", str(room))
+    assert all(0 <= room - int(row[2].replace(",", "")) <= pg.FIT_WINDOW for row in rows)
+    assert len({row[6] for row in rows}) == 3, "the head has a Hessian where its row asks for one, and there alone"
     unfitted = table(coarse, "QUANT=clip_search", "--unfitted")
     assert [row[1] for row in unfitted] == ["1.000", "1.000"]
     assert 0 < float(unfitted[1][6]) < 0.7 * float(unfitted[0][6]), "a bit more halves the error"
