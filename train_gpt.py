@@ -44,7 +44,7 @@ import threading
 import time
 import types
 import unicodedata
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
@@ -3307,8 +3307,8 @@ class GPTQ:
     hessian is (cols, cols) fp32, Σ x xᵀ of the layer's inputs. Columns go in descending order of its diagonal.
 
     In a trellis a column has a scale of its own, so that an error of any of them costs the outputs as much (WaterSIC,
-    arXiv 2603.04956); they go in the order of these, which the decoder knows. `round` then takes and gives the matrix
-    divided by them.
+    arXiv 2603.04956); they go in the order of these, which the decoder knows. It is then the matrix divided by them
+    that is rounded, by walk_trellises.
     """
 
     def __init__(self, hessian: Tensor, hp: Hyperparameters):
@@ -3338,8 +3338,6 @@ class GPTQ:
 
     def round(self, w: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
         """(scale, codes) like round_to_nearest, of the scales with the least error of the layer's outputs."""
-        if self.columns is not None:
-            return grid.scales, trellis_codes(w[:, self.order], grid, self.factor, self.block)[:, self.order.argsort()]
         rows, count = grid.scales.shape
         codes = self.codes(w.repeat(count, 1), grid.scales.T.reshape(-1, 1), grid.q_max).unflatten(0, (count, rows))
         candidates = zip(codes, grid.scales.split(1, dim=1), strict=True)
@@ -3369,6 +3367,7 @@ class GPTQ:
 # leads to the next. In even states code k stands for k steps, in odd ones for k - sgn(k)/2, so that the walk chooses
 # among points half as far apart as those of any one state: a sixth less squared error at the same entropy.
 NEXT_STATE = np.array([[0, 2], [5, 7], [1, 3], [6, 4], [2, 0], [4, 6], [3, 1], [7, 5]], dtype=np.uint8)  # by parity
+TRELLIS_BLOCK = 16  # columns between two products with GPTQ's factor; of no effect but on time
 WAYS = np.argsort(NEXT_STATE.T.ravel(), kind="stable").reshape(8, 2)  # into each state: 8 * parity + state before it
 
 
@@ -3381,67 +3380,82 @@ def odd_states(codes: np.ndarray, columns: np.ndarray) -> np.ndarray:
     return odd
 
 
-def parity_codes(x: Tensor, q_max: int) -> tuple[Tensor, Tensor]:
-    """(magnitudes, what they stand for), both (2, 8, rows): of even and of odd codes up to q_max, in each state, the
-    nearest to |x| (8, rows)."""
-    magnitude, odd = x.abs(), torch.tensor([0.0, 1.0] * 4, device=x.device)[:, None]
-    parity = torch.tensor([0.0, 1.0], device=x.device)[:, None, None]
-    codes = 2 * ((magnitude + 0.5 * odd - parity) / 2).round() + parity
-    codes = codes.clamp(parity, q_max - (q_max + parity) % 2)
-    codes = torch.where((codes == 2) & (magnitude < 0.75), 0.0, codes)  # an odd state's 2 is 1.5
-    return codes, codes - 0.5 * odd * codes.sign()
-
-
-def trellis_codes(w: Tensor, grid: Grid, factor: Tensor | None = None, block: int = 128) -> Tensor:
-    """Codes (rows, cols) of w, whose columns are in the order of the walk, on the walk with the least squared error;
-    with GPTQ's factor (cols, cols) of the layer's outputs. By Viterbi's algorithm: the best walk to each state is kept,
-    and with it what its errors ask of the columns to come.
+def trellis_codes(w: Tensor, scale: Tensor, q_max: int, factor: Tensor | None = None) -> Tensor:
+    """Codes (n, rows, cols) up to q_max of n matrices w with steps scale (n, rows), whose columns are in the order of
+    the walk, on the walk with the least squared error; with GPTQ's factors (n, cols, cols) of the layers' outputs. By
+    Viterbi's algorithm: the best walk to each state is kept, and with it what its errors ask of the columns to come.
     """
-    (rows, cols), scale, q_max = w.shape, grid.scales[:, 0], int(grid.q_max)
-    step, ways = torch.where(scale > 0, scale, 1.0), torch.from_numpy(WAYS).to(w.device)
-    cost = torch.full((8, rows), math.inf, device=w.device)
-    cost[0] = 0.0
-    wanted, codes, origins = w.expand(8, rows, cols), [], []
-    for start in range(0, cols, block):
-        end = min(start + block, cols)
-        now, survivors = wanted[:, :, start:end], torch.arange(8, device=w.device)[:, None].expand(8, rows)
-        errors = torch.zeros_like(now)
-        for j in range(start, end):
-            x = now[:, :, j - start]
-            sign = torch.where(x < 0, -1.0, 1.0)
-            magnitudes, points = parity_codes(x / step, q_max)
-            error = x - sign * points * scale
+    (count, rows, cols), device = w.shape, w.device
+    ways = torch.from_numpy(WAYS).to(device)
+    half = torch.tensor([0.0, 0.5] * 4, device=device)[:, None]  # what odd states' codes lack
+    parity = torch.tensor([0.0, 1.0], device=device)[:, None, None]
+    largest = q_max - (q_max + parity) % 2
+    row = torch.arange(count * rows, device=device).view(count, 1, rows)
+    row = row + 7 * rows * torch.arange(count, device=device)[:, None, None]  # as rows of (count, 8, rows) are counted
+    cost = torch.full((count, 8, rows), math.inf, device=device)
+    cost[:, 0] = 0.0
+    wanted = (w / torch.where(scale > 0, scale, 1.0)[:, :, None])[:, None].expand(-1, 8, -1, -1)  # in steps
+    codes, origins = [], []
+    for start in range(0, cols, TRELLIS_BLOCK):
+        width = min(TRELLIS_BLOCK, cols - start)
+        now, survivors = wanted[..., :width], row + rows * torch.arange(8, device=device)[:, None]
+        for j in range(width):  # `now` holds errors before column j, and after it what is wanted there
+            x = now[:, None, ..., j]  # (count, 1, 8, rows); below (count, 2, 8, rows), by parity
+            magnitude, sign = x.abs(), torch.where(x < 0, -1.0, 1.0)
+            code = 2 * ((magnitude + half - parity) / 2).round() + parity
+            code = torch.minimum(torch.maximum(code, parity), largest)
+            code = torch.where((code == 2) & (magnitude < 0.75), 0.0, code)  # an odd state's 2 is 1.5
+            error = magnitude - code + half * code.sign()
             if factor is not None:
-                error = error / factor[j, j]
-            total = (cost + error.square()).flatten(0, 1)  # (16, rows), as WAYS counts them
-            way = torch.where(total[ways].argmin(1) == 0, ways[:, :1], ways[:, 1:])  # (8, rows): the better of two
-            cost, origin = total.gather(0, way), way % 8
-            codes.append((sign * magnitudes).flatten(0, 1).gather(0, way).to(torch.int8))
+                error = error / factor[:, start + j, start + j, None, None, None]
+            total = (cost[:, None] + error.square()).flatten(1, 2)  # (count, 16, rows), as WAYS counts them
+            one, other = total[:, ways[:, 0]], total[:, ways[:, 1]]
+            way, cost = torch.where(other < one, ways[:, 1:], ways[:, :1]), torch.minimum(one, other)
+            origin = way % 8
+            codes.append((sign * code).flatten(1, 2).gather(1, way).to(torch.int8))
             origins.append(origin.to(torch.uint8))
             if factor is not None:
-                error, whose = error.flatten(0, 1).gather(0, way), origin[:, :, None].expand_as(now)
-                now, errors, survivors = now.gather(0, whose), errors.gather(0, whose), survivors.gather(0, origin)
-                errors[:, :, j - start] = error
-                now[:, :, j - start :] -= error[:, :, None] * factor[j, j:end]
+                whose, error = (row + rows * origin).flatten(), (sign * error).flatten(1, 2).gather(1, way)
+                now = now.flatten(0, 2).index_select(0, whose).view(count, 8, rows, width)
+                survivors = survivors.flatten().index_select(0, whose).view(count, 8, rows)
+                now[..., j] = error
+                now[..., j + 1 :] -= error[..., None] * factor[:, None, None, start + j, start + j + 1 : start + width]
+        end, wanted = start + width, wanted[..., width:]
         if factor is not None and end < cols:
-            later = wanted[:, :, end:]
-            later = later.gather(0, survivors[:, :, None].expand_as(later)) - errors @ factor[start:end, end:]
-            wanted = torch.cat([wanted[:, :, :end], later], dim=2)
-    state, walk = cost.argmin(0, keepdim=True), torch.empty_like(w)
+            wanted = wanted.flatten(0, 2).index_select(0, survivors.flatten()).view(count, 8 * rows, -1)
+            asked = factor[:, start:end, end:]
+            wanted = torch.baddbmm(wanted, now.flatten(1, 2), asked, alpha=-1).view(count, 8, rows, -1)
+    state, walk = cost.argmin(1, keepdim=True), torch.empty_like(w)
     for j in reversed(range(cols)):
-        walk[:, j] = codes[j].gather(0, state)[0]
-        state = origins[j].gather(0, state).long()
+        walk[..., j] = codes[j].gather(1, state)[:, 0]
+        state = origins[j].gather(1, state).long()
     return walk
 
 
 class Trellis:
-    """Rounds a matrix of which no Hessian is known: its columns one after another, each as important."""
+    """For a matrix of which no Hessian is known: its columns one after another, each as important."""
+
+    factor = None
 
     def __init__(self, cols: int):
-        self.columns = torch.zeros(cols, dtype=torch.int8)
+        self.columns, self.order = torch.zeros(cols, dtype=torch.int8), torch.arange(cols)
 
-    def round(self, w: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
-        return grid.scales, trellis_codes(w, grid)
+
+def walk_trellises(
+    weights: Mapping[str, Tensor], grids: Mapping[str, Grid], rounding: Mapping[str, "GPTQ | Trellis"]
+) -> dict[str, Tensor]:
+    """The codes of every matrix that goes into a trellis, by name; those of one shape and grid walk side by side."""
+    abreast, walked = defaultdict(list), {}
+    for name, rounder in rounding.items():
+        if rounder.columns is not None:
+            abreast[weights[name].shape, int(grids[name].q_max), rounder.factor is None].append(name)
+    for (_, q_max, free), names in abreast.items():
+        orders = [rounding[name].order for name in names]
+        w = torch.stack([weights[name].float()[:, order] for name, order in zip(names, orders, strict=True)])
+        factor = None if free else torch.stack([rounding[name].factor for name in names])
+        codes = trellis_codes(w, torch.stack([grids[name].scales[:, 0] for name in names]), q_max, factor)
+        walked |= {name: c[:, order.argsort()] for name, c, order in zip(names, codes, orders, strict=True)}
+    return walked
 
 
 class Rounder(NamedTuple):
@@ -3537,12 +3551,14 @@ def quantize(
     Raises LimitError where a storage cannot hold them.
     """
     stored, order = {}, [storage.label for storage in STORAGE]
+    walked = walk_trellises(weights, grids, rounding)
     for name in sorted(weights, key=lambda name: order.index(label_of(name))):  # stable: model order in a class
         w, storage = weights[name].detach().float(), storage_of(name, hp)
         if name in grids:
             rounder = rounding.get(name)
-            scale, codes = (rounder.round if rounder else round_to_nearest)(w, grids[name])
-            columns = rounder and rounder.columns
+            columns, scale, codes = rounder and rounder.columns, grids[name].scales, walked.get(name)
+            if codes is None:
+                scale, codes = (rounder.round if rounder else round_to_nearest)(w, grids[name])
             forms = (f"{'int' if columns is None else 'tcq'}{bits}" for bits in range(5, 9))
             storage = next(form for form in forms if levels(form) >= grids[name].q_max)  # the smallest
             columns = None if columns is None else columns.cpu()

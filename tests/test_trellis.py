@@ -25,11 +25,11 @@ def walked(codes: np.ndarray, columns: np.ndarray, storage: str = "tcq6") -> pg.
     return pg.Stored(storage, data, scale, torch.from_numpy(columns.astype(np.int8)))
 
 
-def rounded(w: torch.Tensor, step: float, q_max: int = pg.Q_LIMIT) -> pg.Stored:
-    grid = pg.Grid(torch.full((len(w), 1), step), q_max)
-    trellis = pg.Trellis(w.size(1))
-    scale, codes = trellis.round(w, grid)
-    return pg.Stored("tcq8", codes.to(torch.int8), scale.half(), trellis.columns)
+def rounded(w: torch.Tensor, step: float, q_max: int = pg.Q_LIMIT, rounder=None) -> pg.Stored:
+    """w (rows, cols) in a trellis; of a GPTQ, w as its columns' scales leave it."""
+    grid, rounder = pg.Grid(torch.full((len(w), 1), step), q_max), rounder or pg.Trellis(w.size(1))
+    codes = pg.walk_trellises({UP: w / pg.column_scales(rounder.columns)}, {UP: grid}, {UP: rounder})[UP]
+    return pg.Stored("tcq8", codes.to(torch.int8), grid.scales.half(), rounder.columns)
 
 
 def conditional_bits(stored: pg.Stored) -> float:
@@ -113,15 +113,13 @@ def inputs(cols: int, seed: int = 0) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("block", [1, 5, 128])
-def test_gptq_in_a_trellis_saves_a_fifth_of_a_bit(block):
+def test_gptq_in_a_trellis_saves_a_fifth_of_a_bit(block, monkeypatch):
+    monkeypatch.setattr(pg, "TRELLIS_BLOCK", block)
     x, w = inputs(40), torch.randn(1500, 40, generator=torch.Generator().manual_seed(3))
+    scale, codes = pg.GPTQ(x.T @ x, tiny_hp()).round(w, pg.Grid(torch.full((1500, 1), 0.6), pg.Q_LIMIT))
+    plain = pg.Stored("int8", codes.to(torch.int8), scale.half())
     errors, bits = [], []
-    for hp in (tiny_hp(gptq_block_size=block), tiny_hp(gptq_block_size=block, **TRELLIS)):
-        gptq = pg.GPTQ(x.T @ x, hp)
-        columns = gptq.columns
-        grid = pg.Grid(torch.full((1500, 1), 0.6), pg.Q_LIMIT)
-        scale, codes = gptq.round(w if columns is None else w / pg.column_scales(columns), grid)
-        stored = pg.Stored("int8" if columns is None else "tcq8", codes.to(torch.int8), scale.half(), columns)
+    for stored in (plain, rounded(w, 0.6, rounder=pg.GPTQ(x.T @ x, tiny_hp(**TRELLIS)))):
         errors.append(pg.output_error(w, stored.dequantize(), x.T @ x).sum().item())
         bits.append(8 * len(pg.encode_codes({UP: stored})[1]) / w.numel())  # the coder sees columns' sizes
     saved = 0.5 * np.log2(errors[0] / errors[1]) - (bits[1] - bits[0])
@@ -132,11 +130,28 @@ def entropy_of(stored: pg.Stored) -> float:
     return 8 * stored.size() / stored.data.numel()
 
 
-def test_blocks_change_nothing_but_rounding():
-    x, w = inputs(40), torch.randn(50, 40, generator=torch.Generator().manual_seed(3))
-    grid = pg.Grid(torch.full((50, 1), 0.5), pg.Q_LIMIT)
-    one, other = (pg.GPTQ(x.T @ x, tiny_hp(gptq_block_size=block, **TRELLIS)).round(w, grid)[1] for block in (1, 40))
-    assert (one == other).float().mean() > 0.99
+def test_blocks_change_nothing_but_rounding(monkeypatch):
+    x, w, found = inputs(40), torch.randn(50, 40, generator=torch.Generator().manual_seed(3)), []
+    for block in (1, 40):
+        monkeypatch.setattr(pg, "TRELLIS_BLOCK", block)
+        found.append(rounded(w, 0.5, rounder=pg.GPTQ(x.T @ x, tiny_hp(**TRELLIS))).data)
+    assert (found[0] == found[1]).float().mean() > 0.99
+
+
+@pytest.mark.parametrize("free", [False, True])
+def test_matrices_that_walk_side_by_side_keep_apart(free):
+    """Of one shape and grid with others, of another shape, of another grid: the codes of each alone."""
+    names, rounding, weights, grids = "abcde", {}, {}, {}
+    for i, name in enumerate(names):
+        x, rows = inputs(20, seed=i), 9 if i < 4 else 4
+        rounding[name] = pg.Trellis(20) if free else pg.GPTQ(x.T @ x, tiny_hp(**TRELLIS))
+        weights[name] = torch.randn(rows, 20, generator=torch.Generator().manual_seed(i))
+        grids[name] = pg.Grid(torch.full((rows, 1), 0.1 * (i + 1)), 40 if i == 3 else 60)
+    together = pg.walk_trellises(weights, grids, rounding)
+    for name in names:
+        alone = pg.walk_trellises(weights, grids, {name: rounding[name]})[name]
+        assert alone.any() and (together[name] == alone).float().mean() > 0.99
+    assert not torch.equal(together["a"], together["b"])
 
 
 def test_an_error_of_any_column_costs_the_outputs_about_as_much():
@@ -153,8 +168,8 @@ def test_an_input_that_is_always_zero_has_a_column_all_the_same():
     x = inputs(16)
     x[:, 3] = 0
     gptq = pg.GPTQ(x.T @ x, tiny_hp(**TRELLIS))
-    w = torch.randn(9, 16, generator=torch.Generator().manual_seed(3)) / pg.column_scales(gptq.columns)
-    assert gptq.round(w, pg.Grid(torch.full((9, 1), 0.5), 127))[1].isfinite().all()
+    w = torch.randn(9, 16, generator=torch.Generator().manual_seed(3))
+    assert rounded(w, 0.5, 127, gptq).dequantize().isfinite().all()
 
 
 # In the file
