@@ -33,7 +33,7 @@ PACKAGES = {  # what a run may lack, and what that costs
     "sentencepiece": "data, chain, evaluation, audit, group, resume",
     "constriction": "COMPRESSOR=ans in chain, which takes lzma instead",
     "zstandard": "COMPRESSOR=zstd, which no part uses",
-    "triton": "everything compiled: step, qat, evaluation, graphs",
+    "triton": "everything compiled: step, evaluation, variants, frontier, qat, reductions",
     "flash_attn_interface": "FlashAttention 3 (ATTENTION=fa3)",
     "flash_attn": "FlashAttention 2 (ATTENTION=fa2)",
 }
@@ -221,19 +221,30 @@ def machine(bench: Bench) -> None:
     figure(copy_gbytes_per_s=2 * len(a) / milliseconds(lambda: b.copy_(a)) / 1e6)
 
 
-def data(bench: Bench) -> None:
-    """Token shards of real text, by data/prepare.py."""
+def prepare(bench: Bench, out: Path, vocab_size: int) -> dict:
+    """Token shards of real text, by data/prepare.py: the manifest's splits."""
     text = Path(os.environ.get("REAL_TEXT_DIR", ""))
     command = [sys.executable, HERE.parent / "data" / "prepare.py"]
     if bench.cpu:
         command += ["offline", "--max-bytes", "300000", "--vocab-size", "512", "--val-docs", "4", "--workers", "1"]
     elif os.environ.get("REAL_TEXT_DIR"):
         command += ["text", text / "webmix_train.jsonl.gz", "--val", text / "fineweb_val_450.jsonl.gz"]
-        command += ["--tokenizer", text / "fineweb_1024_bpe.model"]
+        command += ["--tokenizer", text / f"fineweb_{vocab_size}_bpe.model"]
     else:
-        command += ["offline", "--val-docs", "300"]
-    subprocess.run([*command, "--out", bench.data], check=True)
-    splits = json.loads((bench.data / "manifest.json").read_text())["splits"]
+        command += ["offline", "--val-docs", "300", "--vocab-size", str(vocab_size)]
+    subprocess.run([*command, "--out", out], check=True)
+    return json.loads((out / "manifest.json").read_text())["splits"]
+
+
+def recipe(name: str) -> dict[str, str]:
+    """The settings of records/recipes/NAME.env."""
+    lines = (HERE.parent / "records/recipes" / f"{name}.env").read_text("utf-8").splitlines()
+    return dict(line.split("=") for line in lines if line and not line.startswith("#"))
+
+
+def data(bench: Bench) -> None:
+    """The text that most parts train on and score."""
+    splits = prepare(bench, bench.data, 1024)
     figure(**{f"{split}_tokens": content["tokens"] for split, content in splits.items()})
 
 
@@ -305,7 +316,8 @@ def synchronizations(trainer, inputs, targets) -> None:
         torch.cuda.set_sync_debug_mode("warn")
         trainer.train_step(inputs, targets)
         torch.cuda.set_sync_debug_mode("default")
-    waits = Counter(f"{Path(w.filename).name}:{w.lineno}" for w in caught if "synchroniz" in str(w.message))
+    called = [w for w in caught if "called a synchronizing" in str(w.message)]  # not: this is a prototype feature
+    waits = Counter(f"{Path(w.filename).name}:{w.lineno}" for w in called)
     figure(host_waits=sum(waits.values()), at=",".join(waits) or "none")
 
 
@@ -338,16 +350,25 @@ def qat(bench: Bench) -> None:
     step(bench, QAT_ENABLED=1)
 
 
+def reductions(bench: Bench) -> None:
+    """The same with sums over tokens and over channels in kernels of their own. torch 2.11 fuses them; one such kernel
+    took 3.7 ms of each micro-batch on an H200, ten times what its bytes take."""
+    from torch._inductor import config
+
+    if not hasattr(config.triton, "mix_order_reduction"):
+        raise Skip("this torch does not fuse them")
+    config.triton.mix_order_reduction = False
+    step(bench)
+
+
 def card(bench: Bench) -> None:
     """gpu1.env, uncompiled, in the memory of the 24 GB card that it is for: what it takes, and its steps here."""
     import torch
 
     import train_gpt as pg
 
-    recipe = (HERE.parent / "records/recipes/gpu1.env").read_text("utf-8").splitlines()
-    recipe = dict(line.split("=") for line in recipe if line and not line.startswith("#"))
     steps = dict(ITERATIONS=3, WARMDOWN_ITERS=0, WARMUP_STEPS=0, TRAIN_LOG_EVERY=0, COMPILE=0, VOCAB_SIZE=1024)
-    hp = hyperparameters(bench.settings(**({} if bench.cpu else recipe) | steps))
+    hp = hyperparameters(bench.settings(**({} if bench.cpu else recipe("gpu1")) | steps))
     if not bench.cpu:
         share = 24 * 2**30 / torch.cuda.get_device_properties(bench.device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, share))
@@ -392,6 +413,12 @@ def attention(bench: Bench) -> None:
     kernels, apart = {"matmul": pg.matmul_attention}, {"matmul_apart": pg.matmul_attention}
     if not bench.cpu:
         apart["flex"] = pg.flex
+
+    def repeated(q, k, v, mask=None):  # for a backend that wants as many keys as queries
+        k, v = (x.repeat_interleave(q.size(2) // x.size(2), dim=2) for x in (k, v))
+        return forced(SDPBackend.CUDNN_ATTENTION)(q, k, v, mask)
+
+    kernels["sdpa_cudnn_repeated"] = repeated
     names = ("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION", "MATH")
     kernels |= {f"sdpa_{name.split('_')[0].lower()}": forced(getattr(SDPBackend, name)) for name in names}
     for kind in () if bench.cpu else ("fa3", "fa2"):
@@ -478,6 +505,42 @@ def chain(bench: Bench) -> None:
     moved = max(abs(found[name] - scores(again)[name]) for name in (f"{grid}_roundtrip", f"{grid}_sliding_window"))
     figure(repeats_to=moved)
     expect(moved <= (0 if bench.cpu else 1e-4), f"the artifact's scores do not repeat: {moved:.2g} nats")
+
+
+def frontier(bench: Bench) -> None:
+    """frontier.env as one of eight GPUs carries it, whole: steps before and after the layers loop, compiled, weights in
+    a trellis fitted to the cap, and all passes over the text."""
+    from bench import step_flops
+
+    import train_gpt as pg
+
+    prepare(bench, bench.work / "data_8192", 8192)
+    share = dict(TRAIN_BATCH_TOKENS=98304, VAL_BATCH_SIZE=131072, GPTQ_CALIBRATION_TOKENS=196608)
+    share |= dict(ITERATIONS=20, ENABLE_LOOPING_AT=0.5, MUON_MOMENTUM_WARMUP_STEPS=10, EMA_DECAY=0.9)
+    share |= dict(MAX_WALLCLOCK_SECONDS=0, EVAL_MAX_SECONDS=100, COMPILE=1)
+    if bench.cpu:
+        share |= TINY | dict(NUM_LAYERS=6, LOOP_START=1, LOOP_END=1, PARALLEL_START_LAYER=4, XSA_LAST_N=6)
+        share |= dict(GATE_WINDOW=4, TTT_LORA_RANK=4, GPTQ_CALIBRATION_TOKENS=2048, VOCAB_SIZE=512)
+    environ = recipe("frontier") | dict(DATA_PATH=bench.work / "data_8192", OUT_DIR=bench.work / "frontier") | share
+    environ = {name: str(value) for name, value in (environ | dict(RUN_ID="frontier")).items()}
+    hp, peak, train = hyperparameters(environ), matmul_peak(bench), pg.Trainer.train
+
+    def timed(self) -> None:
+        figure(warm_up_s=self.run.phases.seconds["warmup"], graphs=graphs())
+        compiled = graphs()
+        train(self)
+        times, half = list(self.clock.durations), hp.iterations // 2
+        plain, looped = statistics.median(times[2:half]), statistics.median(times[half + 1 :])
+        flops = sum(step_flops(hp).values())
+        figure(plain_ms=plain, looped_ms=looped, looped_of_peak=flops / looped * 1000 / peak)
+        figure(train_peak_mib=pg.peak_memory_mib(bench.device)[0], recompiled=graphs() - compiled)
+        expect(graphs() == compiled, f"{graphs() - compiled} graphs were compiled inside the timed loop")
+
+    pg.Trainer.train = timed
+    result = carry_out(environ)
+    figure(bytes=result["bytes_artifact"], of=hp.artifact_cap_bytes, peak_mib=result["peak_memory_mib"])
+    figure(**{f"{phase}_s": seconds for phase, seconds in result["phase_seconds"].items()})
+    figure(eval_seconds=result["eval_seconds"], **scores(result))
 
 
 def evaluation(bench: Bench) -> None:
@@ -627,7 +690,8 @@ def variants(bench: Bench) -> None:
     import train_gpt as pg
 
     for name, changes in VARIANTS.items():
-        settings = bench.settings(small=True, VOCAB_SIZE=512, COMPILE=1)
+        shape = {} if bench.cpu else dict(NUM_LAYERS=4, VE_LAYERS="2,3")  # each layer is compiled
+        settings = bench.settings(small=True, VOCAB_SIZE=512, COMPILE=1, **shape)
         last = int(settings["NUM_LAYERS"]) - 1
         hp = hyperparameters(settings | {k: str(last if v == LAST else v) for k, v in changes.items()})
         run = helpers.make_run(hp)
@@ -671,19 +735,24 @@ def variants(bench: Bench) -> None:
 
 
 PARTS: dict[str, tuple[int, Callable[[Bench], None]]] = {  # seconds each may take; what it leaves, later ones may use
-    "machine": (15, machine),
-    "data": (20, data),
+    "machine": (10, machine),
+    "data": (15, data),
     "step": (110, step),
-    "chain": (60, chain),
-    "attention": (25, attention),
+    "chain": (70, chain),
+    "attention": (40, attention),
     "evaluation": (80, evaluation),
     "audit": (40, audit),
     "group": (25, group),
     "resume": (25, resume),
-    "qat": (35, qat),
     "card": (15, card),
-    "variants": (30, variants),
+    "variants": (50, variants),
 }
+LONGER = {  # only where asked for
+    "frontier": (300, frontier),
+    "qat": (110, qat),
+    "reductions": (110, reductions),
+}
+ALL = PARTS | LONGER
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -705,7 +774,7 @@ def carry_out_part(bench: Bench, name: str, script: Path) -> int:
     if bench.cpu:  # inductor's C++ would take longer than the whole dry run
         torch.compile = functools.partial(torch.compile, backend="eager")
     try:
-        PARTS[name][1](bench)
+        ALL[name][1](bench)
     except Skip as reason:
         print(f"skip {reason}", flush=True)
     except BaseException as error:
@@ -777,7 +846,9 @@ def describe(cpu: bool) -> Iterator[str]:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="tests/gpu_battery.sh", description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path, metavar="OUT", help="folder of summary.txt and log.txt; made if need be")
-    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}; without any: all")
+    parser.add_argument(
+        "parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)} (without any: these) or {', '.join(LONGER)}"
+    )
     parser.add_argument("--cpu", action="store_true", help="tiny and on CPU: a dry run of the battery")
     parser.add_argument("--script", type=Path, default=HERE.parent, metavar="FOLDER", help="of the train_gpt.py to try")
     parser.add_argument(
@@ -785,8 +856,8 @@ def main() -> int:
     )
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)  # a part in its own process
     args = parser.parse_args()
-    if unknown := set(args.parts) - set(PARTS):
-        parser.error(f"no part {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
+    if unknown := set(args.parts) - set(ALL):
+        parser.error(f"no part {', '.join(sorted(unknown))}; there are {', '.join(ALL)}")
     if args.one:
         return carry_out_part(Bench(args.cpu, args.out, args.work), args.parts[0], args.script)
     args.out.mkdir(parents=True, exist_ok=True)
@@ -809,7 +880,7 @@ def main() -> int:
                     file.write(f"===== {name} =====\n")
                 command = [sys.executable, __file__, "--one", str(args.out), name, "--script", str(args.script)]
                 command += ["--cpu"] * args.cpu + ["--work", str(work)]
-                left += PARTS[name][0] * (20 if args.cpu else 1)  # a dry run only has to end
+                left += ALL[name][0] * (20 if args.cpu else 1)  # a dry run only has to end
                 start = time.monotonic()
                 status, figures = run_part(name, left, command, log)
                 left -= time.monotonic() - start
