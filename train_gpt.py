@@ -1537,11 +1537,12 @@ class BatchLoader:
                 else:
                     text = self.stream.read(first * self.length, self.per_rank * self.length + 1)
                     rows = np.lib.stride_tricks.sliding_window_view(text, self.length + 1)[:: self.length]
+                batch = torch.from_numpy(np.asarray(rows, dtype=np.int64))
+                batch = batch.pin_memory() if self.ranks.device.type == "cuda" else batch
             except Exception as error:  # whatever it is, the run must hear of it and not wait for a dead thread
                 problem = str(error) if isinstance(error, UserError) else f"reading training data failed: {error!r}"
-                rows = np.zeros((self.per_rank, self.length + 1))
-            batch = torch.from_numpy(np.asarray(rows, dtype=np.int64))
-            self._batches.put((batch.pin_memory() if self.ranks.device.type == "cuda" else batch, problem))
+                batch = torch.zeros(self.per_rank, self.length + 1, dtype=torch.int64)
+            self._batches.put((batch, problem))
 
     @property
     def sequences(self) -> int:
