@@ -121,6 +121,7 @@ def pretended() -> Iterator[None]:
         is_bf16_supported=lambda including_emulation=True: True,
         get_device_capability=lambda device=None: (9, 0),
         get_device_properties=lambda device=None: properties,
+        is_current_stream_capturing=lambda: False,  # optimizers ask
     )
     with pytest.MonkeyPatch.context() as patch:
         for name, value in there.items():
