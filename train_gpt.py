@@ -3368,8 +3368,8 @@ class GPTQ:
 # leads to the next. In even states code k stands for k steps, in odd ones for k - sgn(k)/2, so that the walk chooses
 # among points half as far apart as those of any one state: a sixth less squared error at the same entropy.
 NEXT_STATE = np.array([[0, 2], [5, 7], [1, 3], [6, 4], [2, 0], [4, 6], [3, 1], [7, 5]], dtype=np.uint8)  # by parity
-TRELLIS_BLOCK = 16  # columns between two products with GPTQ's factor; of no effect but on time
 WAYS = np.argsort(NEXT_STATE.T.ravel(), kind="stable").reshape(8, 2)  # into each state: 8 * parity + state before it
+TRELLIS_BLOCK = 16  # columns between two products with GPTQ's factor; of no effect but on time
 
 
 def odd_states(codes: np.ndarray, columns: np.ndarray) -> np.ndarray:
@@ -3443,7 +3443,7 @@ class Trellis:
 
 
 def walk_trellises(
-    weights: Mapping[str, Tensor], grids: Mapping[str, Grid], rounding: Mapping[str, "GPTQ | Trellis"]
+    weights: Mapping[str, Tensor], grids: Mapping[str, Grid], rounding: Mapping[str, GPTQ | Trellis]
 ) -> dict[str, Tensor]:
     """The codes of every matrix that goes into a trellis, by name; those of one shape and grid walk side by side."""
     abreast, walked = defaultdict(list), {}

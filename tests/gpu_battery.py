@@ -423,11 +423,6 @@ def attention(bench: Bench) -> None:
     if not bench.cpu:
         apart["flex"] = pg.flex
 
-    def repeated(q, k, v, mask=None):  # for a backend that wants as many keys as queries
-        k, v = (x.repeat_interleave(q.size(2) // x.size(2), dim=2) for x in (k, v))
-        return forced(SDPBackend.CUDNN_ATTENTION)(q, k, v, mask)
-
-    kernels["sdpa_cudnn_repeated"] = repeated
     names = ("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION", "MATH")
     kernels |= {f"sdpa_{name.split('_')[0].lower()}": forced(getattr(SDPBackend, name)) for name in names}
     for kind in () if bench.cpu else ("fa3", "fa2"):
@@ -524,13 +519,13 @@ def lora(bench: Bench) -> None:
     adapted |= dict(PHASED_TTT_NUM_PHASES=1, TTT_EPOCHS=1, COMPILE=0)
     environ = bench.on_artifact("lora", **adapted)
     tokens = pg.read_shard(next(bench.data.glob("fineweb_val_*.bin")))
-    documents = np.flatnonzero(tokens == pg.BOS_ID)[:101]
-    environ["DATA_PATH"] = str(cut_split(bench, "documents", tokens[: documents[-1] if len(documents) > 100 else None]))
+    starts = [*np.flatnonzero(tokens == pg.BOS_ID), len(tokens)]
+    documents = min(100, len(starts) - 1)
+    environ["DATA_PATH"] = str(cut_split(bench, "documents", tokens[: starts[documents]]))
     result = carry_out(environ)
-    seconds = result["phase_seconds"]
-    figure(documents=len(documents) - 1, eval_seconds=result["eval_seconds"], score_s=seconds["score"])
-    figure(adapt_s=seconds["adapt"], peak_mib=result["peak_memory_mib"], **scores(result))
-    found = scores(result)
+    found, seconds = scores(result), result["phase_seconds"]
+    figure(documents=documents, eval_seconds=result["eval_seconds"], score_s=seconds["score"])
+    figure(adapt_s=seconds["adapt"], peak_mib=result["peak_memory_mib"], **found)
     plain = next(nats for name, nats in found.items() if name.endswith("_roundtrip"))
     expect(found["legal_ttt"] < plain, f"adapters learned nothing: {found['legal_ttt']:.4f} against {plain:.4f} nats")
 
