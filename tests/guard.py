@@ -36,6 +36,7 @@ VARIANTS = dict(
     hedge=dict(HEDGE_ENABLED="1", TTT_TEMPERATURE="1", TTT_PARAMS="scales", TTT_OPTIMIZER="adamw", TTT_SAM_RHO="0.1"),
     lora_carried=dict(TTT_PARAMS="lora", TTT_LORA_RESET="0", TTT_LORA_CHUNK="8"),
     lora_phased=dict(TTT_PARAMS="lora", TTT_LORA_CHUNK="8", PHASED_TTT_NUM_PHASES="2", TTT_WARM_START_A="1"),
+    trellis=dict(QUANT="rd", COMPRESSOR="ans", GPTQ_ENABLED="1", GPTQ_HEAD_ENABLED="1", TRELLIS_ENABLED="1"),
     fitted=dict(FIT_TO_CAP="1", COMPRESSOR="ans"),
 )
 
@@ -44,8 +45,9 @@ def configurations(words: list[str]) -> dict[str, dict[str, str]]:
     """Settings of every run by its name."""
     recipes = {path.stem: SMALL | techniques(path) for path in sorted((ROOT / "records" / "recipes").glob("*.env"))}
     every = recipes | {name: SMALL | changes for name, changes in VARIANTS.items()}
+    here = dict(DEVICE="cpu", COMPILE="0", CASEOPS_ENABLED="auto", SAVE_WEIGHTS="0", RUN_ID="-")
     named = {
-        f"{name} {dtype}": settings | dict(DTYPE=dtype, DEVICE="cpu", COMPILE="0", SAVE_WEIGHTS="0", RUN_ID="-")
+        f"{name} {dtype}": settings | here | dict(DTYPE=dtype)
         for (name, settings), dtype in itertools.product(every.items(), ("fp32", "bf16"))
     }
     return {name: settings for name, settings in named.items() if not words or any(word in name for word in words)}
