@@ -3170,6 +3170,7 @@ class Calibration(NamedTuple):
 
     hessians: Mapping[str, Tensor] = {}  # of every block matrix: Σ x xᵀ (in, in) fp32 over its inputs x
     sensitivity: Mapping[str, Tensor] = {}  # of every matrix: (rows, 1) mean squares of the loss's gradient
+    left: Mapping[str, float] = {}  # of every matrix that GPTQ rounds: what that leaves of rounding's error
 
 
 class Quantizer(NamedTuple):
@@ -3233,7 +3234,7 @@ def rate_distortion(weights: Mapping[str, Tensor], hp: Hyperparameters, calibrat
     are not as insensitive as they look; a matrix that GPTQ will round, by what that leaves of rounding's error.
     """
     blended = {name: calibration.sensitivity[name] + 0.5 * calibration.sensitivity[name].mean() for name in weights}
-    blended |= {name: blended[name] * GPTQ(hessian, hp).left for name, hessian in calibration.hessians.items()}
+    blended |= {name: blended[name] * left for name, left in calibration.left.items()}
     floor = 1e-6 * torch.cat(list(blended.values())).mean()
     halves = {name: 0.5 * h.clamp(min=floor).log() for name, h in blended.items()}
     level, size = 0.0, 0
@@ -3654,8 +3655,8 @@ class Exporter:
     """Averaged weights on their way into an artifact, on the main rank."""
 
     def __init__(self, run: Run, weights: Mapping[str, Tensor], calibration: Calibration):
-        self.run, self.calibration = run, calibration
-        self.rounding = ROUNDERS[run.hp.gptq_enabled].prepare(run.hp, calibration)
+        self.run, self.rounding = run, ROUNDERS[run.hp.gptq_enabled].prepare(run.hp, calibration)
+        calibration = calibration._replace(left={name: rounder.left for name, rounder in self.rounding.items()})
         if run.hp.trellis_enabled:
             free = [name for name in weights if levels(storage_of(name, run.hp)) and sigmas_of(name, run.hp)]
             self.rounding = {name: Trellis(weights[name].size(1)) for name in free} | self.rounding

@@ -412,7 +412,7 @@ def test_steps_of_rate_distortion_count_what_gptq_leaves():
     weights, sensitivity = matrices_of_unlike_sensitivity(hp)
     x = correlated_inputs(2000, weights[INT6].size(1))
     steps = pg.choose_steps(weights, hp, pg.Calibration({}, sensitivity))
-    after = pg.choose_steps(weights, hp, pg.Calibration({INT6: x.T @ x}, sensitivity))
+    after = pg.Exporter(make_run(hp), weights, pg.Calibration({INT6: x.T @ x}, sensitivity)).steps
     ratio = {name: (after[name] / steps[name]).mean().item() for name in steps}
     others = ratio[INT8]
     assert ratio[INT6] / others == pytest.approx(pg.GPTQ(x.T @ x, hp).left ** -0.5, rel=1e-3) and others < 1
