@@ -204,10 +204,10 @@ def test_the_date_is_the_newest_log_s_or_as_given(new, logs, tmp_path, monkeypat
 
 def test_no_path_of_the_machine_is_named_but_in_the_logs(new, logs, tmp_path):
     def with_paths(text, seed):
-        return text.replace('"data_path": "data"', '"data_path": "/home/me/secret/shards_sp1024"')
+        return text.replace('"data_path": "data"', '"data_path": "/elsewhere/me/secret/shards_sp1024"')
 
     code, path, out, _ = new("x", *logs(each=with_paths))
-    assert code == 0 and "/home/me" in (path / "train_seed42.log").read_text("utf-8")
+    assert code == 0 and "/elsewhere/me" in (path / "train_seed42.log").read_text("utf-8")
     assert "`shards_sp1024`" in readme(path)
     for text in (readme(path), json.dumps(submission(path))):
         assert "secret" not in text and str(tmp_path) not in text and not re.search(r"[\s\"'`=]/\w", text)
