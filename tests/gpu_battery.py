@@ -8,6 +8,7 @@ import argparse
 import contextlib
 import dataclasses
 import datetime
+import faulthandler
 import functools
 import importlib.util
 import json
@@ -787,9 +788,10 @@ def one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(lines[:3])[:300]}"
 
 
-def carry_out_part(bench: Bench, name: str, script: Path) -> int:
-    """Exit code 0, or 1 with a `problem` line, or 0 with a `skip` line."""
+def carry_out_part(bench: Bench, name: str, script: Path, seconds: float) -> int:
+    """Exit code 0, or 1 with a `problem` line, or 0 with a `skip` line. Says where it stands before it is cut short."""
     sys.path[:0] = [str(script), str(HERE)]
+    faulthandler.dump_traceback_later(max(0.5, seconds - 1))
     import torch
 
     if bench.cpu:  # inductor's C++ would take longer than the whole dry run
@@ -839,7 +841,9 @@ def run_part(name: str, seconds: float, command: list, log: Path) -> tuple[str, 
     }
     problems, figures = [*told["problem"]], [f"seconds:{time.monotonic() - start:.1f}", *told["figure"]]
     if code is None:
-        problems.append(f"not done after {seconds:.0f} s")
+        main_thread = "\n".join(lines).rpartition("Thread 0x")[2]  # the last one that faulthandler lists
+        at = re.search(r'(train_gpt\.py)", line (\d+) in (\w+)', main_thread)
+        problems.append(f"not done after {seconds:.0f} s" + (f" at {at[1]}:{at[2]} {at[3]}" if at else ""))
     elif code and not problems:
         problems.append(f"ended with exit code {code}")
     if problems:  # what the run itself said last
@@ -875,12 +879,12 @@ def main() -> int:
     parser.add_argument(
         "--work", type=Path, help="folder of data, artifacts and compiled graphs, kept for another call"
     )
-    parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)  # a part in its own process
+    parser.add_argument("--one", type=float, help=argparse.SUPPRESS)  # a part in its own process, and its seconds
     args = parser.parse_args()
     if unknown := set(args.parts) - set(ALL):
         parser.error(f"no part {', '.join(sorted(unknown))}; there are {', '.join(ALL)}")
-    if args.one:
-        return carry_out_part(Bench(args.cpu, args.out, args.work), args.parts[0], args.script)
+    if args.one is not None:
+        return carry_out_part(Bench(args.cpu, args.out, args.work), args.parts[0], args.script, args.one)
     args.out.mkdir(parents=True, exist_ok=True)
     work = args.work or Path(tempfile.mkdtemp(prefix="gpu_battery_"))
     work.mkdir(parents=True, exist_ok=True)
@@ -899,9 +903,9 @@ def main() -> int:
             for name in args.parts or PARTS:
                 with log.open("a") as file:
                     file.write(f"===== {name} =====\n")
-                command = [sys.executable, __file__, "--one", str(args.out), name, "--script", str(args.script)]
-                command += ["--cpu"] * args.cpu + ["--work", str(work)]
                 left += ALL[name][0] * (20 if args.cpu else 1)  # a dry run only has to end
+                command = [sys.executable, __file__, str(args.out), name, "--script", str(args.script)]
+                command += ["--one", str(left)] + ["--cpu"] * args.cpu + ["--work", str(work)]
                 start = time.monotonic()
                 status, figures = run_part(name, left, command, log)
                 left -= time.monotonic() - start
