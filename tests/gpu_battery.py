@@ -8,7 +8,6 @@ import argparse
 import contextlib
 import dataclasses
 import datetime
-import faulthandler
 import functools
 import importlib.util
 import json
@@ -394,7 +393,8 @@ def card(bench: Bench) -> None:
 
 def attention(bench: Bench) -> None:
     """Every attention there is, under the default model with random weights: its scores and gradients against SDPA's
-    and those of fp32 on CPU, its time at the training shape alone. Those that keep documents apart against SDPA so."""
+    and those of fp32 on CPU, its time at the training shape alone. Those that keep documents apart against SDPA so, in
+    three layers: flex is compiled."""
     import helpers
     import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -402,13 +402,14 @@ def attention(bench: Bench) -> None:
     import train_gpt as pg
 
     hp = hyperparameters(bench.settings(VOCAB_SIZE=1024))
+    shallow = {} if bench.cpu else dict(NUM_LAYERS=3, VE_LAYERS="1,2")
+    apart_hp = hyperparameters(bench.settings(VOCAB_SIZE=1024, DOCUMENT_MASK=1, **shallow))
     rows, length = (2, hp.train_seq_len)
     text = torch.from_numpy(helpers.random_tokens(rows * (length + 1), 1024, document=length // 8).astype("int64"))
     inputs, targets = (part.contiguous() for part in (text.view(rows, -1)[:, :-1], text.view(rows, -1)[:, 1:]))
 
-    def measure(attend: Callable, device, dtype, masked=False) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        rules = dataclasses.replace(hp, document_mask=masked)
-        model = helpers.randomize(pg.GPT(rules, length, attend, dtype)).to(device)
+    def measure(attend: Callable, device, dtype, hp=hp) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        model = helpers.randomize(pg.GPT(hp, length, attend, dtype)).to(device)
         nats = pg.compiled(model, attend is pg.flex)(inputs.to(device), targets.to(device))
         nats.mean().backward()
         return nats.detach().cpu(), {name: p.grad.double().cpu() for name, p in model.named_parameters()}
@@ -423,16 +424,16 @@ def attention(bench: Bench) -> None:
     kernels, apart = {"matmul": pg.matmul_attention}, {"matmul_apart": pg.matmul_attention}
     if not bench.cpu:
         apart["flex"] = pg.flex
-
     names = ("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION", "MATH")
     kernels |= {f"sdpa_{name.split('_')[0].lower()}": forced(getattr(SDPBackend, name)) for name in names}
     for kind in () if bench.cpu else ("fa3", "fa2"):
         with contextlib.suppress(ImportError):
             kernels[kind] = pg.load_flash(kind)
     exact, exact_gradients = measure(pg.sdpa, torch.device("cpu"), torch.float32)
-    references = [measure(pg.sdpa, bench.device, torch.bfloat16, masked) for masked in (False, True)]
+    references = [measure(pg.sdpa, bench.device, torch.bfloat16, rules) for rules in (hp, apart_hp)]
     reference, gradients = references[False]
-    expect(not torch.equal(reference, references[True][0]), "masks at documents change no score")
+    joined, _ = measure(pg.sdpa, bench.device, torch.bfloat16, dataclasses.replace(apart_hp, document_mask=False))
+    expect(not torch.equal(joined, references[True][0]), "masks at documents change no score")
 
     def gradients_off(ours, theirs) -> float:
         norms = [((ours[n] - theirs[n]).norm() / theirs[n].norm().clamp(min=1e-30)).item() for n in ours]
@@ -458,7 +459,7 @@ def attention(bench: Bench) -> None:
     for name, attend in (kernels | apart).items():
         reference, gradients = references[name in apart]
         try:
-            nats, found = measure(attend, bench.device, torch.bfloat16, name in apart)
+            nats, found = measure(attend, bench.device, torch.bfloat16, apart_hp if name in apart else hp)
         except Exception as error:  # whatever a kernel of another package raises, the others still tell
             if name.startswith("sdpa_") and re.search("No (available|viable)", str(error)):
                 figure(**{name: "absent"})
@@ -523,8 +524,31 @@ def lora(bench: Bench) -> None:
     starts = [*np.flatnonzero(tokens == pg.BOS_ID), len(tokens)]
     documents = min(100, len(starts) - 1)
     environ["DATA_PATH"] = str(cut_split(bench, "documents", tokens[: starts[documents]]))
+    score, learn, spent = pg.DocumentLoRA.score, pg.DocumentLoRA.learn, {}
+
+    def timed(work: Callable) -> Callable:
+        def timed(self, tokens, segment, *bar):
+            synchronize()
+            start = time.perf_counter()
+            result = work(self, tokens, segment, *bar)
+            synchronize()
+            if len(segment.windows):
+                shape = len(segment.windows), int(segment.windows[0, 1] - segment.windows[0, 0])
+                spent.setdefault((work.__name__, *shape), []).append(1000 * (time.perf_counter() - start))
+            return result
+
+        return timed
+
+    pg.DocumentLoRA.score, pg.DocumentLoRA.learn = timed(score), timed(learn)
     result = carry_out(environ)
     found, seconds = scores(result), result["phase_seconds"]
+    for name in ("score", "learn"):
+        first = [ms[0] for (what, *_), ms in spent.items() if what == name]
+        again = [ms for (what, *_), times in spent.items() if what == name for ms in times[1:]]
+        figure(**{f"{name}_shapes": len(first), f"{name}_new_shape_ms": statistics.median(first)})
+        figure(
+            **{f"{name}_again_ms": statistics.median(again) if again else "none", f"{name}_calls": len(first + again)}
+        )
     figure(documents=documents, eval_seconds=result["eval_seconds"], score_s=seconds["score"])
     figure(adapt_s=seconds["adapt"], peak_mib=result["peak_memory_mib"], **found)
     plain = next(nats for name, nats in found.items() if name.endswith("_roundtrip"))
@@ -788,10 +812,19 @@ def one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(lines[:3])[:300]}"
 
 
+def place(stack: traceback.StackSummary) -> str:
+    """Where in this project a stack ends."""
+    here = [f for f in stack if "battery" in f.filename or "train_gpt" in f.filename]
+    return f" ({Path(here[-1].filename).name}:{here[-1].lineno})" if here else ""
+
+
 def carry_out_part(bench: Bench, name: str, script: Path, seconds: float) -> int:
     """Exit code 0, or 1 with a `problem` line, or 0 with a `skip` line. Says where it stands before it is cut short."""
     sys.path[:0] = [str(script), str(HERE)]
-    faulthandler.dump_traceback_later(max(0.5, seconds - 1))
+    signal.signal(
+        signal.SIGALRM, lambda _, frame: print(f"problem stood{place(traceback.extract_stack(frame))}", flush=True)
+    )
+    signal.setitimer(signal.ITIMER_REAL, max(0.5, seconds - 1))
     import torch
 
     if bench.cpu:  # inductor's C++ would take longer than the whole dry run
@@ -802,11 +835,7 @@ def carry_out_part(bench: Bench, name: str, script: Path, seconds: float) -> int
         print(f"skip {reason}", flush=True)
     except BaseException as error:
         traceback.print_exc()
-        here = [
-            f for f in traceback.extract_tb(error.__traceback__) if "battery" in f.filename or "train_gpt" in f.filename
-        ]
-        place = f" ({Path(here[-1].filename).name}:{here[-1].lineno})" if here else ""
-        print(f"problem {one_line(error)}{place}", flush=True)
+        print(f"problem {one_line(error)}{place(traceback.extract_tb(error.__traceback__))}", flush=True)
         return 1
     return 0
 
@@ -841,9 +870,7 @@ def run_part(name: str, seconds: float, command: list, log: Path) -> tuple[str, 
     }
     problems, figures = [*told["problem"]], [f"seconds:{time.monotonic() - start:.1f}", *told["figure"]]
     if code is None:
-        main_thread = "\n".join(lines).rpartition("Thread 0x")[2]  # the last one that faulthandler lists
-        at = re.search(r'(train_gpt\.py)", line (\d+) in (\w+)', main_thread)
-        problems.append(f"not done after {seconds:.0f} s" + (f" at {at[1]}:{at[2]} {at[3]}" if at else ""))
+        problems.append(f"not done after {seconds:.0f} s")
     elif code and not problems:
         problems.append(f"ended with exit code {code}")
     if problems:  # what the run itself said last
