@@ -4718,11 +4718,17 @@ class DocumentLoRA(Method):
 
     @contextlib.contextmanager
     def attached(self):
-        """The model with its LoRAs inside the block, the plain one after it: other batches are no documents."""
+        """The model with its LoRAs inside the block, the plain one after it: other batches are no documents. These need
+        no mask, each in windows of its own; and pieces come in a thousand shapes, for each of which cuDNN would plan its
+        attention anew (120 ms forward and backward on an H200, where the flash kernel takes 5), so it does not."""
         with contextlib.ExitStack() as hooks:
             for module, lora in self.loras.items():
                 lora.turn = itertools.cycle(lora.pairs)
                 hooks.callback(module.register_forward_hook(lora).remove)
+            hooks.callback(setattr, self.model, "document_mask", self.model.document_mask)
+            hooks.callback(torch.backends.cuda.enable_cudnn_sdp, torch.backends.cuda.cudnn_sdp_enabled())
+            self.model.document_mask = None
+            torch.backends.cuda.enable_cudnn_sdp(False)
             yield
 
     def plan(self, tokens: np.ndarray) -> Plan:

@@ -662,6 +662,29 @@ def test_lora_compiles_nothing():
     )
 
 
+def test_documents_side_by_side_need_no_mask_and_no_plan_of_every_shape(monkeypatch):
+    """Both are there again for what runs in between."""
+    seen, attend, tokens = [], pg.sdpa, documents_of(LENGTHS)
+
+    def spy(q, k, v, mask=None):
+        seen.append((mask is not None, torch.backends.cuda.cudnn_sdp_enabled()))
+        return attend(q, k, v, mask)
+
+    monkeypatch.setattr(pg, "sdpa", spy)
+    nats = []
+    for masked in (False, True):
+        model = build_model(lora_hp(document_mask=masked))
+        method = pg.DocumentLoRA(make_run(lora_hp(val_batch_size=4096)), model, model)
+        piece = next(pg.plan_pieces(pg.plan_documents(tokens), 16, 4))
+        nats.append(method.score(tokens, piece, pg.progress_bar(None, "", pg.Log(None))))
+        assert seen and set(seen) == {(False, False)}
+        seen.clear()
+        model(torch.ones(1, 4, dtype=torch.int64), torch.ones(1, 4, dtype=torch.int64))
+        assert set(seen) == {(masked, True)}
+        seen.clear()
+    assert np.array_equal(*nats)
+
+
 def test_pieces_score_every_target_once_within_its_own_document():
     tokens = documents_of(LENGTHS)
     documents = pg.plan_documents(tokens)
