@@ -129,7 +129,7 @@ class Hyperparameters:
     seed: int = opt("run", 1337, "initial weights, and the order of SHUFFLE_SEQUENCES", hi=(1 << 64) - 1)
     device: str = opt("run", "auto", "where to run", choices="auto cuda cpu")
     dtype: str = opt("run", "auto", "activations, Newton-Schulz, gradient banks", choices="auto bf16 fp32")
-    compile: str = opt("run", "auto", "torch.compile; auto: CUDA, and long trainings on CPU", choices="auto 0 1")
+    compile: str = opt("run", "auto", "torch.compile; auto: where it pays", choices="auto 0 1")
     attention: str = opt("run", "auto", "kernel; auto: the first that works", choices="auto fa3 fa2 flex sdpa matmul")
     train_log_every: int = opt("run", 500, "steps between training lines, after the first ten; 0: none")
     val_loss_every: int = opt("run", 4000, "steps between validations of the raw weights; 0: only after the last")
@@ -1219,22 +1219,39 @@ def activation_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 class Compiled(NamedTuple):
-    """What of a run goes through torch.compile."""
+    """What of a run goes through torch.compile: the training; of the evaluation, windows that are scored whole, those
+    that are scored by their last targets, and test-time training's forward and backward."""
 
     training: bool
-    scoring: bool
+    whole: bool
+    sliding: bool
+    learning: bool
+
+    @property
+    def evaluation(self) -> bool:
+        return self.whole or self.sliding or self.learning
 
 
-# A CPU needs about three minutes to compile a step of eleven layers, which then takes two thirds of the time: that pays
-# from a few hundred steps of cpu_mini on. Decided by settings, not by the clock: so that a seed repeats to the bit.
-COMPILE_FROM_FLOPS = 1e14
+# FLOPs from which a graph gives back what compiling it takes. A CPU needs about three minutes to compile a step of
+# eleven layers, which then takes two thirds of the time: that pays from a few hundred steps of cpu_mini on. An H200
+# compiles a forward in half a minute, in the evaluation on the clock, and then scores a million tokens in some 0.25 s
+# instead of 0.65. Decided by settings and the text's length, not by the clock: so that a seed repeats to the bit.
+COMPILE_FROM_FLOPS = {"cpu": 1e14, "cuda": 5e15}
 
 
-def choose_compiled(hp: Hyperparameters, device: torch.device) -> Compiled:
-    """COMPILE=auto: all on CUDA; on a CPU a training of COMPILE_FROM_FLOPS, and no scoring."""
-    if hp.compile != "auto" or device.type == "cuda":
-        return Compiled(hp.compile != "0", hp.compile != "0")
-    return Compiled(6 * count_weights(hp) * hp.train_batch_tokens * hp.iterations >= COMPILE_FROM_FLOPS, False)
+def choose_compiled(hp: Hyperparameters, device: torch.device, targets: int, ranks: int) -> Compiled:
+    """COMPILE=auto: on CUDA the training and those of the evaluation's graphs that pay by what a rank does with them,
+    or all, where flex attention, which is made by compiling, keeps documents apart; on a CPU only a long training."""
+    if hp.compile != "auto":
+        return Compiled(*[hp.compile == "1"] * 4)
+    weights, enough = count_weights(hp), COMPILE_FROM_FLOPS[device.type]
+    enough *= device.type == "cpu" or not hp.document_mask
+    if device.type == "cpu":
+        long = 6 * weights * hp.train_batch_tokens * hp.iterations >= enough
+        return Compiled(long, whole=False, sliding=False, learning=False)
+    whole = 2 * weights * targets / ranks  # once through the text
+    sliding = whole * hp.eval_seq_len / (hp.eval_stride or hp.eval_seq_len)
+    return Compiled(True, whole >= enough, sliding >= enough, 3 * hp.ttt_epochs * whole >= enough)
 
 
 def check_compiler(compile: bool, device: torch.device) -> None:
@@ -4351,25 +4368,26 @@ def score(
     ranks: Ranks,
     bar=None,
     temperatures: tuple[float, ...] = (),
+    whole: Callable | None = None,
 ) -> np.ndarray:
     """Nats (m,) float32 of every target of the windows (W, 3), in their order, the same on every rank; with
     temperatures (m, temperatures).
 
-    The windows are as long as each other, and the first alone may score more than `stride` targets. Every forward has
-    `batch` windows, so that a score does not depend on how many windows are asked for and no further graph is compiled.
-    A window that scores at most `stride` runs the head on those alone.
+    The windows are as long as each other, and the first alone may score more than `stride` targets, by `whole` if there
+    is one. Every forward has `batch` windows, so that a score does not depend on how many windows are asked for and no
+    further graph is compiled. A window that scores at most `stride` runs the head on those alone.
     """
     widths, length = windows[:, 2] - windows[:, 1], int(windows[0, 2] - windows[0, 0])
     columns = (temperatures,) if temperatures else ()
     nats = torch.zeros(int(widths.sum()), *map(len, columns), device=ranks.device)
     mine = ranks.part(np.column_stack([windows, np.cumsum(widths)]))
     wide = mine[:, 2] - mine[:, 1] > stride  # only the stream's first window
-    for group, width in ((mine[wide], length), (mine[~wide], min(stride, length))):
+    for group, width, forward in ((mine[wide], length, whole or model), (mine[~wide], min(stride, length), model)):
         for i in range(0, len(group), batch):
             part = group[i : i + batch]
             inputs, targets, counted = gather(tokens, part[:, :3], batch, length, width, ranks.device)
             place = slice(part[0, 3] - part[0, 2] + part[0, 1], part[-1, 3])
-            nats[place] = model(inputs, targets, *columns)[counted]
+            nats[place] = forward(inputs, targets, *columns)[counted]
             if bar is not None:
                 bar.update(len(part))
     return ranks.sum_(nats).cpu().numpy()
@@ -4439,7 +4457,11 @@ class Method:
     readout: "Readout | None" = None
 
     def __init__(self, run: Run, model: GPT, forward: Callable, stride: int):
-        self.hp, self.ranks, self.model, self.forward, self.stride = run.hp, run.ranks, model, forward, stride
+        self.hp, self.ranks, self.model, self.stride = run.hp, run.ranks, model, stride
+        self.whole = forward if run.compile.whole else model  # a graph of another width for one window does not pay
+        self.forward = (
+            forward if getattr(run.compile, "sliding" if stride < run.hp.eval_seq_len else "whole") else model
+        )
         self.rows = score_batch_windows(run.hp, run.ranks, run.hp.eval_seq_len)  # windows of a forward
 
     @staticmethod
@@ -4457,8 +4479,8 @@ class Method:
         inputs, targets = synthetic(self.rows, self.hp.eval_seq_len)
         columns = () if self.readout is None else (self.readout.temperatures,)
         with torch.no_grad():
-            for width in {self.hp.eval_seq_len, self.stride}:
-                self.forward(inputs, targets[:, -width:].contiguous(), *columns)
+            for forward, width in {(self.whole, self.hp.eval_seq_len), (self.forward, self.stride)}:
+                forward(inputs, targets[:, -width:].contiguous(), *columns)
 
     def score(self, tokens: np.ndarray, segment: Segment, bar: Any) -> np.ndarray:
         """Nats (m,) float32 of the segment's targets, the network's or what a readout makes of them."""
@@ -4467,7 +4489,8 @@ class Method:
 
     def network_nats(self, tokens: np.ndarray, segment: Segment, bar: Any = None) -> np.ndarray:
         temperatures = () if self.readout is None else self.readout.temperatures
-        return score(self.forward, tokens, segment.windows, self.stride, self.rows, self.ranks, bar, temperatures)
+        how = self.stride, self.rows, self.ranks, bar, temperatures, self.whole
+        return score(self.forward, tokens, segment.windows, *how)
 
     @torch.no_grad()
     def distribution(self, tokens: np.ndarray, segment: Segment) -> np.ndarray:
@@ -4503,7 +4526,7 @@ class StreamTTT(Method):
 
     def __init__(self, run: Run, model: GPT, forward: Callable):
         super().__init__(run, model, forward, run.hp.eval_stride)
-        hp, ranks = run.hp, run.ranks
+        hp, ranks, self.learner = run.hp, run.ranks, forward if run.compile.learning else model
         frozen = re.compile("|".join(rf"blocks\.{i}\..*" for i in range(hp.ttt_freeze_blocks)) or r"(?!)")
         for name, parameter in model.named_parameters():
             adapts = hp.ttt_params == "all" or label_of(name) == "control"
@@ -4540,7 +4563,7 @@ class StreamTTT(Method):
 
     def warm_up(self, synthetic: Callable) -> None:
         super().warm_up(synthetic)
-        self.forward(*synthetic(self.step_rows, self.length)).sum().backward()
+        self.learner(*synthetic(self.step_rows, self.length)).sum().backward()
         self.optimizer.zero_grad(set_to_none=True)
 
     def reset(self) -> None:
@@ -4591,7 +4614,7 @@ class StreamTTT(Method):
         for i in range(0, len(mine), self.step_rows):
             part, shape = mine[i : i + self.step_rows], (self.step_rows, self.length, self.length)
             inputs, targets, counted = gather(tokens, part, *shape, self.ranks.device)
-            ((self.forward(inputs, targets) * counted).sum() / total).backward()
+            ((self.learner(inputs, targets) * counted).sum() / total).backward()
         gradients = (torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters)  # None: no share
         flat = torch.cat([gradient.flatten() for gradient in gradients])
         self.optimizer.zero_grad(set_to_none=True)
@@ -4698,7 +4721,7 @@ class DocumentLoRA(Method):
         self.reset()
 
     def warm_up(self, synthetic: Callable) -> None:
-        """Nothing but the phases' graph is compiled."""
+        """At most the phases' graph is compiled."""
         if self.phase is not None:
             self.model.requires_grad_(True)
             self.phase.warm_up(synthetic)
@@ -4719,14 +4742,14 @@ class DocumentLoRA(Method):
     @contextlib.contextmanager
     def attached(self):
         """The model with its LoRAs inside the block, the plain one after it: other batches are no documents. These need
-        no mask, each in windows of its own; and pieces come in a thousand shapes, for each of which cuDNN would plan its
-        attention anew (120 ms forward and backward on an H200, where the flash kernel takes 5), so it does not."""
+        no mask, each in windows of its own; and pieces come in a thousand shapes, for each of which cuDNN would plan
+        its attention anew (120 ms forward and backward on an H200, where the flash kernel takes 5): it does not."""
         with contextlib.ExitStack() as hooks:
             for module, lora in self.loras.items():
                 lora.turn = itertools.cycle(lora.pairs)
                 hooks.callback(module.register_forward_hook(lora).remove)
             hooks.callback(setattr, self.model, "document_mask", self.model.document_mask)
-            hooks.callback(torch.backends.cuda.enable_cudnn_sdp, torch.backends.cuda.cudnn_sdp_enabled())
+            hooks.callback(torch.backends.cuda.enable_cudnn_sdp, True)
             self.model.document_mask = None
             torch.backends.cuda.enable_cudnn_sdp(False)
             yield
@@ -5010,7 +5033,7 @@ class Evaluation:
         self.expected = 0.0  # seconds that the scores of a pass will take, before any is measured
         with run.phases("load"):
             model = self.model = run.build(hp.eval_seq_len).to(run.ranks.device)
-            forward, grid = compiled(model, run.compile.scoring), main_grid(tensors)
+            forward, grid = compiled(model, run.compile.evaluation), main_grid(tensors)
             self.passes = {f"final_{grid}_roundtrip": Method(run, model, forward, hp.eval_seq_len)}
             if hp.eval_stride:
                 self.passes[f"final_{grid}_sliding_window"] = Method(run, model, forward, hp.eval_stride)
@@ -5033,7 +5056,7 @@ class Evaluation:
     def score_all(self) -> dict[str, Score]:
         """Every pass over the validation split, in the order of the log."""
         run, hp, log, val = self.run, self.run.hp, self.run.log, self.run.val
-        if run.compile.scoring:
+        if run.compile.evaluation:
             with run.phases("warmup_evaluation"):
                 self.warm_up()
         scores: dict[str, Score] = {}
@@ -5047,7 +5070,8 @@ class Evaluation:
                     log(f"{label}:skipped it would end beyond EVAL_MAX_SECONDS={hp.eval_max_seconds:g}")
                     break
                 log(f"ttt:start {method.unit}:{plan.count} adapted_params:{method.adapted_params}")
-            self.label, self.bar = label, progress_bar(-(-val.targets // stride) // run.ranks.size, label, log)
+            mine = plan.windows[-1] // (1 if method.apart else run.ranks.size)
+            self.label, self.bar = label, progress_bar(int(mine), label, log)
             nats = self.run_pass(method, val.tokens, plan)
             scores[label] = total(nats, val.bytes)
             self.keep(label, method, nats)
@@ -5373,7 +5397,10 @@ def prepare(job: Job, ranks: Ranks, signals: Signals, checks: Checks | None = No
     facts |= dict(validation=val.fingerprint, tokenizer=val.tokenizer_sha256, text=stream and stream.fingerprint)
     every = ranks.gather(facts)
     ranks.agree(lambda: check_alike(every))
-    compile, notes = choose_compiled(hp, device), list(job.notes)
+    compile, notes = choose_compiled(hp, device, val.targets, ranks.size), list(job.notes)
+    if compile.training and device.type == "cuda" and not all(compile):
+        rare = ", ".join(name for name, on in compile._asdict().items() if not on)
+        notes.append(f"compile:auto too little to pay for a graph of the evaluation: {rare}")
     shared = ranks.broadcast_object(checkpoint and checkpoint._replace(tensors={}))
     if checkpoint := checkpoint or shared:
         ranks.agree(lambda: check_resumed(checkpoint, stream, val, dtype))
@@ -5408,7 +5435,7 @@ def check_job(run: Run, job: Job) -> int:
     quiet = run._replace(log=Log(None), phases=Phases(device))
     ones = torch.ones(1024, 1024, device=device, dtype=run.dtype)
     flops = 4 * 2 * 1024**3 / min(seconds_of(run, lambda: [ones @ ones for _ in range(4)]) for _ in range(3))
-    if device.type == "cuda" and not all(run.compile):
+    if device.type == "cuda" and hp.compile == "0":
         log("warning: COMPILE=0 trains and scores uncompiled")
     if ranks.is_main:
         check_size(quiet, job, log)
@@ -5535,7 +5562,7 @@ def check_evaluation(run: Run, tensors: Mapping[str, Stored] | None, flops: floa
         tensors = {name: Stored("fp32", p.detach(), None) for name, p in model.named_parameters()}
     evaluation = Evaluation(run, tensors)
     evaluation.warm_up()
-    ready = evaluation.elapsed() if run.compile.scoring else 0.0
+    ready = evaluation.elapsed() if run.compile.evaluation else 0.0
     evaluation.score_all()
     score, adapt = (run.phases.seconds.get(name, 0.0) for name in ("score", "adapt"))
     learned = min(val.targets, hp.ttt_max_chunks * hp.ttt_chunk_tokens or val.targets)

@@ -41,7 +41,7 @@ class Bench:
         ranks, val = pg.Ranks(hp, {}), pg.load_validation(hp)
         stream = pg.TokenStream(pg.find_shards(hp, "train"), hp.vocab_size)
         self.run = pg.Run(
-            hp, ranks, pg.Log(None), pg.Phases(ranks.device), torch.float32, pg.sdpa, pg.Compiled(False, False), val,
+            hp, ranks, pg.Log(None), pg.Phases(ranks.device), torch.float32, pg.sdpa, pg.Compiled(*[False] * 4), val,
             stream, Path(), b"", pg.Signals(), None,
         )  # fmt: skip
         self.model = self.run.build(hp.eval_seq_len)

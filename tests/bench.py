@@ -335,10 +335,11 @@ class Phases:
         self.hp, self.repeats, self.seconds = hp, repeats, {}
         run, ranks = make_run(hp, pg.TokenStream(pg.find_shards(hp, "train"), hp.vocab_size)), pg.Ranks(hp, environ)
         dtype = pg.activation_dtype(hp.dtype, ranks.device)
-        compile = pg.choose_compiled(hp, ranks.device)
+        val = pg.load_validation(hp)
+        compile = pg.choose_compiled(hp, ranks.device, val.targets, ranks.size)
         _, attend = pg.choose_attention(hp, ranks.device, dtype)
         run = run._replace(ranks=ranks, phases=pg.Phases(ranks.device), dtype=dtype, attend=attend, compile=compile)
-        self.run = run._replace(val=pg.load_validation(hp), folder=folder)
+        self.run = run._replace(val=val, folder=folder)
 
     def say(self, what: str) -> None:
         if self.run.ranks.is_main:

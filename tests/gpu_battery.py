@@ -179,7 +179,7 @@ def make_run(bench: Bench, hp):
     attention, attend = pg.choose_attention(hp, run.ranks.device, run.dtype)
     figure(attention=attention.split()[0], dtype=str(run.dtype).removeprefix("torch."))
     print(f"attention: {attention}")
-    return run._replace(attend=attend, compile=pg.Compiled(hp.compile != "0", hp.compile != "0"))
+    return run._replace(attend=attend, compile=pg.Compiled(*[hp.compile != "0"] * 4))
 
 
 def write_shard(path: Path, tokens) -> None:

@@ -112,7 +112,7 @@ def make_run(hp: pg.Hyperparameters, stream: Any = None, tokens: np.ndarray | No
         phases=pg.Phases(ranks.device),
         dtype=pg.activation_dtype(hp.dtype, ranks.device),
         attend=pg.sdpa,
-        compile=pg.Compiled(hp.compile == "1", hp.compile == "1"),
+        compile=pg.Compiled(*[hp.compile == "1"] * 4),
         val=pg.Validation(tokens, np.ones(len(tokens) - 1, np.int64), "", Path(), "0" * 64),
         stream=stream,
         folder=Path(),

@@ -29,6 +29,57 @@ def evaluation_of(hp) -> pg.Evaluation:
     return pg.Evaluation(make_run(hp, tokens=random_tokens(N + 1)), stored)
 
 
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("sliding", [False, True])
+@pytest.mark.parametrize("learning", [False, True])
+@pytest.mark.parametrize("lora", [False, True])
+def test_the_evaluation_compiles_what_it_was_told_to(whole, sliding, learning, lora, monkeypatch):
+    """Which (training, width of targets) go through the graph, in its warm-up and after it; the scores stay."""
+    changes = dict(ttt_params="lora", ttt_lora_chunk=4, phased_ttt_num_phases=1) if lora else {}
+    hp, seen = tiny_hp(**changes), []
+    plain = evaluation_of(hp).score_all()
+
+    def graph(model, on):
+        def forward(inputs, targets):
+            seen.append((torch.is_grad_enabled(), targets.size(1)))
+            return model(inputs, targets)
+
+        return forward if on else model
+
+    monkeypatch.setattr(pg, "compiled", graph)
+    stored = {name: pg.Stored("fp32", w, None) for name, w in weights_of(build_model(hp)).items()}
+    compiled = pg.Compiled(True, whole, sliding, learning)
+    evaluation = pg.Evaluation(make_run(hp, tokens=random_tokens(N + 1))._replace(compile=compiled), stored)
+    evaluation.warm_up()
+    width, stride = hp.eval_seq_len, hp.eval_stride
+    expected = {
+        kind for kind, on in {(False, width): whole, (False, stride): sliding, (True, width): learning}.items() if on
+    }
+    assert set(seen) == expected
+    seen.clear()
+    assert evaluation.score_all() == plain and set(seen) == expected
+
+
+@pytest.mark.parametrize("params", ["all", "lora"])
+def test_progress_counts_the_windows_of_each_pass(params, monkeypatch):
+    counts = []
+
+    class Bar:
+        def __init__(self, total, label, log):
+            counts.append([label, total, 0])
+
+        def update(self, n):
+            counts[-1][2] += n
+
+        def close(self):
+            pass
+
+    evaluation = evaluation_of(tiny_hp(ttt_params=params, ttt_lora_chunk=4))
+    monkeypatch.setattr(pg, "progress_bar", Bar)
+    evaluation.score_all()
+    assert [total for _, total, _ in counts] == [done for *_, done in counts] and len(counts) == 3
+
+
 @pytest.fixture
 def slow(monkeypatch):
     """A clock that stands still but for scoring (a second a window) and updates (ten). Remembers what was done."""

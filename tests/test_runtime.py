@@ -248,20 +248,38 @@ def recipe(name: str) -> pg.Hyperparameters:
     return pg.Hyperparameters.from_env(dict(line.split("=", 1) for line in lines if line and line[0] != "#"))
 
 
-def test_compile_auto_is_for_cuda_and_for_long_trainings_on_a_cpu():
-    cpu, cuda, on, off = torch.device("cpu"), torch.device("cuda"), (True, True), (False, False)
-    chosen = {name: pg.choose_compiled(recipe(name), cpu) for name in ("cpu_mini", "cpu_ablate", "cpu_demo", "pr714")}
-    assert chosen == dict(cpu_mini=(True, False), cpu_ablate=off, cpu_demo=off, pr714=(True, False))
-    assert pg.choose_compiled(recipe("cpu_demo"), cuda) == on
+def test_compile_auto_is_for_long_trainings_on_a_cpu():
+    cpu, on, off = torch.device("cpu"), (True,) * 4, (False,) * 4
+    for name, trains in dict(cpu_mini=True, cpu_ablate=False, cpu_demo=False, pr714=True).items():
+        assert pg.choose_compiled(recipe(name), cpu, 10**8, 1) == (trains, False, False, False)
     for word, both in {"1": on, "0": off}.items():
-        hp = pg.Hyperparameters(compile=word)
-        assert pg.choose_compiled(hp, cpu) == pg.choose_compiled(hp, cuda) == both
+        for device in (cpu, torch.device("cuda")):
+            assert pg.choose_compiled(pg.Hyperparameters(compile=word), device, 1, 1) == both
+
+
+@pytest.mark.parametrize(
+    "targets, ranks, evaluation",
+    [  # 62 million targets are the challenge's, 27.1 million weights the default model's
+        (62_000_000, 1, (False, True, True)),
+        (62_000_000, 8, (False, True, False)),
+        (500_000, 1, (False, False, False)),
+        (500_000_000, 1, (True, True, True)),
+    ],
+)
+def test_compile_auto_on_cuda_is_for_what_a_rank_does_enough_of(targets, ranks, evaluation):
+    assert pg.choose_compiled(pg.Hyperparameters(), torch.device("cuda"), targets, ranks) == (True, *evaluation)
+    plain = pg.choose_compiled(
+        pg.Hyperparameters(eval_stride=0, ttt_enabled=False), torch.device("cuda"), targets, ranks
+    )
+    assert plain.sliding == plain.whole == evaluation[0]
+    apart = pg.Hyperparameters(document_mask=True)
+    assert all(pg.choose_compiled(apart, torch.device("cuda"), targets, ranks))
 
 
 def test_a_long_training_on_a_cpu_is_compiled_and_goes_on_as_it_began(whole, tiny_data, tmp_path, monkeypatch):
     """torch.compile replaced by what it makes faster."""
     asked = []
-    monkeypatch.setattr(pg, "COMPILE_FROM_FLOPS", 0)
+    monkeypatch.setitem(pg.COMPILE_FROM_FLOPS, "cpu", 0)
     monkeypatch.setattr(pg, "remove", lambda *_: None)  # a run that ends takes its checkpoints away
     monkeypatch.setattr(torch, "compile", lambda f, **_: (asked.append(f), f)[1])
     often = QUICK | dict(CHECKPOINT_EVERY=1e-6)

@@ -17,8 +17,8 @@ N = 90
 
 
 def adapter_for(hp, forward=None, **build):
-    model = build_model(hp, hp.eval_seq_len, **build)
-    return pg.StreamTTT(make_run(hp), model, forward or model)
+    model, run = build_model(hp, hp.eval_seq_len, **build), make_run(hp)
+    return pg.StreamTTT(run._replace(compile=pg.Compiled(*[True] * 4)), model, forward or model)
 
 
 def plan(hp, n=N):
@@ -128,7 +128,7 @@ def test_no_forward_sees_a_token_that_is_not_yet_due():
             return self.model(text, targets)
 
     adapter = adapter_for(hp)
-    adapter.forward = Spy(adapter.model)
+    adapter.forward = adapter.whole = adapter.learner = Spy(adapter.model)
     run(adapter, tokens)
     scored = 0
     for training, deepest, target, targets in seen:
@@ -155,7 +155,9 @@ def test_an_epoch_covers_every_scored_target_once_in_sequences_of_the_training_l
             nats.register_hook(lambda g: seen.extend(wanted[g != 0].tolist()))
             return nats
 
-        pg.StreamTTT(make_run(hp), model, spy).adapt(tokens, 0.01)
+        adapter = pg.StreamTTT(make_run(hp), model, model)
+        adapter.learner = spy
+        adapter.adapt(tokens, 0.01)
         assert sorted(seen) == sorted(2 * list(range(1, targets + 1)))
     assert set(lengths) == {16}
 
