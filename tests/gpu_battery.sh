@@ -2,7 +2,7 @@
 # Whether train_gpt.py works on this machine's GPU, and how fast: one call, at most eight minutes, no network.
 #
 #   tests/gpu_battery.sh OUT              its parts, the most valuable first; OUT gets summary.txt and log.txt as they come
-#   tests/gpu_battery.sh OUT step chain   these parts alone; also frontier, qat and reductions, which need minutes more
+#   tests/gpu_battery.sh OUT step chain   these parts alone; also audit, variants, frontier, qat, reductions: minutes each
 #   tests/gpu_battery.sh --cpu OUT        the same parts, tiny, on CPU: a dry run of the battery itself
 #
 # Text: that of the folder REAL_TEXT_DIR (data/README.md, "Measurement data"), else the Python installation's own.

@@ -77,6 +77,12 @@ def test_how_a_part_ends(tmp_path, program, status, told):
     assert all(text in figures for text in told), figures
 
 
+def test_the_small_models_of_a_gpu_are_models(tmp_path):
+    bench = gpu_battery.Bench(False, tmp_path, tmp_path)
+    for settings in (bench.settings(), bench.settings(small=True), bench.settings(**gpu_battery.SHALLOW)):
+        gpu_battery.hyperparameters(settings)
+
+
 def test_the_limits_of_all_parts_fit_in_eight_minutes():
     assert sum(seconds for seconds, _ in gpu_battery.PARTS.values()) <= 480
 
