@@ -567,7 +567,7 @@ def frontier(bench: Bench) -> None:
     prepare(bench, bench.work / "data_8192", 8192)
     share = dict(TRAIN_BATCH_TOKENS=98304, VAL_BATCH_SIZE=131072, GPTQ_CALIBRATION_TOKENS=196608)
     share |= dict(ITERATIONS=20, ENABLE_LOOPING_AT=0.5, MUON_MOMENTUM_WARMUP_STEPS=10, EMA_DECAY=0.9)
-    share |= dict(MAX_WALLCLOCK_SECONDS=0, EVAL_MAX_SECONDS=100, COMPILE=1)
+    share |= dict(MAX_WALLCLOCK_SECONDS=0, EVAL_MAX_SECONDS=100, COMPILE=int(bench.cpu) or "auto")
     if bench.cpu:
         share |= TINY | dict(NUM_LAYERS=6, LOOP_START=1, LOOP_END=1, PARALLEL_START_LAYER=4, XSA_LAST_N=6)
         share |= dict(GATE_WINDOW=4, TTT_LORA_RANK=4, GPTQ_CALIBRATION_TOKENS=2048, VOCAB_SIZE=512)
