@@ -4382,7 +4382,8 @@ def score(
     nats = torch.zeros(int(widths.sum()), *map(len, columns), device=ranks.device)
     mine = ranks.part(np.column_stack([windows, np.cumsum(widths)]))
     wide = mine[:, 2] - mine[:, 1] > stride  # only the stream's first window
-    for group, width, forward in ((mine[wide], length, whole or model), (mine[~wide], min(stride, length), model)):
+    first = model if whole is None else whole
+    for group, width, forward in ((mine[wide], length, first), (mine[~wide], min(stride, length), model)):
         for i in range(0, len(group), batch):
             part = group[i : i + batch]
             inputs, targets, counted = gather(tokens, part[:, :3], batch, length, width, ranks.device)
