@@ -4460,9 +4460,8 @@ class Method:
     def __init__(self, run: Run, model: GPT, forward: Callable, stride: int):
         self.hp, self.ranks, self.model, self.stride = run.hp, run.ranks, model, stride
         self.whole = forward if run.compile.whole else model  # a graph of another width for one window does not pay
-        self.forward = (
-            forward if getattr(run.compile, "sliding" if stride < run.hp.eval_seq_len else "whole") else model
-        )
+        narrow = stride < run.hp.eval_seq_len
+        self.forward = forward if (run.compile.sliding if narrow else run.compile.whole) else model
         self.rows = score_batch_windows(run.hp, run.ranks, run.hp.eval_seq_len)  # windows of a forward
 
     @staticmethod
