@@ -1245,13 +1245,13 @@ def choose_compiled(hp: Hyperparameters, device: torch.device, targets: int, ran
     if hp.compile != "auto":
         return Compiled(*[hp.compile == "1"] * 4)
     weights, enough = count_weights(hp), COMPILE_FROM_FLOPS[device.type]
-    enough *= device.type == "cpu" or not hp.document_mask
     if device.type == "cpu":
         long = 6 * weights * hp.train_batch_tokens * hp.iterations >= enough
         return Compiled(long, whole=False, sliding=False, learning=False)
-    whole = 2 * weights * targets / ranks  # once through the text
-    sliding = whole * hp.eval_seq_len / (hp.eval_stride or hp.eval_seq_len)
-    return Compiled(True, whole >= enough, sliding >= enough, 3 * hp.ttt_epochs * whole >= enough)
+    once = 2 * weights * targets / ranks  # through the text
+    sliding = once * hp.eval_seq_len / (hp.eval_stride or hp.eval_seq_len)
+    flops = once, sliding, 3 * hp.ttt_epochs * once
+    return Compiled(True, *(hp.document_mask or done >= enough for done in flops))
 
 
 def check_compiler(compile: bool, device: torch.device) -> None:

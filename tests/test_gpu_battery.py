@@ -79,8 +79,8 @@ def test_how_a_part_ends(tmp_path, program, status, told):
 
 def test_the_small_models_of_a_gpu_are_models(tmp_path):
     bench = gpu_battery.Bench(False, tmp_path, tmp_path)
-    for settings in (bench.settings(), bench.settings(small=True), bench.settings(**gpu_battery.SHALLOW)):
-        gpu_battery.hyperparameters(settings)
+    every = [bench.settings(), bench.settings(small=True), bench.settings(**gpu_battery.SHALLOW)]
+    assert [gpu_battery.hyperparameters(settings).num_layers for settings in every] == [11, 6, 3]
 
 
 def test_the_limits_of_all_parts_fit_in_eight_minutes():

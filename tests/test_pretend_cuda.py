@@ -39,6 +39,16 @@ def test_a_run_scores_on_a_gpu_as_on_the_cpu(name, tiny_data, tmp_path, monkeypa
         assert found == pytest.approx(wanted, abs=2e-3), place
 
 
+def test_a_short_evaluation_on_a_gpu_is_not_compiled_and_the_log_says_so(tiny_data, tmp_path, monkeypatch):
+    """torch.compile replaced by what it makes faster: it is asked for the training's model and for none that scores."""
+    asked = []
+    monkeypatch.setattr(torch, "compile", lambda f, **_: (asked.append(f), f)[1])
+    with pretended():
+        ran = run_here(tmp_path, tiny_data, "auto", ATTENTION="sdpa", COMPILE="auto", DEVICE="auto")
+    assert ran.code == 0 and sum(isinstance(f, torch.nn.Module) for f in asked) == 1
+    assert "\ncompile:auto too little to pay for a graph of the evaluation: whole, sliding, learning\n" in ran.out
+
+
 def test_the_auditor_passes_on_a_gpu(tiny_data, tmp_path):
     data = split(tmp_path / "data", tiny_data)
     hp = audit_hp(ttt_params="lora", ttt_optimizer="adamw", ttt_momentum=0.0, ttt_lora_chunk=8)
