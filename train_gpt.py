@@ -20,6 +20,7 @@ Shapes are written with B batch, T tokens, D model width, H heads, K head width,
 """
 
 import contextlib
+import ctypes
 import dataclasses
 import errno
 import functools
@@ -713,6 +714,16 @@ def torchrun_number(environ: Mapping[str, str], name: str, default: int) -> int:
     return int(text)
 
 
+def keep_freed_memory() -> None:
+    """Keep what tensors free for the next ones (of glibc's malloc; others are left as they are). It gives large blocks
+    back to the system at once, which then clears every page of the next: a sixth of an eager forward on a CPU."""
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if hasattr(libc, "mallopt"):
+        m_trim_threshold, m_mmap_max = -1, -4  # malloc.h
+        libc.mallopt(m_trim_threshold, -1)
+        libc.mallopt(m_mmap_max, 0)
+
+
 NOTHING_TO_WAIT_FOR = types.SimpleNamespace(wait=lambda: None)  # the handle of what one rank need not send
 
 
@@ -736,6 +747,8 @@ class Ranks:
         self.device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
         if cuda:
             torch.cuda.set_device(self.device)
+        else:
+            keep_freed_memory()
         if self.size > 1:
             backend, store = "nccl" if cuda else "gloo", fresh_store(self.rank, self.size)
             dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.size)

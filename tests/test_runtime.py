@@ -316,6 +316,25 @@ def test_a_cache_that_torch_cannot_make_is_not_blamed_on_out_dir(tiny_data, tmp_
     assert "set TORCHINDUCTOR_CACHE_DIR" in ran.stderr and not (tmp_path / "logs").exists()
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's malloc")
+def test_what_a_tensor_frees_the_next_one_takes():
+    """Without asking the system, which clears each page of what it gives."""
+    code = """if True:
+        import resource, torch, train_gpt as pg
+        def faults():
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+            for size in (1 << 20, 3 << 20, 48 << 20):
+                torch.ones(size), torch.ones(size)
+            return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+        given_back = min(faults(), faults())
+        pg.keep_freed_memory()
+        faults()
+        print(given_back, faults())"""
+    ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=clean_environ(), capture_output=True, text=True)
+    given_back, kept = map(int, ran.stdout.split())
+    assert given_back > 1000 and kept < 100
+
+
 def test_a_full_memory_is_one_line_that_names_the_settings(tiny_data, tmp_path, monkeypatch):
     def fill(*_) -> None:
         torch.empty(1 << 50)  # beyond any address space
