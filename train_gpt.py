@@ -1835,27 +1835,30 @@ NORM_EPS = torch.finfo(torch.float32).eps  # for bf16 too: the mean square of a 
 
 
 class RMSNorm(torch.autograd.Function):
-    """x / sqrt(mean(x²) + eps) over the last dimension, without weights; statistics in fp32.
+    """scale x / sqrt(mean(x²) + eps) over the last dimension, without weights; the sum in fp32.
 
     Its own backward reuses the output: half the passes over memory of the composite one, a tenth of an eager CPU step.
+    The factor of a row is rounded to x's dtype, as x is: a product in fp32 takes twice the time of an eager forward's.
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
+    def forward(ctx, x: Tensor, scale: float) -> Tensor:
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-        inverse = (norm.square() / x.size(-1) + NORM_EPS).rsqrt()
-        y = (x * inverse).to(x.dtype)
-        ctx.save_for_backward(y, inverse)
+        factor = scale * (norm.square() / x.size(-1) + NORM_EPS).rsqrt()
+        y = x * factor.to(x.dtype)
+        ctx.save_for_backward(y, factor)
+        ctx.scale = scale
         return y
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> Tensor:
-        y, inverse = ctx.saved_tensors
-        along = (gradient * y).mean(-1, keepdim=True, dtype=torch.float32).to(y.dtype)
-        return torch.addcmul(gradient, y, along, value=-1) * inverse.to(y.dtype)
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        y, factor = ctx.saved_tensors
+        along = (gradient * y).mean(-1, keepdim=True, dtype=torch.float32) / ctx.scale**2
+        return torch.addcmul(gradient, y, along.to(y.dtype), value=-1) * factor.to(y.dtype), None
 
 
-rms_norm = RMSNorm.apply
+def rms_norm(x: Tensor, scale: float = 1.0) -> Tensor:
+    return RMSNorm.apply(x, scale)
 
 
 class CastedLinear(nn.Module):
@@ -1885,6 +1888,11 @@ class CastedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.quantized().to(x.dtype))
+
+
+def add_scaled(x: Tensor, scale: Tensor, y: Tensor) -> Tensor:
+    """x + scale y, (B, T, D) with a scale (D,) of each channel: one pass over memory where product and sum take two."""
+    return torch.addcmul(x, scale.to(x.dtype), y)
 
 
 class BigramHash(nn.Module):
@@ -1948,27 +1956,27 @@ class ValueEmbedding(nn.Module):
 
 
 class Rotary(nn.Module):
-    """Rotates the first `dims` of each head's dimensions; tables for one context, computed once.
+    """Rotates the first `dims` of each head's `width` dimensions; tables for one context, computed once.
 
     NTK rule: a context r times longer than TRAIN_SEQ_LEN multiplies the base by r^(d/(d-2)). Tables cached lazily
     inside a scoring pass would be inference tensors that the next backward cannot use.
     """
 
-    def __init__(self, dims: int, base: float, context: int, train_seq_len: int):
+    def __init__(self, dims: int, width: int, base: float, context: int, train_seq_len: int):
         super().__init__()
         ratio = max(1.0, context / train_seq_len)
         base = base * ratio ** (dims / (dims - 2))
         frequencies = base ** (-torch.arange(0, dims, 2, dtype=torch.float32) / dims)
         angles = torch.outer(torch.arange(context, dtype=torch.float32), frequencies)[:, None]  # (context, 1, dims/2)
-        self.dims = dims
-        self.register_buffer("cos", angles.cos(), persistent=False)
-        self.register_buffer("sin", angles.sin(), persistent=False)
+        self.dims, rest = dims, (0, width - dims)
+        self.register_buffer("cos", F.pad(angles.cos().repeat(1, 1, 2), rest, value=1.0), persistent=False)
+        self.register_buffer("sin", F.pad(torch.cat((angles.sin(), -angles.sin()), -1), rest), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, T, H, K) -> the same shape; half-split pairs (x1 c + x2 s, -x1 s + x2 c)."""
+        """(B, T, H, K) -> the same shape; half-split pairs (x1 c + x2 s, x2 c - x1 s)."""
         cos, sin = self.cos[: x.size(1)].to(x.dtype), self.sin[: x.size(1)].to(x.dtype)
         x1, x2, rest = x.split((self.dims // 2, self.dims // 2, x.size(-1) - self.dims), dim=-1)
-        return torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin, rest), dim=-1)
+        return torch.addcmul(x * cos, torch.cat((x2, x1, rest), dim=-1), sin)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -2083,20 +2091,20 @@ class Block(nn.Module):
 
     def mix(self, x: Tensor, stream: Stream) -> Tensor:
         mix = self.resid_mix.to(x.dtype)
-        return mix[0] * x + mix[1] * stream.x0
+        return add_scaled(mix[0] * x, mix[1], stream.x0)
 
     def attend(self, x: Tensor, stream: Stream) -> tuple[Tensor, Tensor]:
-        """(what attention adds to x (B, T, D), this layer's own value (B, T, Hkv*K))"""
-        y, own_value = self.attn(rms_norm(x) * self.norm_scale, stream)
-        return self.attn_scale.to(x.dtype) * y, own_value
+        """(what attention adds to x (B, T, D) by attn_scale, this layer's own value (B, T, Hkv*K))"""
+        return self.attn(rms_norm(x, self.norm_scale), stream)
 
     def feed(self, x: Tensor) -> Tensor:
-        """What the MLP adds to x (B, T, D)."""
-        return self.mlp_scale.to(x.dtype) * self.mlp(rms_norm(x) * self.norm_scale)
+        """What the MLP adds to x (B, T, D) by mlp_scale."""
+        return self.mlp(rms_norm(x, self.norm_scale))
 
     def route(self, lanes: tuple[Tensor, Tensor], attended: Tensor, fed: Tensor) -> tuple[Tensor, Tensor]:
         """Both lanes after this layer: each its own weighted sum of itself and of what the two halves add."""
         weights = self.lane_weights.to(fed.dtype)
+        attended, fed = self.attn_scale.to(fed.dtype) * attended, self.mlp_scale.to(fed.dtype) * fed
         return tuple(w[0] * lane + w[1] * attended + w[2] * fed for w, lane in zip(weights, lanes, strict=True))
 
 
@@ -2129,7 +2137,7 @@ class GPT(nn.Module):
         self.value_embedding = None
         if hp.ve_enabled:
             self.value_embedding = ValueEmbedding(hp.vocab_size, hp.ve_dim, hp.num_kv_heads * hp.head_dim)
-        rotary = Rotary(hp.rope_dims or hp.head_dim, hp.rope_base, context, hp.train_seq_len)
+        rotary = Rotary(hp.rope_dims or hp.head_dim, hp.head_dim, hp.rope_base, context, hp.train_seq_len)
         self.blocks = nn.ModuleList(Block(hp, layer, rotary, attend) for layer in range(hp.num_layers))
         self.plain, self.looped = layer_passes(hp, 0), layer_passes(hp, hp.num_loops)
         self.looping = hp.num_loops > 0  # training may switch it on later
@@ -2151,10 +2159,11 @@ class GPT(nn.Module):
         """The matrix that makes logits: the token table itself, where they are tied."""
         return self.tok_emb if self.lm_head is None else self.lm_head
 
-    def trunk(self, tokens: Tensor) -> Tensor:
-        """(B, T) int -> (B, T, D): normalized output of the last block. Nothing but attention crosses a BOS, and with
-        DOCUMENT_MASK not even that: a document's scores are then those that it has alone. Rotation needs no positions
-        of its own for it: queries and keys meet by their distance.
+    def trunk(self, tokens: Tensor, last: int | None = None) -> Tensor:
+        """(B, T) int -> (B, T, D): normalized output of the last block, or (B, last, D) of the last positions alone.
+
+        Nothing but attention crosses a BOS, and with DOCUMENT_MASK not even that: a document's scores are then those
+        that it has alone. Rotation needs no positions of its own for it: queries and keys meet by their distance.
         """
         starts = tokens == BOS_ID
         starts[:, 0] = True
@@ -2182,9 +2191,12 @@ class GPT(nn.Module):
                 x = x + self.loop_vectors[loop].to(x.dtype)
             mixed = block.mix(x, stream)
             y, own_value = block.attend(mixed, stream)
+            if last is not None and place == len(passes) - 1:  # nothing after this attention looks at other positions
+                mixed, x, y = mixed[:, -last:], x[:, -last:], y[:, -last:]
+                lane = None if lane is None else lane[:, -last:]
             if lane is None:
-                x = mixed + y
-                x = x + block.feed(x)
+                x = add_scaled(mixed, block.attn_scale, y)
+                x = add_scaled(x, block.mlp_scale, block.feed(x))
             else:
                 x, lane = block.route((x, lane), y, block.feed(lane))
             if place == 0:
@@ -2195,8 +2207,10 @@ class GPT(nn.Module):
 
     def add_skip(self, x: Tensor, index: int, pushed: Tensor) -> Tensor:
         """x (B, T, D) and the output that was pushed as number `index`, weighted: their sum or, gated, a blend."""
+        if self.skip_gates is None:
+            return add_scaled(x, self.skip_weights[index], pushed)
         skip = self.skip_weights[index].to(x.dtype) * pushed
-        return x + skip if self.skip_gates is None else skip.lerp(x, self.skip_gates[index].sigmoid().to(x.dtype))
+        return skip.lerp(x, self.skip_gates[index].sigmoid().to(x.dtype))
 
     def unembed(self, x: Tensor) -> Tensor:
         """(B, T, D) -> softcapped logits (B, T, V) fp32."""
@@ -2209,10 +2223,10 @@ class GPT(nn.Module):
     def forward(self, tokens: Tensor, targets: Tensor, temperatures: tuple[float, ...] = ()) -> Tensor:
         """Nats (B, S) fp32, unreduced, of the last S targets. tokens is (B, T) int, targets (B, S) int64, S <= T.
 
-        Sliding windows score only their last positions: the head runs on those alone. With temperatures, the nats are
-        those of softmax(logits / t) for each t: (B, S, temperatures).
+        Sliding windows score only their last positions: the last MLP and the head run on those. With temperatures,
+        the nats are those of softmax(logits / t) for each t: (B, S, temperatures).
         """
-        x = self.trunk(tokens)[:, tokens.size(1) - targets.size(1) :]
+        x = self.trunk(tokens, targets.size(1) if targets.size(1) < tokens.size(1) else None)
         logits, wanted = self.unembed(x).flatten(0, 1), targets.flatten()
         if not temperatures:
             return F.cross_entropy(logits, wanted, reduction="none").view_as(targets)
@@ -4820,7 +4834,7 @@ class DocumentLoRA(Method):
         inputs, _, counted = self.batch_of(tokens, segment.windows)
         row = int(segment.windows[:, 2].argmax())
         with self.attached():
-            logits = self.model.unembed(self.model.trunk(inputs)[:, -self.stride :])[row][counted[row]][-1]
+            logits = self.model.unembed(self.model.trunk(inputs, self.stride))[row][counted[row]][-1]
         return logits.double().log_softmax(-1).cpu().numpy()
 
     @torch.no_grad()

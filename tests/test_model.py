@@ -247,6 +247,24 @@ def test_fewer_targets_are_the_tail_of_the_full_forward(dtype):
             torch.testing.assert_close(tail, full[:, -count:], atol=1e-5 if dtype == torch.float32 else 0.1, rtol=0)
 
 
+@pytest.mark.parametrize(
+    "changes", [dict(), FRONTIER, dict(num_layers=1, ve_layers="0")], ids=["all", "frontier", "one"]
+)
+def test_the_last_mlp_runs_on_scored_positions_alone(changes):
+    model, tokens = randomize(build_model(tiny_hp(**changes))), batch(random_tokens(17))
+    positions = []
+    for block in model.blocks:
+        block.mlp.register_forward_pre_hook(lambda _, inputs: positions.append(inputs[0].size(1)))
+    with torch.no_grad():
+        full = model(tokens[:, :-1], tokens[:, 1:])
+        assert set(positions) == {16}
+        positions.clear()
+        tail = model(tokens[:, :-1], tokens[:, 13:])
+    *others, last = positions
+    assert last == 4 and all(count == 16 for count in others)
+    torch.testing.assert_close(tail, full[:, -4:], atol=1e-5, rtol=0)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_changed_token_leaves_earlier_scores_bit_identical(dtype):
     hp = tiny_hp(train_seq_len=64, train_batch_tokens=64)
@@ -353,7 +371,7 @@ def test_no_token_of_another_document_moves_a_masked_score(kernel, dtype):
 
 def rotary_angles(rotary: pg.Rotary) -> torch.Tensor:
     """Frequencies (dims/2,), read from the tables at position 1."""
-    return torch.atan2(rotary.sin[1, 0], rotary.cos[1, 0])
+    return torch.atan2(rotary.sin[1, 0], rotary.cos[1, 0])[: rotary.dims // 2]
 
 
 def test_the_training_context_leaves_base_frequencies_alone():
@@ -389,6 +407,29 @@ def test_rope_dims_zero_rotates_the_whole_head_and_four_rotate_four():
     assert torch.equal(moved[0], moved[6])
     assert torch.equal(moved[4][..., 4:], x[..., 4:])
     assert (moved[4][:, 1:, :, :4] != x[:, 1:, :, :4]).all() and (moved[0][:, 1:] != x[:, 1:]).all()
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.5])
+def test_the_norm_and_its_own_backward_are_those_of_the_formula(scale):
+    x = torch.randn(3, 5, 16, generator=torch.Generator().manual_seed(0))
+    results = []
+    for norm in (pg.rms_norm, lambda x, scale: scale * x / (x.square().mean(-1, keepdim=True) + pg.NORM_EPS).sqrt()):
+        leaf = x.clone().requires_grad_()
+        y = norm(leaf, scale)
+        (y * torch.arange(16.0)).square().sum().backward()
+        results.append((y.detach(), leaf.grad))
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-3)
+
+
+def test_short_attention_is_plain_products_to_learn_and_sdpa_to_score():
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 32, heads, 8, generator=generator).bfloat16() for heads in (4, 2, 2))
+    products, fused = pg.matmul_attention(q, k, v), pg.sdpa(q, k, v)
+    assert not torch.equal(products, fused)
+    assert torch.equal(pg.short_attention(q, k, v), products)
+    with torch.no_grad():
+        assert torch.equal(pg.short_attention(q, k, v), fused)
 
 
 # Switches
