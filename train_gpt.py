@@ -2214,7 +2214,7 @@ class GPT(nn.Module):
 
     def unembed(self, x: Tensor) -> Tensor:
         """(B, T, D) -> softcapped logits (B, T, V) fp32."""
-        return self.softcap * torch.tanh(self.head(x).float() / self.softcap)
+        return self.softcap * self.head(x).float().div_(self.softcap).tanh_()  # in place: the largest tensor of all
 
     def logits(self, tokens: Tensor) -> Tensor:
         """(B, T) int -> (B, T, V) fp32"""
