@@ -55,8 +55,11 @@ BOS_ID = 1  # every document starts with it
 SHARD = (20240520, 1)  # magic and version: the first of a shard's 256 int32; the third is its number of uint16 tokens
 # Nats that a score may move where it must not: none on CPU. CUDA adds up some gradients in no fixed order.
 MOVED_NATS = {"cpu": 0.0, "cuda": 0.02}
-# Nats between a score and what it is told or calculated to be; compiled graphs round otherwise than eager ones.
+# Nats between a score and what it is told or calculated to be. Compiled graphs round otherwise than eager ones, and a
+# CPU with AMX one window otherwise than several. In bf16 a logit of 16 is known to an eighth: a score may be off twice
+# that, but what many are off in the mean, with its sign, is not rounding.
 REFERENCE_NATS = {"cpu": 1e-3, "cuda": 0.05, "compiled": 0.05}
+BF16_NATS, MEAN_NATS = 0.25, 0.01
 # Mean nats between a run's own scores and its artifact's, scored again: by other threads, or another GPU.
 SAME_NATS = {"cpu": 1e-4, "cuda": 0.02}
 UNIT_SUM = 1e-4  # how far a distribution's sum may lie from 1
@@ -473,7 +476,8 @@ class Judge:
             raise Broken(f"from inside: {next((line for line in reversed(self.script.lines) if line), 'nothing said')}")
         self.inside = json.loads((folder / "answer.json").read_text("utf-8"))
         told = np.concatenate([nats for *_, nats in references])
-        self.off_reference = distance(told, np.array(self.inside["nats"]))
+        known = np.array(self.inside["nats"])
+        self.off_reference, self.off_mean = distance(told, known), float(np.mean(told - known))
         self.listen((folder / "silent.pgolf").read_bytes())
 
     def references(self) -> list[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
@@ -543,20 +547,23 @@ class Judge:
         """C2: at the end of each copy, the whole vocabulary has one distribution, whatever the token there, and its
         entry is the score; and some scores are the reference's, which does not see what follows."""
         off_one = off_score = own = 0.0
-        passed = self.off_reference <= REFERENCE_NATS[self.kind]
+        bf16 = self.base.result.get("dtype") == "bfloat16"
+        limits = dict.fromkeys(REFERENCE_NATS, BF16_NATS) if bf16 else REFERENCE_NATS
+        passed = self.off_reference <= limits[self.kind] and abs(self.off_mean) <= MEAN_NATS
         for copy in filter(None, [*self.copies.values(), self.full, self.even]):
             compiled = copy is self.full and self.as_logged.get("COMPILE") == "1"
             for scored in copy.passes.values():
                 off = abs(float(scored.nats[-1] + scored.last[copy.tokens[-1]]))
-                passed &= off <= REFERENCE_NATS["compiled" if compiled else self.kind]
+                passed &= off <= limits["compiled" if compiled else self.kind]
                 off_one, off_score = larger(off_one, abs(float(np.exp(scored.last).sum()) - 1)), larger(off_score, off)
                 if not (np.isfinite(scored.nats) & (scored.nats >= -1e-6)).all():
                     return Finding(False, "scores that are not finite, or below 0 nats")
         for label, scored in self.copies["last"].passes.items():
             own = larger(own, distance(scored.last, self.base.passes[label].last))
         passed &= off_one <= UNIT_SUM and own <= MOVED_NATS[self.kind]
-        figure = f"distributions:{len(self.copies) + 1} off_one:{off_one:.2g} moved_by_own_target:{own:.2g}"
-        return Finding(passed, f"{figure} off_score:{off_score:.2g} off_reference:{self.off_reference:.2g}")
+        figure = f"distributions:{len(self.copies) + 1} off_one:{off_one:.2g} moved_by_own_target:{own:.2g} "
+        figure += f"off_score:{off_score:.2g} off_reference:{self.off_reference:.2g} mean:{self.off_mean:.1g}"
+        return Finding(passed, figure)
 
     def score_first(self) -> Finding:
         """C3: with a learning rate of 0, what is scored before the first update stays, and later scores change."""

@@ -9,6 +9,7 @@ import hashlib
 import inspect
 import io
 import json
+import math
 import os
 import re
 import shutil
@@ -453,6 +454,26 @@ def test_what_a_log_s_run_scored_is_scored_again_by_the_same_kernel(tiny_data, t
     ran = audit_here(copy_of(made, tmp_path), "--tokens", 200)
     figures = {name: figure for name, _, figure in ran.lines}
     assert ran.code == 0 and float(figures["unwatched"].rpartition("nats_off:")[2]) < 1e-6
+
+
+@pytest.mark.parametrize(
+    "dtype, off, mean, passed",
+    [
+        ("float32", 5e-4, 5e-4, True),
+        ("float32", 0.06, 0.0, False),
+        ("bfloat16", 0.06, 0.002, True),  # a step of a logit of 16, half of it
+        ("bfloat16", 0.06, -0.02, False),  # of many that is no rounding
+        ("bfloat16", 0.3, 0.0, False),
+        ("bfloat16", math.inf, math.nan, False),
+    ],
+)
+def test_a_score_may_be_off_its_reference_by_what_its_type_rounds(dtype, off, mean, passed):
+    sure = np.log(np.full(4, 0.25))
+    scored = audit.Pass(nats=-sure, order=np.arange(4), last=sure)
+    copy = audit.Copy(np.array([1, 2, 3, 0, 1]), np.ones(4, np.int64), dict(legal_ttt=scored), dict(dtype=dtype))
+    of_one_text = dict(base=copy, copies=dict(slice=copy, last=copy), full=None, even=None)
+    judge = types.SimpleNamespace(**of_one_text, kind="cpu", as_logged={}, off_reference=off, off_mean=mean)
+    assert audit.Judge.normalised(judge).passed is passed
 
 
 @pytest.mark.parametrize("better", [0.0, 0.01])
