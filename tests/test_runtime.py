@@ -332,7 +332,7 @@ def test_what_a_tensor_frees_the_next_one_takes():
         print(given_back, faults())"""
     ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=clean_environ(), capture_output=True, text=True)
     given_back, kept = map(int, ran.stdout.split())
-    assert given_back > 1000 and kept < 100
+    assert given_back > 10_000 and kept < given_back / 10
 
 
 def test_a_full_memory_is_one_line_that_names_the_settings(tiny_data, tmp_path, monkeypatch):
