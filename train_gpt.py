@@ -4319,9 +4319,8 @@ def load_model(path: str, device: str = "auto") -> tuple[GPT, Hyperparameters, d
 # Scoring
 # ----------------------------------------------------------------------------------------------------------------------
 
-# Tokens of one scoring forward of a rank: enough to fill the device; on CPU, small enough for its caches. In a step of
-# learning, whose backward keeps more than they hold, few large ones cost less.
-SCORE_TOKENS, LEARN_TOKENS = {"cuda": 131_072, "cpu": 4096}, {"cuda": 131_072, "cpu": 16_384}
+# Tokens of one scoring forward of a rank: enough to fill the device; on CPU, small enough for its caches.
+SCORE_TOKENS = {"cuda": 131_072, "cpu": 16_384}
 BLOCKS = 64  # of a pass's scores, whose sums are in the result
 EVAL_MARGIN = 0.02  # of EVAL_MAX_SECONDS: test-time training stops this much earlier
 
@@ -4570,7 +4569,7 @@ class StreamTTT(Method):
         self.optimizer = ttt_optimizer(self.parameters, hp)
         self.length = min(hp.train_seq_len, hp.eval_seq_len)
         step_rows = min(hp.ttt_batch_seqs, -(-hp.ttt_chunk_tokens // self.length))  # sequences of a step, all ranks
-        self.step_rows = max(1, min(LEARN_TOKENS[ranks.device.type] // self.length, -(-step_rows // ranks.size)))
+        self.step_rows = max(1, min(SCORE_TOKENS[ranks.device.type] // self.length, -(-step_rows // ranks.size)))
         if hp.ttt_temperature or hp.hedge_enabled:
             self.readout = Readout(hp)
 
