@@ -1245,26 +1245,27 @@ class Compiled(NamedTuple):
         return self.whole or self.sliding or self.learning
 
 
-# FLOPs from which a graph gives back what compiling it takes. A CPU needs about three minutes to compile a step of
-# eleven layers, which then takes two thirds of the time: that pays from a few hundred steps of cpu_mini on. An H200
-# compiles a forward in half a minute, in the evaluation on the clock, and then scores a million tokens in some 0.25 s
-# instead of 0.65. Decided by settings and the text's length, not by the clock: so that a seed repeats to the bit.
-COMPILE_FROM_FLOPS = {"cpu": 1e14, "cuda": 5e15}
+# FLOPs from which a training gives back what compiling it takes, and a graph of the evaluation. Two cores of a CPU need
+# two and a half minutes to compile the steps of eleven layers, which then take half of the time: that pays from a few
+# hundred steps of cpu_mini on; a graph of its evaluation 40 to 65 s, which a million targets in sliding windows give
+# back. An H200 compiles a forward in half a minute, in the evaluation on the clock, and then scores a million tokens in
+# some 0.25 s instead of 0.65. Decided by settings and the text's length, not by the clock: so that a seed repeats.
+COMPILE_FROM_FLOPS = {"cpu": (1e14, 2e13), "cuda": (0.0, 5e15)}
 
 
 def choose_compiled(hp: Hyperparameters, device: torch.device, targets: int, ranks: int) -> Compiled:
-    """COMPILE=auto: on CUDA the training and those of the evaluation's graphs that pay by what a rank does with them,
-    or all, where flex attention, which is made by compiling, keeps documents apart; on a CPU only a long training."""
+    """COMPILE=auto: the training and those of the evaluation's graphs that pay by what a rank does with them; on CUDA
+    all, where flex attention, which is made by compiling, keeps documents apart."""
     if hp.compile != "auto":
         return Compiled(*[hp.compile == "1"] * 4)
-    weights, enough = count_weights(hp), COMPILE_FROM_FLOPS[device.type]
-    if device.type == "cpu":
-        long = 6 * weights * hp.train_batch_tokens * hp.iterations >= enough
-        return Compiled(long, whole=False, sliding=False, learning=False)
+    weights, (long, much) = count_weights(hp), COMPILE_FROM_FLOPS[device.type]
     once = 2 * weights * targets / ranks  # through the text
     sliding = once * hp.eval_seq_len / (hp.eval_stride or hp.eval_seq_len)
-    flops = once, sliding, 3 * hp.ttt_epochs * once
-    return Compiled(True, *(hp.document_mask or done >= enough for done in flops))
+    learns = hp.ttt_enabled and (hp.ttt_params != "lora" or hp.phased_ttt_num_phases > 0)  # LoRAs run as they are
+    learning = 3 * hp.ttt_epochs * once * learns
+    apart = hp.document_mask and device.type == "cuda"
+    training = 6 * weights * hp.train_batch_tokens * hp.iterations >= long
+    return Compiled(training, *(apart or done >= much for done in (once, sliding, learning)))
 
 
 def check_compiler(compile: bool, device: torch.device) -> None:
@@ -5431,24 +5432,24 @@ def prepare(job: Job, ranks: Ranks, signals: Signals, checks: Checks | None = No
     every = ranks.gather(facts)
     ranks.agree(lambda: check_alike(every))
     compile, notes = choose_compiled(hp, device, val.targets, ranks.size), list(job.notes)
-    if compile.training and device.type == "cuda" and not all(compile):
-        rare = ", ".join(name for name, on in compile._asdict().items() if not on)
-        notes.append(f"compile:auto too little to pay for a graph of the evaluation: {rare}")
     shared = ranks.broadcast_object(checkpoint and checkpoint._replace(tensors={}))
     if checkpoint := checkpoint or shared:
         ranks.agree(lambda: check_resumed(checkpoint, stream, val, dtype))
         signals.resume_from(checkpoint.path)
         compile = compile._replace(training=checkpoint.meta["compile"])
-    if job.trains and compile.training and not must_compile:
+    if not job.trains:
+        compile = compile._replace(training=False)
+    if any(compile) and not must_compile:
         try:
             ranks.agree(lambda: check_compiler(True, device))
-            notes.append("compile:auto training is long enough to pay for it")
         except UserError as error:
-            if checkpoint:
+            if checkpoint and compile.training:
                 error.args = (f"{checkpoint.path} was trained compiled: {error}",)
                 raise
-            compile = compile._replace(training=False)
-            notes.append(f"warning: training runs uncompiled, slower: {error}")
+            compile = Compiled(*[False] * 4)
+            notes.append(f"warning: runs uncompiled, slower: {error}")
+    if hp.compile == "auto" and any(compile):
+        notes.append("compile:auto " + " ".join(f"{name}:{int(on)}" for name, on in compile._asdict().items()))
     stamp = f"{time.strftime('%Y%m%d-%H%M%S')}-seed{hp.seed}-{os.urandom(2).hex()}"
     run_id = ranks.broadcast_object(hp.run_id or (checkpoint.meta["run_id"] if checkpoint else stamp))
     log, folder = ranks.agree(lambda: open_outputs(hp, run_id, ranks, checkpoint is not None, checks))

@@ -46,7 +46,7 @@ def test_a_short_evaluation_on_a_gpu_is_not_compiled_and_the_log_says_so(tiny_da
     with pretended():
         ran = run_here(tmp_path, tiny_data, "auto", ATTENTION="sdpa", COMPILE="auto", DEVICE="auto")
     assert ran.code == 0 and sum(isinstance(f, torch.nn.Module) for f in asked) == 1
-    assert "\ncompile:auto too little to pay for a graph of the evaluation: whole, sliding, learning\n" in ran.out
+    assert "\ncompile:auto training:1 whole:0 sliding:0 learning:0\n" in ran.out
 
 
 def test_the_auditor_passes_on_a_gpu(tiny_data, tmp_path):

@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import datetime
+import math
 import os
 import re
 import signal
@@ -248,10 +249,15 @@ def recipe(name: str) -> pg.Hyperparameters:
     return pg.Hyperparameters.from_env(dict(line.split("=", 1) for line in lines if line and line[0] != "#"))
 
 
-def test_compile_auto_is_for_long_trainings_on_a_cpu():
+def test_compile_auto_on_a_cpu_is_for_long_trainings_and_much_text():
     cpu, on, off = torch.device("cpu"), (True,) * 4, (False,) * 4
     for name, trains in dict(cpu_mini=True, cpu_ablate=False, cpu_demo=False, pr714=True).items():
-        assert pg.choose_compiled(recipe(name), cpu, 10**8, 1) == (trains, False, False, False)
+        assert pg.choose_compiled(recipe(name), cpu, 10**4, 1) == (trains, False, False, False)
+    for targets, evaluation in ((10**6, (False, False, True)), (2 * 10**6, (False, True, True)), (10**7, on[1:])):
+        assert pg.choose_compiled(recipe("cpu_mini"), cpu, targets, 1) == (True, *evaluation)
+    lora = dataclasses.replace(recipe("cpu_mini"), ttt_params="lora")
+    assert not pg.choose_compiled(lora, cpu, 10**7, 1).learning  # no adapter goes through a graph
+    assert pg.choose_compiled(dataclasses.replace(lora, phased_ttt_num_phases=1), cpu, 10**7, 1).learning
     for word, both in {"1": on, "0": off}.items():
         for device in (cpu, torch.device("cuda")):
             assert pg.choose_compiled(pg.Hyperparameters(compile=word), device, 1, 1) == both
@@ -279,12 +285,13 @@ def test_compile_auto_on_cuda_is_for_what_a_rank_does_enough_of(targets, ranks, 
 def test_a_long_training_on_a_cpu_is_compiled_and_goes_on_as_it_began(whole, tiny_data, tmp_path, monkeypatch):
     """torch.compile replaced by what it makes faster."""
     asked = []
-    monkeypatch.setitem(pg.COMPILE_FROM_FLOPS, "cpu", 0)
+    monkeypatch.setitem(pg.COMPILE_FROM_FLOPS, "cpu", (0, math.inf))
     monkeypatch.setattr(pg, "remove", lambda *_: None)  # a run that ends takes its checkpoints away
     monkeypatch.setattr(torch, "compile", lambda f, **_: (asked.append(f), f)[1])
     often = QUICK | dict(CHECKPOINT_EVERY=1e-6)
     ran = run_here(tmp_path / "a", tiny_data, **often)
-    assert ran.code == 0 and "compile:1 " in ran.out and "\ncompile:auto training is long enough" in ran.out
+    assert ran.code == 0 and "compile:1 " in ran.out
+    assert "\ncompile:auto training:1 whole:0 sliding:0 learning:0\n" in ran.out
     # The compiler is tried; then the model's training and Newton-Schulz, and no model that only scores.
     assert [f.__name__ for f in asked if not isinstance(f, torch.nn.Module)] == ["square", "newton_schulz"]
     assert len(asked) == 3 and ran.artifact == whole.artifact
@@ -299,12 +306,32 @@ def test_a_long_training_on_a_cpu_is_compiled_and_goes_on_as_it_began(whole, tin
     assert again.code == 2 and said(again.err).startswith(says)
     ran = run_here(tmp_path / "c", tiny_data, **often)  # from the beginning: slower, and said
     assert ran.code == 0 and ran.artifact == whole.artifact
-    assert "compile:0 " in ran.out and "\nwarning: training runs uncompiled, slower: torch.compile fails (" in ran.out
+    assert "compile:0 " in ran.out and "\nwarning: runs uncompiled, slower: torch.compile fails (" in ran.out
     checkpoint = sorted(ran.folder.glob("*.pgckpt"))[0]
     asked.clear()
     monkeypatch.setattr(torch, "compile", lambda f, **_: (asked.append(f), f)[1])
     again = run_here(tmp_path / "d", tiny_data, RESUME=checkpoint, **often)
     assert (again.code, asked, again.artifact) == (0, [], whole.artifact)
+
+
+def test_much_text_on_a_cpu_is_scored_compiled_where_there_is_a_compiler(whole, tiny_data, tmp_path, monkeypatch):
+    """torch.compile replaced by what it makes faster."""
+    asked = []
+    monkeypatch.setitem(pg.COMPILE_FROM_FLOPS, "cpu", (math.inf, 0))
+    again = dict(EVAL_ONLY=1, ARTIFACT_PATH=whole.folder / "artifact.pgolf")
+
+    monkeypatch.setattr(torch, "compile", lambda f, **_: (asked.append(f), f)[1])
+    ran = run_here(tmp_path / "a", tiny_data, **again)
+    assert ran.code == 0 and "\ncompile:auto training:0 whole:1 sliding:1 learning:1\n" in ran.out
+    assert [isinstance(f, torch.nn.Module) for f in asked] == [False, True]  # what tries the compiler, and the model
+
+    def fail(*_, **__):
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(torch, "compile", fail)
+    plain = run_here(tmp_path / "b", tiny_data, **again)
+    assert "compile:0 " in plain.out and "\nwarning: runs uncompiled, slower: torch.compile fails (" in plain.out
+    assert plain.code == 0 and plain.result["scores"] == ran.result["scores"]
 
 
 def test_a_cache_that_torch_cannot_make_is_not_blamed_on_out_dir(tiny_data, tmp_path):
