@@ -1293,6 +1293,10 @@ def compiled(model: nn.Module, compile: bool) -> Callable:
         return model
     # A run has about ten graphs of one forward: with and without QAT and gradients, two widths of scored windows …
     torch._dynamo.config.recompile_limit = 64
+    if next(model.parameters()).device.type == "cpu":
+        # Otherwise threads add a table's gradients to its rows as they come, and no seed repeats.
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # what torch.empty makes, for nothing
     return torch.compile(model, dynamic=False, fullgraph=True)
 
 

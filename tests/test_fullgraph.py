@@ -105,3 +105,30 @@ def test_an_evaluation_compiles_all_of_it_in_its_warm_up(changes):
         np.testing.assert_allclose(evaluation.saved[name], nats, atol=1e-4, rtol=0)
     losses = [score.loss for score in wanted.values()]
     assert min(abs(a - b) for a, b in itertools.combinations(losses, 2)) > 1e-3  # what another pass would score
+
+
+@pytest.fixture
+def four_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["inductor"])
+def test_a_compiled_gradient_of_a_table_repeats_on_a_cpu(backend, four_threads):
+    """Threads that add to the same row as they come make another sum each time."""
+    hp = tiny_hp(**SMALL, train_seq_len=512)
+    model = build_model(hp)
+    tokens = torch.from_numpy(random_tokens(64 * 512 + 1) % 16)
+    inputs, targets = (part.view(64, 512).long() for part in (tokens[:-1], tokens[1:]))
+    forward = pg.compiled(model, True)
+
+    def gradient() -> torch.Tensor:
+        model.zero_grad()
+        forward(inputs, targets).sum().backward()
+        return model.tok_emb.weight.grad.clone()
+
+    first = gradient()
+    assert all(torch.equal(first, gradient()) for _ in range(4))
