@@ -1505,11 +1505,11 @@ class TokenStream:
 
     def __init__(self, paths: Sequence[Path], vocab_size: int):
         self.paths, self.vocab_size = list(paths), vocab_size
-        self.ends = np.cumsum([len(read_shard(path)) for path in paths])
+        self.ends = list(itertools.accumulate(len(read_shard(path)) for path in paths))
         self.fingerprint = data_fingerprint(paths)
 
     def __len__(self) -> int:
-        return int(self.ends[-1])
+        return self.ends[-1]
 
     def read(self, start: int, count: int) -> np.ndarray:
         """`count` tokens (count,) uint16 from stream position `start`, wrapping at the end. Raises UserError."""
@@ -1517,8 +1517,8 @@ class TokenStream:
         while count:
             position = start % len(self)
             index = int(np.searchsorted(self.ends, position, side="right"))
-            offset = position - (int(self.ends[index - 1]) if index else 0)
-            part = self.read_part(index, offset, min(count, int(self.ends[index]) - position))
+            offset = position - (self.ends[index - 1] if index else 0)
+            part = self.read_part(index, offset, min(count, self.ends[index] - position))
             parts.append(part)
             start, count = start + len(part), count - len(part)
         return np.concatenate(parts)
@@ -1648,7 +1648,7 @@ class TokenBytes:
         self.transform = case_transform(pieces, own)
         self.escape_id = pieces.index(OPERATORS[-1]) if self.transform else -1
         self.sha256 = hashlib.sha256(serialized).hexdigest()
-        if "▁" not in (piece for piece, spelled in zip(pieces, ordinary, strict=True) if spelled):
+        if "▁" not in itertools.compress(pieces, ordinary):
             problem = "has no `▁` piece of its own: a space would become three byte tokens"
         elif is_byte.sum() != 256:
             problem = "has no byte fallback: rare characters become a lossy <unk>; train it with one"
@@ -1896,22 +1896,29 @@ def add_scaled(x: Tensor, scale: Tensor, y: Tensor) -> Tensor:
     return torch.addcmul(x, scale.to(x.dtype), y)
 
 
-class BigramHash(nn.Module):
-    """A hashed table of token pairs, added to the embedding. Row M-1 stands for 'no predecessor'."""
+class ProjectedTable(nn.Module):
+    """A table of narrow vectors, brought to the width of what they are added to, and scaled."""
 
-    def __init__(self, rows: int, dim: int, model_dim: int):
+    def __init__(self, rows: int, dim: int, out_dim: int):
         super().__init__()
         self.table = nn.Embedding(rows, dim, _weight=torch.empty(rows, dim))
-        self.proj = CastedLinear(dim, model_dim)
+        self.proj = CastedLinear(dim, out_dim)
         self.scale = nn.Parameter(torch.empty(()))
+
+    def forward(self, index: Tensor, dtype: torch.dtype) -> Tensor:
+        """(B, T) int -> (B, T, out)"""
+        return self.proj(self.table(index).to(dtype)) * self.scale.to(dtype)
+
+
+class BigramHash(ProjectedTable):
+    """A hashed table of token pairs, added to the embedding. Row M-1 stands for 'no predecessor'."""
 
     def forward(self, tokens: Tensor, starts: Tensor, dtype: torch.dtype) -> Tensor:
         """tokens (B, T) int, starts (B, T) bool: the first position and every BOS -> (B, T, D)."""
         rows = self.table.num_embeddings
         now = tokens.to(torch.int32)
         pair = torch.bitwise_xor(36313 * now, 27191 * now.roll(1, dims=1)).remainder(rows - 1)
-        index = torch.where(starts, rows - 1, pair)
-        return self.proj(self.table(index).to(dtype)) * self.scale.to(dtype)
+        return super().forward(torch.where(starts, rows - 1, pair), dtype)
 
 
 class SmearGate(nn.Module):
@@ -1940,20 +1947,6 @@ class TokenSmearGate(nn.Module):
     def forward(self, x: Tensor, starts: Tensor) -> Tensor:
         share = self.strength.to(x.dtype) * self.proj(x[..., : self.proj.weight.size(1)]).sigmoid()
         return torch.where(starts[..., None], x, x + share * F.pad(x, (0, 0, 1, -1)))
-
-
-class ValueEmbedding(nn.Module):
-    """A second token table whose vectors are added to the values of some layers."""
-
-    def __init__(self, vocab_size: int, dim: int, kv_dim: int):
-        super().__init__()
-        self.table = nn.Embedding(vocab_size, dim, _weight=torch.empty(vocab_size, dim))
-        self.proj = CastedLinear(dim, kv_dim)
-        self.scale = nn.Parameter(torch.empty(()))
-
-    def forward(self, tokens: Tensor, dtype: torch.dtype) -> Tensor:
-        """(B, T) -> (B, T, Hkv*K)"""
-        return self.proj(self.table(tokens).to(dtype)) * self.scale.to(dtype)
 
 
 class Rotary(nn.Module):
@@ -2129,21 +2122,19 @@ class GPT(nn.Module):
 
     def __init__(self, hp: Hyperparameters, context: int, attend: Callable, dtype: torch.dtype):
         super().__init__()
-        dim = hp.model_dim
+        dim, kv_dim = hp.model_dim, hp.num_kv_heads * hp.head_dim
         self.tok_emb = CastedLinear(dim, hp.vocab_size)
         self.bigram = BigramHash(hp.bigram_vocab_size, hp.bigram_dim, dim) if hp.bigram_vocab_size else None
         smears = hp.smear_gate_kind if hp.smear_gate_enabled else None
         self.smear = SmearGate(dim) if smears == "channel" else None
         self.token_smear = TokenSmearGate(hp.gate_window) if smears == "token" else None
-        self.value_embedding = None
-        if hp.ve_enabled:
-            self.value_embedding = ValueEmbedding(hp.vocab_size, hp.ve_dim, hp.num_kv_heads * hp.head_dim)
+        # A second token table, added to the values of some layers.
+        self.value_embedding = ProjectedTable(hp.vocab_size, hp.ve_dim, kv_dim) if hp.ve_enabled else None
         rotary = Rotary(hp.rope_dims or hp.head_dim, hp.head_dim, hp.rope_base, context, hp.train_seq_len)
         self.blocks = nn.ModuleList(Block(hp, layer, rotary, attend) for layer in range(hp.num_layers))
         self.plain, self.looped = layer_passes(hp, 0), layer_passes(hp, hp.num_loops)
         self.looping = hp.num_loops > 0  # training may switch it on later
         self.loop_vectors = nn.Parameter(torch.empty(hp.num_loops, dim)) if hp.num_loops and hp.loop_vectors else None
-        self.unet_skips = hp.unet_skips
         skips = len(self.looped) // 2 if hp.unet_skips else 0
         self.skip_weights = nn.Parameter(torch.empty(skips, dim)) if skips else None
         self.skip_gates = nn.Parameter(torch.empty(skips, dim)) if skips and hp.skip_gates_enabled else None
@@ -2180,7 +2171,7 @@ class GPT(nn.Module):
         mask = None if self.document_mask is None else self.document_mask(starts, x.dtype)
         stream, skips = Stream(x, ve, mask=mask), []
         passes = self.looped if self.looping else self.plain
-        encoder = len(passes) // 2 if self.unet_skips else 0
+        encoder = len(passes) // 2 if self.skip_weights is not None else 0
         lane = None  # the MLPs' own residual stream; x is then attention's (public pull request 1529)
         for place, (layer, loop) in enumerate(passes):
             block = self.blocks[layer]
@@ -2243,8 +2234,9 @@ def normal(std: float) -> Callable:
     return lambda w, hp, generator: nn.init.normal_(w, std=std, generator=generator)
 
 
-def constant(value: float) -> Callable:
-    return lambda w, hp, generator: nn.init.constant_(w, value)
+def constant(value: float | list) -> Callable:
+    """One value for all; of a list, each for its place in the last dimensions."""
+    return lambda w, hp, generator: w.copy_(torch.tensor(value).expand_as(w))
 
 
 def token_table(w: Tensor, hp: Hyperparameters, generator: torch.Generator) -> None:
@@ -2253,16 +2245,6 @@ def token_table(w: Tensor, hp: Hyperparameters, generator: torch.Generator) -> N
 
 def query_gain(w: Tensor, hp: Hyperparameters, generator: torch.Generator) -> None:
     nn.init.constant_(w, hp.qk_gain_init)
-
-
-def lane_weights(w: Tensor, hp: Hyperparameters, generator: torch.Generator) -> None:
-    """(lane, of itself | attention | MLP): a lane that keeps a little more than itself and takes all."""
-    w.copy_(torch.tensor([1.1, 1.0, 1.0]).expand_as(w))
-
-
-def first_of_two(w: Tensor, hp: Hyperparameters, generator: torch.Generator) -> None:
-    """Rows of ones and of zeros: of two streams the first alone."""
-    w.copy_(torch.tensor([[1.0], [0.0]]).expand_as(w))
 
 
 class Storage(NamedTuple):
@@ -2322,8 +2304,9 @@ PARAMETERS = (
     parameter_row(r"skip_weights", constant(1), "scalar", "control"),
     parameter_row(r"skip_gates", constant(0), "scalar", "control"),
     parameter_row(r"loop_vectors", orthogonal, "scalar", "control"),
-    parameter_row(r"#.resid_mix", first_of_two, "scalar", "control"),
-    parameter_row(r"#.lane_weights", lane_weights, "scalar", "control"),
+    parameter_row(r"#.resid_mix", constant([[1], [0]]), "scalar", "control"),  # of two streams the first alone
+    # A lane keeps a little more than itself, and takes all of attention and MLP.
+    parameter_row(r"#.lane_weights", constant([1.1, 1, 1]), "scalar", "control"),
     parameter_row(r"#.(attn_scale|mlp_scale)", constant(1), "scalar", "control"),
     parameter_row(r"#.attn\.q_gain", query_gain, "scalar", "control"),
     parameter_row(r"#.attn\.ve_scale", constant(1), "scalar", "control"),
@@ -2348,13 +2331,11 @@ def label_of(name: str) -> str:
 
 
 def init_weights(model: GPT, hp: Hyperparameters) -> None:
-    """Initial values from SEED, the same on every device and rank (drawn on CPU)."""
+    """Initial values from SEED of a model that is still on the CPU: the same for every device and rank."""
     generator = torch.Generator().manual_seed(hp.seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            drawn = torch.empty(parameter.shape)
-            row_of(name).initial(drawn, hp, generator)
-            parameter.copy_(drawn)
+            row_of(name).initial(parameter, hp, generator)
 
 
 def additive_mask(starts: Tensor, dtype: torch.dtype) -> Tensor:
