@@ -1553,6 +1553,7 @@ class BatchLoader:
         self.length, self.shuffle, self.seed = hp.train_seq_len, hp.shuffle_sequences, hp.seed
         self.batch = hp.train_batch_tokens // self.length  # sequences
         self.per_rank = self.batch // ranks.size
+        self.sequences = -(-len(stream) // self.length)  # of the text; the last may go on at its beginning
         self.step, self.problem = step, None
         self._batches: queue.Queue = queue.Queue(maxsize=1)
         threading.Thread(target=self._read_ahead, daemon=True, name="loader").start()
@@ -1574,11 +1575,6 @@ class BatchLoader:
                 problem = str(error) if isinstance(error, UserError) else f"reading training data failed: {error!r}"
                 batch = torch.zeros(self.per_rank, self.length + 1, dtype=torch.int64)
             self._batches.put((batch, problem))
-
-    @property
-    def sequences(self) -> int:
-        """How many sequences the text is cut into; the last may go on at its beginning."""
-        return -(-len(self.stream) // self.length)
 
     def order(self, epoch: int) -> np.ndarray:
         """Stream positions (sequences,) int64 where the sequences of an epoch begin, in the order of training."""
@@ -2492,11 +2488,10 @@ class Bank:
     n is padded to a multiple of the world size; padding rows have zero gradients and never move.
     """
 
-    def __init__(self, parameters: list[nn.Parameter], rates: list[float], ranks: Ranks, dtype: torch.dtype):
-        """rates are multiples of the learning rate, one for each matrix."""
-        self.parameters, self.ranks = parameters, ranks
-        rows, cols = parameters[0].shape
-        device, n = parameters[0].device, -(-len(parameters) // ranks.size) * ranks.size
+    def __init__(self, named: dict[str, nn.Parameter], hp: Hyperparameters, ranks: Ranks, dtype: torch.dtype):
+        self.parameters, self.hp, self.ranks = [*named.values()], hp, ranks
+        rows, cols = self.parameters[0].shape
+        device, n = self.parameters[0].device, -(-len(named) // ranks.size) * ranks.size
         self.weight = torch.zeros(n, rows, cols, device=device)
         self.gradient = torch.zeros(n, rows, cols, device=device, dtype=dtype)
         self.update = torch.zeros(n, rows, cols, device=device, dtype=dtype)
@@ -2506,12 +2501,13 @@ class Bank:
         self.gradient_shard = self.gradient if ranks.size == 1 else torch.zeros_like(self.gradient[mine])
         self.momentum = torch.zeros(self.gradient_shard.shape, device=device)
         self.step_size = math.sqrt(max(1.0, rows / cols))
+        rates = [rate_multiple(name, hp) for name in named]
         self.rates = None
         if set(rates) != {1.0}:
             self.rates = torch.ones(n, 1, 1, device=device)
             self.rates[: len(rates), 0, 0] = torch.tensor(rates)
         self.name = f"{rows}x{cols}"
-        for i, parameter in enumerate(parameters):
+        for i, parameter in enumerate(self.parameters):
             self.weight[i].copy_(parameter.data)
             parameter.data = self.weight[i]
 
@@ -2520,7 +2516,7 @@ class Bank:
         torch._foreach_copy_(list(self.gradient.unbind())[: len(self.parameters)], [p.grad for p in self.parameters])
         return self.ranks.start_reduce_scatter(self.gradient_shard, self.gradient)
 
-    def orthogonalize(self, momentum: float, clip: Tensor, hp: Hyperparameters, polar: Callable):
+    def orthogonalize(self, momentum: float, clip: Tensor, polar: Callable):
         """Nesterov momentum and Newton-Schulz on this rank's shard; returns the handle of the gather of all updates.
 
         Rows of equal norm (MuonEq-R, public pull request 1285): no output starts with a larger say than another.
@@ -2528,9 +2524,9 @@ class Bank:
         gradient = self.gradient_shard.float().mul_(clip)
         self.momentum.mul_(momentum).add_(gradient)
         nesterov = gradient.add_(self.momentum, alpha=momentum)
-        if hp.muon_row_normalize:
+        if self.hp.muon_row_normalize:
             nesterov = F.normalize(nesterov, dim=-1, eps=1e-7)
-        self.update_shard.copy_(polar(nesterov.to(self.update.dtype), hp.muon_backend_steps))
+        self.update_shard.copy_(polar(nesterov.to(self.update.dtype), self.hp.muon_backend_steps))
         return self.ranks.start_all_gather(self.update, self.update_shard)
 
     def gathered_momentum(self) -> Tensor:
@@ -2584,21 +2580,22 @@ class Optimizers:
     """
 
     def __init__(self, model: GPT, hp: Hyperparameters, ranks: Ranks, dtype: torch.dtype, compile: bool):
-        self.hp, self.ranks = hp, ranks
+        self.model, self.hp, self.ranks = model, hp, ranks
         rows = optimizer_rows(hp)
-        members: dict[str, dict[str, nn.Parameter]] = {key: {} for key in rows}
+        matrices: dict[torch.Size, dict[str, nn.Parameter]] = defaultdict(dict)  # by their shape
+        small: dict[str, list[nn.Parameter]] = {key: [] for key in rows}
         for name, parameter in model.named_parameters():
-            members[row_of(name).optimizer][name] = parameter
-        by_shape: dict[tuple[int, ...], list[tuple[nn.Parameter, float]]] = {}
-        groups = []
-        for key, row in rows.items():
-            if row.algorithm == "muon":
-                for name, p in members[key].items():
-                    by_shape.setdefault(tuple(p.shape), []).append((p, rate_multiple(name, hp)))
-            elif members[key]:
-                parameters = [*members[key].values()]
-                groups.append(dict(params=parameters, lr=row.lr, base_lr=row.lr, weight_decay=row.weight_decay))
-        self.banks = [Bank(*map(list, zip(*members, strict=True)), ranks, dtype) for members in by_shape.values()]
+            key = row_of(name).optimizer
+            if rows[key].algorithm == "muon":
+                matrices[parameter.shape][name] = parameter
+            else:
+                small[key].append(parameter)
+        groups = [
+            dict(params=small[key], lr=row.lr, base_lr=row.lr, weight_decay=row.weight_decay)
+            for key, row in rows.items()
+            if small[key]
+        ]
+        self.banks = [Bank(named, hp, ranks, dtype) for named in matrices.values()]
         self.banks.sort(key=lambda bank: sum(p.numel() for p in bank.parameters), reverse=True)
         self.adam = torch.optim.AdamW(groups, betas=(hp.beta1, hp.beta2), eps=hp.adam_eps, fused=True)
         self.small = [p for group in groups for p in group["params"]]
@@ -2622,11 +2619,11 @@ class Optimizers:
         for group in self.adam.param_groups:
             group["lr"] = group["base_lr"] * lr_scale
         self.adam.step()
-        gathers = [bank.orthogonalize(momentum, clip, self.hp, self.polar) for bank in self.banks]
+        gathers = [bank.orthogonalize(momentum, clip, self.polar) for bank in self.banks]
         for bank, gather in zip(self.banks, gathers, strict=True):
             gather.wait()
             bank.apply(self.hp.matrix_lr * lr_scale, self.hp.muon_wd)
-        self.zero_grad()
+        self.model.zero_grad()
         return norm
 
     def gradient_norm(self, flat: Tensor) -> Tensor:
@@ -2644,18 +2641,12 @@ class Optimizers:
             state |= dict(exp_avg=torch.zeros_like(parameter.data), exp_avg_sq=torch.zeros_like(parameter.data))
         return state
 
-    def zero_grad(self) -> None:
-        self.adam.zero_grad(set_to_none=True)
-        for bank in self.banks:
-            for parameter in bank.parameters:
-                parameter.grad = None
-
     def reset(self) -> None:
         """Forget every step taken: AdamW's moments and counters, and Muon's sharded momentum too."""
         self.adam.state.clear()
         for bank in self.banks:
             bank.momentum.zero_()
-        self.zero_grad()
+        self.model.zero_grad()
 
 
 def lr_scale(step: int, hp: Hyperparameters, elapsed_ms: float, step_ms: float | None) -> float:
