@@ -2769,8 +2769,8 @@ class Switch:
     name: str
     due: Callable[[float, float], bool]  # of the learning-rate scale and the share of training that is over
     apply: Callable[[bool], None]
-    prepare: Callable[[], None]  # once, before it comes on
     figure: str  # what its line in the log ends with, a format of `scale`
+    prepare: Callable[[], None] = lambda: None  # once, before it comes on
     on: bool = False
 
     def set(self, on: bool) -> None:
@@ -2795,8 +2795,7 @@ class Trainer:
         self.optimizers = Optimizers(self.model, hp, ranks, run.dtype, run.compile.training)
         self.averages, self.qat = Averages(self.model, hp), QAT(self.model, hp)
         self.switches = self.switch_rows()
-        for switch in self.switches:
-            switch.set(False)
+        self.set_switches([False] * len(self.switches))
         self.forward = compiled(self.model, run.compile.training)
         self.micro_rows = hp.micro_batch(ranks.size) // hp.train_seq_len
         self.clock, self.step = Clock(ranks, run.signals), 0
@@ -2807,28 +2806,22 @@ class Trainer:
 
     def switch_rows(self) -> list[Switch]:
         """Switches in time: fake quantization at a learning-rate scale, loops at a share of training."""
-        hp, model, rows = self.run.hp, self.model, []
-        if hp.qat_enabled or hp.late_qat:
-            rows.append(
-                Switch(
-                    name="qat" if hp.qat_enabled else "late_qat",
-                    due=lambda scale, progress: hp.qat_enabled or scale < hp.late_qat_threshold,
-                    apply=self.qat.set,
-                    prepare=self.qat.refresh,
-                    figure="scale:{scale:.4f}",
-                )
-            )
-        if hp.num_loops:
-            rows.append(
-                Switch(
-                    name="looping",
-                    due=lambda scale, progress: progress >= hp.enable_looping_at,
-                    apply=lambda on: setattr(model, "looping", on),
-                    prepare=lambda: None,
-                    figure=f"passes:{len(model.looped)}",
-                )
-            )
-        return rows
+        hp, model = self.run.hp, self.model
+        qat = Switch(
+            name="qat" if hp.qat_enabled else "late_qat",
+            due=lambda scale, progress: hp.qat_enabled or scale < hp.late_qat_threshold,
+            apply=self.qat.set,
+            figure="scale:{scale:.4f}",
+            prepare=self.qat.refresh,
+        )
+        looping = Switch(
+            name="looping",
+            due=lambda scale, progress: progress >= hp.enable_looping_at,
+            apply=lambda on: setattr(model, "looping", on),
+            figure=f"passes:{len(model.looped)}",
+        )
+        wanted = ((qat, hp.qat_enabled or hp.late_qat), (looping, hp.num_loops))
+        return [switch for switch, setting in wanted if setting]
 
     def warm_up(self) -> None:
         """Run every graph of the timed loop on synthetic tokens, then undo all of it: weights and optimizer state.
@@ -2836,7 +2829,6 @@ class Trainer:
         Variants: the switches' states, in all combinations, and scoring without gradients.
         """
         run, hp, start = self.run, self.run.hp, time.perf_counter()
-        initial = [p.detach().clone() for p in self.model.parameters()]
         generator = torch.Generator().manual_seed(0)
 
         def synthetic(rows: int) -> Tensor:
@@ -2844,20 +2836,18 @@ class Trainer:
             return torch.randint(hp.vocab_size, shape, generator=generator).to(run.ranks.device)
 
         variants = [*itertools.product(*(switch.states for switch in self.switches))]
-        for i in range(hp.warmup_steps):
-            for variant in variants:
-                self.set_switches(variant)
-                inputs, targets = synthetic(self.micro_rows)
-                accumulate_gradients(self.forward, inputs, targets, self.micro_rows, hp.train_batch_tokens)
-                self.optimizers.step(1.0, hp.muon_momentum)
-            run.log(f"warmup_step:{i + 1}/{hp.warmup_steps}")
-        with torch.no_grad():
+        with self.averages.swapped_in(self.averages.live):  # its own weights: so the steps are undone
+            for i in range(hp.warmup_steps):
+                for variant in variants:
+                    self.set_switches(variant)
+                    inputs, targets = synthetic(self.micro_rows)
+                    accumulate_gradients(self.forward, inputs, targets, self.micro_rows, hp.train_batch_tokens)
+                    self.optimizers.step(1.0, hp.muon_momentum)
+                run.log(f"warmup_step:{i + 1}/{hp.warmup_steps}")
             for variant in variants if hp.warmup_steps and run.compile.training else ():
                 self.set_switches(variant)
-                with self.qat.switched(False):
+                with torch.no_grad(), self.qat.switched(False):
                     self.forward(*synthetic(score_batch_windows(hp, run.ranks, hp.train_seq_len)))
-            for parameter, value in zip(self.model.parameters(), initial, strict=True):
-                parameter.copy_(value)
         self.optimizers.reset()
         self.set_switches([False] * len(self.switches))
         if hp.max_wallclock_seconds:
@@ -2978,26 +2968,23 @@ class Trainer:
             clock.resume()
 
     def state(self) -> dict[str, Tensor]:
-        """Every tensor that the next step reads, live; but Muon's momentum, which is sharded. Nothing is random."""
+        """Every tensor that the next step reads, live; Muon's sharded momentum gathered. Nothing is random."""
         averages, names = self.averages, {p: name for name, p in self.model.named_parameters()}
-        copies = dict(weight=averages.live, ema=averages.ema, swa=averages.swa)
-        state = {
-            f"{copy}.{name}": w
-            for copy, weights in copies.items()
-            if weights is not None
-            for name, w in zip(names.values(), weights, strict=True)
-        }
+        state = {}
+        for copy, weights in dict(weight=averages.live, ema=averages.ema, swa=averages.swa).items():
+            if weights is not None:
+                state |= {f"{copy}.{name}": w for name, w in zip(names.values(), weights, strict=True)}
         for parameter in self.optimizers.small:
             moments = self.optimizers.moments(parameter)
             state |= {f"adam.{key}.{names[parameter]}": moment for key, moment in moments.items()}
-        return state | {f"row_scale.{name}": layer.row_scale for name, layer in self.qat.layers.items()}
+        state |= {f"row_scale.{name}": layer.row_scale for name, layer in self.qat.layers.items()}
+        return state | {f"momentum.{bank.name}": bank.gathered_momentum() for bank in self.optimizers.banks}
 
     def save(self) -> None:
         """Write a checkpoint at a paused clock and keep the one before. A full disk does not end the run."""
         run, clock = self.run, self.clock
         with run.phases("checkpoint"):
             tensors = self.state()
-            tensors |= {f"momentum.{bank.name}": bank.gathered_momentum() for bank in self.optimizers.banks}
             if not all(t.isfinite().all() for t in tensors.values()):  # the same on every rank
                 raise LimitError(f"step {self.step} left weights that are not finite; a new run needs {LOWER_RATES}")
             self.saved_ms = clock.elapsed_ms
@@ -3049,18 +3036,13 @@ class Trainer:
             self.averages.swa = [torch.empty_like(w) for w in self.averages.live]
 
         state = self.state()
-        momentum = {f"momentum.{bank.name}": bank.gathered_momentum().clone() for bank in self.optimizers.banks}
-        ranks.agree(lambda: self.check_state(checkpoint, state | momentum | dict(random=torch.get_rng_state())))
+        ranks.agree(lambda: self.check_state(checkpoint, state | dict(random=torch.get_rng_state())))
         self.set_switches([meta["switches"][switch.name] for switch in self.switches])
-
-        def load(name: str, into: Tensor) -> Tensor:
-            return ranks.broadcast_(into.copy_(checkpoint.tensors[name]) if ranks.is_main else into)
-
         with torch.no_grad():
             for name, live in state.items():
-                load(name, live)
+                ranks.broadcast_(live.copy_(checkpoint.tensors[name]) if ranks.is_main else live)
             for bank in self.optimizers.banks:
-                bank.load_momentum(load(f"momentum.{bank.name}", momentum[f"momentum.{bank.name}"]))
+                bank.load_momentum(state[f"momentum.{bank.name}"])
         torch.set_rng_state(ranks.broadcast_object(checkpoint.tensors.get("random")))
         self.run.log(f"resume:step:{self.step} train_time:{meta['elapsed_ms']:.0f}ms from:{checkpoint.path}")
 
