@@ -2226,21 +2226,13 @@ def orthogonal(w: Tensor, hp: Hyperparameters, generator: torch.Generator) -> No
     nn.init.orthogonal_(w, generator=generator)
 
 
-def normal(std: float) -> Callable:
-    return lambda w, hp, generator: nn.init.normal_(w, std=std, generator=generator)
+def normal(std: Callable[[Hyperparameters], float]) -> Callable:
+    return lambda w, hp, generator: nn.init.normal_(w, std=std(hp), generator=generator)
 
 
 def constant(value: float | list) -> Callable:
     """One value for all; of a list, each for its place in the last dimensions."""
     return lambda w, hp, generator: w.copy_(torch.tensor(value).expand_as(w))
-
-
-def token_table(w: Tensor, hp: Hyperparameters, generator: torch.Generator) -> None:
-    nn.init.normal_(w, std=hp.tied_embed_init_std, generator=generator)
-
-
-def query_gain(w: Tensor, hp: Hyperparameters, generator: torch.Generator) -> None:
-    nn.init.constant_(w, hp.qk_gain_init)
 
 
 class Storage(NamedTuple):
@@ -2288,9 +2280,9 @@ PARAMETERS = (
     parameter_row(r"#.attn\.out\.weight", constant(0), "matrix", "attention_out"),
     parameter_row(r"#.mlp\.(up|gate)\.weight", orthogonal, "matrix", "mlp"),
     parameter_row(r"#.mlp\.down\.weight", constant(0), "matrix", "mlp"),
-    parameter_row(r"tok_emb\.weight", token_table, "table", "embedding"),
+    parameter_row(r"tok_emb\.weight", normal(lambda hp: hp.tied_embed_init_std), "table", "embedding"),
     parameter_row(r"bigram\.table\.weight", constant(0), "table", "embedding"),
-    parameter_row(r"value_embedding\.table\.weight", normal(0.01), "table", "embedding"),
+    parameter_row(r"value_embedding\.table\.weight", normal(lambda hp: 0.01), "table", "embedding"),
     parameter_row(r"lm_head\.weight", constant(0), "head", "head"),
     parameter_row(r"(bigram|value_embedding)\.proj\.weight", orthogonal, "scalar", "projection"),
     parameter_row(r"bigram\.scale", constant(0.05), "scalar", "control"),
@@ -2304,7 +2296,7 @@ PARAMETERS = (
     # A lane keeps a little more than itself, and takes all of attention and MLP.
     parameter_row(r"#.lane_weights", constant([1.1, 1, 1]), "scalar", "control"),
     parameter_row(r"#.(attn_scale|mlp_scale)", constant(1), "scalar", "control"),
-    parameter_row(r"#.attn\.q_gain", query_gain, "scalar", "control"),
+    parameter_row(r"#.attn\.q_gain", lambda w, hp, _: w.fill_(hp.qk_gain_init), "scalar", "control"),
     parameter_row(r"#.attn\.ve_scale", constant(1), "scalar", "control"),
     parameter_row(r"#.attn\.first_share", constant(0), "scalar", "control"),
     parameter_row(r"#.attn\.gate\.proj\.weight", constant(0), "scalar", "gate"),
