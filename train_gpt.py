@@ -1509,11 +1509,11 @@ class TokenStream:
 
     def __init__(self, paths: Sequence[Path], vocab_size: int):
         self.paths, self.vocab_size = list(paths), vocab_size
-        self.ends = np.cumsum([len(read_shard(path)) for path in paths])
+        self.ends = list(itertools.accumulate(len(read_shard(path)) for path in paths))
         self.fingerprint = data_fingerprint(paths)
 
     def __len__(self) -> int:
-        return int(self.ends[-1])
+        return self.ends[-1]
 
     def read(self, start: int, count: int) -> np.ndarray:
         """`count` tokens (count,) uint16 from stream position `start`, wrapping at the end. Raises UserError."""
@@ -1521,8 +1521,8 @@ class TokenStream:
         while count:
             position = start % len(self)
             index = int(np.searchsorted(self.ends, position, side="right"))
-            offset = position - (int(self.ends[index - 1]) if index else 0)
-            part = self.read_part(index, offset, min(count, int(self.ends[index]) - position))
+            offset = position - (self.ends[index - 1] if index else 0)
+            part = self.read_part(index, offset, min(count, self.ends[index] - position))
             parts.append(part)
             start, count = start + len(part), count - len(part)
         return np.concatenate(parts)
@@ -1557,6 +1557,7 @@ class BatchLoader:
         self.length, self.shuffle, self.seed = hp.train_seq_len, hp.shuffle_sequences, hp.seed
         self.batch = hp.train_batch_tokens // self.length  # sequences
         self.per_rank = self.batch // ranks.size
+        self.sequences = -(-len(stream) // self.length)  # of the text; the last may go on at its beginning
         self.step, self.problem = step, None
         self._batches: queue.Queue = queue.Queue(maxsize=1)
         threading.Thread(target=self._read_ahead, daemon=True, name="loader").start()
@@ -1578,11 +1579,6 @@ class BatchLoader:
                 problem = str(error) if isinstance(error, UserError) else f"reading training data failed: {error!r}"
                 batch = torch.zeros(self.per_rank, self.length + 1, dtype=torch.int64)
             self._batches.put((batch, problem))
-
-    @property
-    def sequences(self) -> int:
-        """How many sequences the text is cut into; the last may go on at its beginning."""
-        return -(-len(self.stream) // self.length)
 
     def order(self, epoch: int) -> np.ndarray:
         """Stream positions (sequences,) int64 where the sequences of an epoch begin, in the order of training."""
@@ -1652,7 +1648,7 @@ class TokenBytes:
         self.transform = case_transform(pieces, own)
         self.escape_id = pieces.index(OPERATORS[-1]) if self.transform else -1
         self.sha256 = hashlib.sha256(serialized).hexdigest()
-        if "▁" not in (piece for piece, spelled in zip(pieces, ordinary, strict=True) if spelled):
+        if "▁" not in itertools.compress(pieces, ordinary):
             problem = "has no `▁` piece of its own: a space would become three byte tokens"
         elif is_byte.sum() != 256:
             problem = "has no byte fallback: rare characters become a lossy <unk>; train it with one"
@@ -1900,22 +1896,29 @@ def add_scaled(x: Tensor, scale: Tensor, y: Tensor) -> Tensor:
     return torch.addcmul(x, scale.to(x.dtype), y)
 
 
-class BigramHash(nn.Module):
-    """A hashed table of token pairs, added to the embedding. Row M-1 stands for 'no predecessor'."""
+class ProjectedTable(nn.Module):
+    """A table of narrow vectors, brought to the width of what they are added to, and scaled."""
 
-    def __init__(self, rows: int, dim: int, model_dim: int):
+    def __init__(self, rows: int, dim: int, out_dim: int):
         super().__init__()
         self.table = nn.Embedding(rows, dim, _weight=torch.empty(rows, dim))
-        self.proj = CastedLinear(dim, model_dim)
+        self.proj = CastedLinear(dim, out_dim)
         self.scale = nn.Parameter(torch.empty(()))
+
+    def forward(self, index: Tensor, dtype: torch.dtype) -> Tensor:
+        """(B, T) int -> (B, T, out)"""
+        return self.proj(self.table(index).to(dtype)) * self.scale.to(dtype)
+
+
+class BigramHash(ProjectedTable):
+    """A hashed table of token pairs, added to the embedding. Row M-1 stands for 'no predecessor'."""
 
     def forward(self, tokens: Tensor, starts: Tensor, dtype: torch.dtype) -> Tensor:
         """tokens (B, T) int, starts (B, T) bool: the first position and every BOS -> (B, T, D)."""
         rows = self.table.num_embeddings
         now = tokens.to(torch.int32)
         pair = torch.bitwise_xor(36313 * now, 27191 * now.roll(1, dims=1)).remainder(rows - 1)
-        index = torch.where(starts, rows - 1, pair)
-        return self.proj(self.table(index).to(dtype)) * self.scale.to(dtype)
+        return super().forward(torch.where(starts, rows - 1, pair), dtype)
 
 
 class SmearGate(nn.Module):
@@ -1944,20 +1947,6 @@ class TokenSmearGate(nn.Module):
     def forward(self, x: Tensor, starts: Tensor) -> Tensor:
         share = self.strength.to(x.dtype) * self.proj(x[..., : self.proj.weight.size(1)]).sigmoid()
         return torch.where(starts[..., None], x, x + share * F.pad(x, (0, 0, 1, -1)))
-
-
-class ValueEmbedding(nn.Module):
-    """A second token table whose vectors are added to the values of some layers."""
-
-    def __init__(self, vocab_size: int, dim: int, kv_dim: int):
-        super().__init__()
-        self.table = nn.Embedding(vocab_size, dim, _weight=torch.empty(vocab_size, dim))
-        self.proj = CastedLinear(dim, kv_dim)
-        self.scale = nn.Parameter(torch.empty(()))
-
-    def forward(self, tokens: Tensor, dtype: torch.dtype) -> Tensor:
-        """(B, T) -> (B, T, Hkv*K)"""
-        return self.proj(self.table(tokens).to(dtype)) * self.scale.to(dtype)
 
 
 class Rotary(nn.Module):
@@ -2133,21 +2122,19 @@ class GPT(nn.Module):
 
     def __init__(self, hp: Hyperparameters, context: int, attend: Callable, dtype: torch.dtype):
         super().__init__()
-        dim = hp.model_dim
+        dim, kv_dim = hp.model_dim, hp.num_kv_heads * hp.head_dim
         self.tok_emb = CastedLinear(dim, hp.vocab_size)
         self.bigram = BigramHash(hp.bigram_vocab_size, hp.bigram_dim, dim) if hp.bigram_vocab_size else None
         smears = hp.smear_gate_kind if hp.smear_gate_enabled else None
         self.smear = SmearGate(dim) if smears == "channel" else None
         self.token_smear = TokenSmearGate(hp.gate_window) if smears == "token" else None
-        self.value_embedding = None
-        if hp.ve_enabled:
-            self.value_embedding = ValueEmbedding(hp.vocab_size, hp.ve_dim, hp.num_kv_heads * hp.head_dim)
+        # A second token table, added to the values of some layers.
+        self.value_embedding = ProjectedTable(hp.vocab_size, hp.ve_dim, kv_dim) if hp.ve_enabled else None
         rotary = Rotary(hp.rope_dims or hp.head_dim, hp.head_dim, hp.rope_base, context, hp.train_seq_len)
         self.blocks = nn.ModuleList(Block(hp, layer, rotary, attend) for layer in range(hp.num_layers))
         self.plain, self.looped = layer_passes(hp, 0), layer_passes(hp, hp.num_loops)
         self.looping = hp.num_loops > 0  # training may switch it on later
         self.loop_vectors = nn.Parameter(torch.empty(hp.num_loops, dim)) if hp.num_loops and hp.loop_vectors else None
-        self.unet_skips = hp.unet_skips
         skips = len(self.looped) // 2 if hp.unet_skips else 0
         self.skip_weights = nn.Parameter(torch.empty(skips, dim)) if skips else None
         self.skip_gates = nn.Parameter(torch.empty(skips, dim)) if skips and hp.skip_gates_enabled else None
@@ -2184,7 +2171,7 @@ class GPT(nn.Module):
         mask = None if self.document_mask is None else self.document_mask(starts, x.dtype)
         stream, skips = Stream(x, ve, mask=mask), []
         passes = self.looped if self.looping else self.plain
-        encoder = len(passes) // 2 if self.unet_skips else 0
+        encoder = len(passes) // 2 if self.skip_weights is not None else 0
         lane = None  # the MLPs' own residual stream; x is then attention's (public pull request 1529)
         for place, (layer, loop) in enumerate(passes):
             block = self.blocks[layer]
@@ -2243,30 +2230,13 @@ def orthogonal(w: Tensor, hp: Hyperparameters, generator: torch.Generator) -> No
     nn.init.orthogonal_(w, generator=generator)
 
 
-def normal(std: float) -> Callable:
-    return lambda w, hp, generator: nn.init.normal_(w, std=std, generator=generator)
+def normal(std: Callable[[Hyperparameters], float]) -> Callable:
+    return lambda w, hp, generator: nn.init.normal_(w, std=std(hp), generator=generator)
 
 
-def constant(value: float) -> Callable:
-    return lambda w, hp, generator: nn.init.constant_(w, value)
-
-
-def token_table(w: Tensor, hp: Hyperparameters, generator: torch.Generator) -> None:
-    nn.init.normal_(w, std=hp.tied_embed_init_std, generator=generator)
-
-
-def query_gain(w: Tensor, hp: Hyperparameters, generator: torch.Generator) -> None:
-    nn.init.constant_(w, hp.qk_gain_init)
-
-
-def lane_weights(w: Tensor, hp: Hyperparameters, generator: torch.Generator) -> None:
-    """(lane, of itself | attention | MLP): a lane that keeps a little more than itself and takes all."""
-    w.copy_(torch.tensor([1.1, 1.0, 1.0]).expand_as(w))
-
-
-def first_of_two(w: Tensor, hp: Hyperparameters, generator: torch.Generator) -> None:
-    """Rows of ones and of zeros: of two streams the first alone."""
-    w.copy_(torch.tensor([[1.0], [0.0]]).expand_as(w))
+def constant(value: float | list) -> Callable:
+    """One value for all; of a list, each for its place in the last dimensions."""
+    return lambda w, hp, generator: w.copy_(torch.tensor(value).expand_as(w))
 
 
 class Storage(NamedTuple):
@@ -2314,9 +2284,9 @@ PARAMETERS = (
     parameter_row(r"#.attn\.out\.weight", constant(0), "matrix", "attention_out"),
     parameter_row(r"#.mlp\.(up|gate)\.weight", orthogonal, "matrix", "mlp"),
     parameter_row(r"#.mlp\.down\.weight", constant(0), "matrix", "mlp"),
-    parameter_row(r"tok_emb\.weight", token_table, "table", "embedding"),
+    parameter_row(r"tok_emb\.weight", normal(lambda hp: hp.tied_embed_init_std), "table", "embedding"),
     parameter_row(r"bigram\.table\.weight", constant(0), "table", "embedding"),
-    parameter_row(r"value_embedding\.table\.weight", normal(0.01), "table", "embedding"),
+    parameter_row(r"value_embedding\.table\.weight", normal(lambda hp: 0.01), "table", "embedding"),
     parameter_row(r"lm_head\.weight", constant(0), "head", "head"),
     parameter_row(r"(bigram|value_embedding)\.proj\.weight", orthogonal, "scalar", "projection"),
     parameter_row(r"bigram\.scale", constant(0.05), "scalar", "control"),
@@ -2326,10 +2296,11 @@ PARAMETERS = (
     parameter_row(r"skip_weights", constant(1), "scalar", "control"),
     parameter_row(r"skip_gates", constant(0), "scalar", "control"),
     parameter_row(r"loop_vectors", orthogonal, "scalar", "control"),
-    parameter_row(r"#.resid_mix", first_of_two, "scalar", "control"),
-    parameter_row(r"#.lane_weights", lane_weights, "scalar", "control"),
+    parameter_row(r"#.resid_mix", constant([[1], [0]]), "scalar", "control"),  # of two streams the first alone
+    # A lane keeps a little more than itself, and takes all of attention and MLP.
+    parameter_row(r"#.lane_weights", constant([1.1, 1, 1]), "scalar", "control"),
     parameter_row(r"#.(attn_scale|mlp_scale)", constant(1), "scalar", "control"),
-    parameter_row(r"#.attn\.q_gain", query_gain, "scalar", "control"),
+    parameter_row(r"#.attn\.q_gain", lambda w, hp, _: w.fill_(hp.qk_gain_init), "scalar", "control"),
     parameter_row(r"#.attn\.ve_scale", constant(1), "scalar", "control"),
     parameter_row(r"#.attn\.first_share", constant(0), "scalar", "control"),
     parameter_row(r"#.attn\.gate\.proj\.weight", constant(0), "scalar", "gate"),
@@ -2352,13 +2323,11 @@ def label_of(name: str) -> str:
 
 
 def init_weights(model: GPT, hp: Hyperparameters) -> None:
-    """Initial values from SEED, the same on every device and rank (drawn on CPU)."""
+    """Initial values from SEED of a model that is still on the CPU: the same for every device and rank."""
     generator = torch.Generator().manual_seed(hp.seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            drawn = torch.empty(parameter.shape)
-            row_of(name).initial(drawn, hp, generator)
-            parameter.copy_(drawn)
+            row_of(name).initial(parameter, hp, generator)
 
 
 def additive_mask(starts: Tensor, dtype: torch.dtype) -> Tensor:
@@ -2515,11 +2484,10 @@ class Bank:
     n is padded to a multiple of the world size; padding rows have zero gradients and never move.
     """
 
-    def __init__(self, parameters: list[nn.Parameter], rates: list[float], ranks: Ranks, dtype: torch.dtype):
-        """rates are multiples of the learning rate, one for each matrix."""
-        self.parameters, self.ranks = parameters, ranks
-        rows, cols = parameters[0].shape
-        device, n = parameters[0].device, -(-len(parameters) // ranks.size) * ranks.size
+    def __init__(self, named: dict[str, nn.Parameter], hp: Hyperparameters, ranks: Ranks, dtype: torch.dtype):
+        self.parameters, self.hp, self.ranks = [*named.values()], hp, ranks
+        rows, cols = self.parameters[0].shape
+        device, n = self.parameters[0].device, -(-len(named) // ranks.size) * ranks.size
         self.weight = torch.zeros(n, rows, cols, device=device)
         self.gradient = torch.zeros(n, rows, cols, device=device, dtype=dtype)
         self.update = torch.zeros(n, rows, cols, device=device, dtype=dtype)
@@ -2529,12 +2497,13 @@ class Bank:
         self.gradient_shard = self.gradient if ranks.size == 1 else torch.zeros_like(self.gradient[mine])
         self.momentum = torch.zeros(self.gradient_shard.shape, device=device)
         self.step_size = math.sqrt(max(1.0, rows / cols))
+        rates = [rate_multiple(name, hp) for name in named]
         self.rates = None
         if set(rates) != {1.0}:
             self.rates = torch.ones(n, 1, 1, device=device)
             self.rates[: len(rates), 0, 0] = torch.tensor(rates)
         self.name = f"{rows}x{cols}"
-        for i, parameter in enumerate(parameters):
+        for i, parameter in enumerate(self.parameters):
             self.weight[i].copy_(parameter.data)
             parameter.data = self.weight[i]
 
@@ -2543,7 +2512,7 @@ class Bank:
         torch._foreach_copy_(list(self.gradient.unbind())[: len(self.parameters)], [p.grad for p in self.parameters])
         return self.ranks.start_reduce_scatter(self.gradient_shard, self.gradient)
 
-    def orthogonalize(self, momentum: float, clip: Tensor, hp: Hyperparameters, polar: Callable):
+    def orthogonalize(self, momentum: float, clip: Tensor, polar: Callable):
         """Nesterov momentum and Newton-Schulz on this rank's shard; returns the handle of the gather of all updates.
 
         Rows of equal norm (MuonEq-R, public pull request 1285): no output starts with a larger say than another.
@@ -2551,9 +2520,9 @@ class Bank:
         gradient = self.gradient_shard.float().mul_(clip)
         self.momentum.mul_(momentum).add_(gradient)
         nesterov = gradient.add_(self.momentum, alpha=momentum)
-        if hp.muon_row_normalize:
+        if self.hp.muon_row_normalize:
             nesterov = F.normalize(nesterov, dim=-1, eps=1e-7)
-        self.update_shard.copy_(polar(nesterov.to(self.update.dtype), hp.muon_backend_steps))
+        self.update_shard.copy_(polar(nesterov.to(self.update.dtype), self.hp.muon_backend_steps))
         return self.ranks.start_all_gather(self.update, self.update_shard)
 
     def gathered_momentum(self) -> Tensor:
@@ -2607,21 +2576,22 @@ class Optimizers:
     """
 
     def __init__(self, model: GPT, hp: Hyperparameters, ranks: Ranks, dtype: torch.dtype, compile: bool):
-        self.hp, self.ranks = hp, ranks
+        self.model, self.hp, self.ranks = model, hp, ranks
         rows = optimizer_rows(hp)
-        members: dict[str, dict[str, nn.Parameter]] = {key: {} for key in rows}
+        matrices: dict[torch.Size, dict[str, nn.Parameter]] = defaultdict(dict)  # by their shape
+        small: dict[str, list[nn.Parameter]] = {key: [] for key in rows}
         for name, parameter in model.named_parameters():
-            members[row_of(name).optimizer][name] = parameter
-        by_shape: dict[tuple[int, ...], list[tuple[nn.Parameter, float]]] = {}
-        groups = []
-        for key, row in rows.items():
-            if row.algorithm == "muon":
-                for name, p in members[key].items():
-                    by_shape.setdefault(tuple(p.shape), []).append((p, rate_multiple(name, hp)))
-            elif members[key]:
-                parameters = [*members[key].values()]
-                groups.append(dict(params=parameters, lr=row.lr, base_lr=row.lr, weight_decay=row.weight_decay))
-        self.banks = [Bank(*map(list, zip(*members, strict=True)), ranks, dtype) for members in by_shape.values()]
+            key = row_of(name).optimizer
+            if rows[key].algorithm == "muon":
+                matrices[parameter.shape][name] = parameter
+            else:
+                small[key].append(parameter)
+        groups = [
+            dict(params=small[key], lr=row.lr, base_lr=row.lr, weight_decay=row.weight_decay)
+            for key, row in rows.items()
+            if small[key]
+        ]
+        self.banks = [Bank(named, hp, ranks, dtype) for named in matrices.values()]
         self.banks.sort(key=lambda bank: sum(p.numel() for p in bank.parameters), reverse=True)
         self.adam = torch.optim.AdamW(groups, betas=(hp.beta1, hp.beta2), eps=hp.adam_eps, fused=True)
         self.small = [p for group in groups for p in group["params"]]
@@ -2645,11 +2615,11 @@ class Optimizers:
         for group in self.adam.param_groups:
             group["lr"] = group["base_lr"] * lr_scale
         self.adam.step()
-        gathers = [bank.orthogonalize(momentum, clip, self.hp, self.polar) for bank in self.banks]
+        gathers = [bank.orthogonalize(momentum, clip, self.polar) for bank in self.banks]
         for bank, gather in zip(self.banks, gathers, strict=True):
             gather.wait()
             bank.apply(self.hp.matrix_lr * lr_scale, self.hp.muon_wd)
-        self.zero_grad()
+        self.model.zero_grad()
         return norm
 
     def gradient_norm(self, flat: Tensor) -> Tensor:
@@ -2667,18 +2637,12 @@ class Optimizers:
             state |= dict(exp_avg=torch.zeros_like(parameter.data), exp_avg_sq=torch.zeros_like(parameter.data))
         return state
 
-    def zero_grad(self) -> None:
-        self.adam.zero_grad(set_to_none=True)
-        for bank in self.banks:
-            for parameter in bank.parameters:
-                parameter.grad = None
-
     def reset(self) -> None:
         """Forget every step taken: AdamW's moments and counters, and Muon's sharded momentum too."""
         self.adam.state.clear()
         for bank in self.banks:
             bank.momentum.zero_()
-        self.zero_grad()
+        self.model.zero_grad()
 
 
 def lr_scale(step: int, hp: Hyperparameters, elapsed_ms: float, step_ms: float | None) -> float:
@@ -2801,8 +2765,8 @@ class Switch:
     name: str
     due: Callable[[float, float], bool]  # of the learning-rate scale and the share of training that is over
     apply: Callable[[bool], None]
-    prepare: Callable[[], None]  # once, before it comes on
     figure: str  # what its line in the log ends with, a format of `scale`
+    prepare: Callable[[], None] = lambda: None  # once, before it comes on
     on: bool = False
 
     def set(self, on: bool) -> None:
@@ -2827,8 +2791,7 @@ class Trainer:
         self.optimizers = Optimizers(self.model, hp, ranks, run.dtype, run.compile.training)
         self.averages, self.qat = Averages(self.model, hp), QAT(self.model, hp)
         self.switches = self.switch_rows()
-        for switch in self.switches:
-            switch.set(False)
+        self.set_switches([False] * len(self.switches))
         self.forward = compiled(self.model, run.compile.training)
         self.micro_rows = hp.micro_batch(ranks.size) // hp.train_seq_len
         self.clock, self.step = Clock(ranks, run.signals), 0
@@ -2839,28 +2802,22 @@ class Trainer:
 
     def switch_rows(self) -> list[Switch]:
         """Switches in time: fake quantization at a learning-rate scale, loops at a share of training."""
-        hp, model, rows = self.run.hp, self.model, []
-        if hp.qat_enabled or hp.late_qat:
-            rows.append(
-                Switch(
-                    name="qat" if hp.qat_enabled else "late_qat",
-                    due=lambda scale, progress: hp.qat_enabled or scale < hp.late_qat_threshold,
-                    apply=self.qat.set,
-                    prepare=self.qat.refresh,
-                    figure="scale:{scale:.4f}",
-                )
-            )
-        if hp.num_loops:
-            rows.append(
-                Switch(
-                    name="looping",
-                    due=lambda scale, progress: progress >= hp.enable_looping_at,
-                    apply=lambda on: setattr(model, "looping", on),
-                    prepare=lambda: None,
-                    figure=f"passes:{len(model.looped)}",
-                )
-            )
-        return rows
+        hp, model = self.run.hp, self.model
+        qat = Switch(
+            name="qat" if hp.qat_enabled else "late_qat",
+            due=lambda scale, progress: hp.qat_enabled or scale < hp.late_qat_threshold,
+            apply=self.qat.set,
+            figure="scale:{scale:.4f}",
+            prepare=self.qat.refresh,
+        )
+        looping = Switch(
+            name="looping",
+            due=lambda scale, progress: progress >= hp.enable_looping_at,
+            apply=lambda on: setattr(model, "looping", on),
+            figure=f"passes:{len(model.looped)}",
+        )
+        wanted = ((qat, hp.qat_enabled or hp.late_qat), (looping, hp.num_loops))
+        return [switch for switch, setting in wanted if setting]
 
     def warm_up(self) -> None:
         """Run every graph of the timed loop on synthetic tokens, then undo all of it: weights and optimizer state.
@@ -2868,7 +2825,6 @@ class Trainer:
         Variants: the switches' states, in all combinations, and scoring without gradients.
         """
         run, hp, start = self.run, self.run.hp, time.perf_counter()
-        initial = [p.detach().clone() for p in self.model.parameters()]
         generator = torch.Generator().manual_seed(0)
 
         def synthetic(rows: int) -> Tensor:
@@ -2876,20 +2832,18 @@ class Trainer:
             return torch.randint(hp.vocab_size, shape, generator=generator).to(run.ranks.device)
 
         variants = [*itertools.product(*(switch.states for switch in self.switches))]
-        for i in range(hp.warmup_steps):
-            for variant in variants:
-                self.set_switches(variant)
-                inputs, targets = synthetic(self.micro_rows)
-                accumulate_gradients(self.forward, inputs, targets, self.micro_rows, hp.train_batch_tokens)
-                self.optimizers.step(1.0, hp.muon_momentum)
-            run.log(f"warmup_step:{i + 1}/{hp.warmup_steps}")
-        with torch.no_grad():
+        with self.averages.swapped_in(self.averages.live):  # its own weights: so the steps are undone
+            for i in range(hp.warmup_steps):
+                for variant in variants:
+                    self.set_switches(variant)
+                    inputs, targets = synthetic(self.micro_rows)
+                    accumulate_gradients(self.forward, inputs, targets, self.micro_rows, hp.train_batch_tokens)
+                    self.optimizers.step(1.0, hp.muon_momentum)
+                run.log(f"warmup_step:{i + 1}/{hp.warmup_steps}")
             for variant in variants if hp.warmup_steps and run.compile.training else ():
                 self.set_switches(variant)
-                with self.qat.switched(False):
+                with torch.no_grad(), self.qat.switched(False):
                     self.forward(*synthetic(score_batch_windows(hp, run.ranks, hp.train_seq_len)))
-            for parameter, value in zip(self.model.parameters(), initial, strict=True):
-                parameter.copy_(value)
         self.optimizers.reset()
         self.set_switches([False] * len(self.switches))
         if hp.max_wallclock_seconds:
@@ -3010,26 +2964,23 @@ class Trainer:
             clock.resume()
 
     def state(self) -> dict[str, Tensor]:
-        """Every tensor that the next step reads, live; but Muon's momentum, which is sharded. Nothing is random."""
+        """Every tensor that the next step reads, live; Muon's sharded momentum gathered. Nothing is random."""
         averages, names = self.averages, {p: name for name, p in self.model.named_parameters()}
-        copies = dict(weight=averages.live, ema=averages.ema, swa=averages.swa)
-        state = {
-            f"{copy}.{name}": w
-            for copy, weights in copies.items()
-            if weights is not None
-            for name, w in zip(names.values(), weights, strict=True)
-        }
+        state = {}
+        for copy, weights in dict(weight=averages.live, ema=averages.ema, swa=averages.swa).items():
+            if weights is not None:
+                state |= {f"{copy}.{name}": w for name, w in zip(names.values(), weights, strict=True)}
         for parameter in self.optimizers.small:
             moments = self.optimizers.moments(parameter)
             state |= {f"adam.{key}.{names[parameter]}": moment for key, moment in moments.items()}
-        return state | {f"row_scale.{name}": layer.row_scale for name, layer in self.qat.layers.items()}
+        state |= {f"row_scale.{name}": layer.row_scale for name, layer in self.qat.layers.items()}
+        return state | {f"momentum.{bank.name}": bank.gathered_momentum() for bank in self.optimizers.banks}
 
     def save(self) -> None:
         """Write a checkpoint at a paused clock and keep the one before. A full disk does not end the run."""
         run, clock = self.run, self.clock
         with run.phases("checkpoint"):
             tensors = self.state()
-            tensors |= {f"momentum.{bank.name}": bank.gathered_momentum() for bank in self.optimizers.banks}
             if not all(t.isfinite().all() for t in tensors.values()):  # the same on every rank
                 raise LimitError(f"step {self.step} left weights that are not finite; a new run needs {LOWER_RATES}")
             self.saved_ms = clock.elapsed_ms
@@ -3081,18 +3032,13 @@ class Trainer:
             self.averages.swa = [torch.empty_like(w) for w in self.averages.live]
 
         state = self.state()
-        momentum = {f"momentum.{bank.name}": bank.gathered_momentum().clone() for bank in self.optimizers.banks}
-        ranks.agree(lambda: self.check_state(checkpoint, state | momentum | dict(random=torch.get_rng_state())))
+        ranks.agree(lambda: self.check_state(checkpoint, state | dict(random=torch.get_rng_state())))
         self.set_switches([meta["switches"][switch.name] for switch in self.switches])
-
-        def load(name: str, into: Tensor) -> Tensor:
-            return ranks.broadcast_(into.copy_(checkpoint.tensors[name]) if ranks.is_main else into)
-
         with torch.no_grad():
             for name, live in state.items():
-                load(name, live)
+                ranks.broadcast_(live.copy_(checkpoint.tensors[name]) if ranks.is_main else live)
             for bank in self.optimizers.banks:
-                bank.load_momentum(load(f"momentum.{bank.name}", momentum[f"momentum.{bank.name}"]))
+                bank.load_momentum(state[f"momentum.{bank.name}"])
         torch.set_rng_state(ranks.broadcast_object(checkpoint.tensors.get("random")))
         self.run.log(f"resume:step:{self.step} train_time:{meta['elapsed_ms']:.0f}ms from:{checkpoint.path}")
 

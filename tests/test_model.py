@@ -674,7 +674,7 @@ def test_every_parameter_learns_by_the_second_step(changes):
     optimizers = pg.Optimizers(model, hp, single_rank(hp), torch.float32, False)
     text = batch(*(random_tokens(17, seed=s) for s in range(4)))
     for _ in range(2):
-        optimizers.zero_grad()
+        model.zero_grad()
         model(text[:, :-1], text[:, 1:]).mean().backward()
         gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
         optimizers.step(1.0, 0.9)

@@ -728,7 +728,7 @@ def test_every_setting_is_read():
 
 
 @pytest.mark.parametrize("name", ["GPT", "Block", "Attention", "MLP", "Rotary", "BigramHash", "SmearGate",
-                                  "ValueEmbedding", "CastedLinear"])  # fmt: skip
+                                  "ProjectedTable", "CastedLinear"])  # fmt: skip
 def test_the_model_reads_model_settings_only(name):
     derived = {"head_dim", "mlp_dim", "ve_layer_ids"}
     model = {n for n, f in FIELDS.items() if f.metadata["section"] == "model"}
