@@ -55,6 +55,10 @@ class ScoreLine(NamedTuple):
     extra: str  # what else it depends on: "stride:64", "(stride=16, T=0.90)"
     eval_ms: float | None = None
 
+    @property
+    def is_finite(self) -> bool:
+        return all(math.isfinite(value) for value in (self.val_loss, self.val_bpb) if value is not None)
+
 
 class SizeLine(NamedTuple):
     """A `Total submission size` line; label is what stands before the colon, often empty."""
@@ -70,7 +74,6 @@ class RunLog:
 
     path: Path
     sha256: str  # of the file's bytes
-    encoding: str
     dialect: str = "unknown"  # pgolf (train_gpt.py of this project) | baseline | baseline-noprefix | unknown
     lines: int = 0
     seed: int | None = None
@@ -171,7 +174,7 @@ def parse(path: Path) -> RunLog:
         raise LogError(f"{path}: larger than {MAX_BYTES >> 20} MiB; no log of a run is")
     text, encoding, replaced = decode(data, path)
     log = parse_text(text, path)
-    log.sha256, log.encoding = hashlib.sha256(data).hexdigest(), encoding
+    log.sha256 = hashlib.sha256(data).hexdigest()
     if replaced:
         log.undecided.append(f"{replaced} characters are not {encoding}")
     return log
@@ -179,7 +182,7 @@ def parse(path: Path) -> RunLog:
 
 def parse_text(text: str, path: Path) -> RunLog:
     """The log in a string. Raises LogError where it is too large."""
-    log = RunLog(Path(path), hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest(), "str")
+    log = RunLog(Path(path), hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest())
     text = text.replace("\r\n", "\n").replace("\r", "\n")
     if text.count("\n") >= MAX_LINES:
         raise LogError(f"{path}: more than {MAX_LINES} lines; no log of a run has as many")
@@ -192,7 +195,7 @@ def parse_text(text: str, path: Path) -> RunLog:
     if 1 < len(log.runs) <= MAX_PARTS:
         bounds = [0, *(line - 1 for line in log.runs[1:]), len(lines)]
         for start, end in zip(bounds, bounds[1:], strict=False):
-            part = RunLog(log.path, log.sha256, log.encoding, lines=end - start)
+            part = RunLog(log.path, log.sha256, lines=end - start)
             _Reader(part, lines[start:end], start).read()
             log.parts.append(part)
     return log
@@ -618,17 +621,15 @@ class _Reader:
             self.undecided(f"line {i}: `{word}` is not followed by a JSON object")
             return
         self.log.dialect = "pgolf"
-        self.fact("seed", whole(value.get("seed")), i)
-        if isinstance(value.get("run_id"), str):
-            self.fact("run_id", value["run_id"], i)
+        told = dict(seed=int, run_id=str)
         if word == "settings":
             self.settings.append(value)
-            return
-        self.began = True
-        self.results.append((i, value))
-        self.fact("world_size", whole(value.get("world_size")), i)
-        for name in ("device", "torch", "code_sha256", "settings_hash"):
-            if isinstance(value.get(name), str):
+        else:
+            told |= dict(world_size=int, device=str, torch=str, code_sha256=str, settings_hash=str)
+            self.began = True
+            self.results.append((i, value))
+        for name, kind in told.items():
+            if isinstance(value.get(name), kind) and not isinstance(value[name], bool):
                 self.fact(name, value[name], i)
 
     # Where a run begins
@@ -911,8 +912,9 @@ def without_prefix(line: str) -> str:
 
 def literal(text: str) -> object:
     """A value of a `Hyperparameters:` list: a bool, None, a number, or the text as it stands."""
-    if text in ("True", "False", "None"):
-        return {"True": True, "False": False, "None": None}[text]
+    words = {"True": True, "False": False, "None": None}
+    if text in words:
+        return words[text]
     if re.fullmatch(r"[-+]?\d{1,18}", text):
         return int(text)
     return float(text) if re.fullmatch(NUMBER, text) else text
