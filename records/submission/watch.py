@@ -18,7 +18,6 @@ It ends with the log's `result` line. Logs of other scripts have none: they are 
 
 import argparse
 import math
-import os
 import re
 import shutil
 import statistics
@@ -217,7 +216,7 @@ def braille(points: Sequence[tuple[float, float]], x_end: float, columns: int, r
 def curve_view(log: runlog.RunLog, columns: int, rows: int) -> list[str]:
     """The training loss with its axes; the first 5 % of the steps are left out once there is more."""
     curve, (at, end) = losses(log), last_step(log)
-    kept = [(step, loss) for step, loss in curve.items() if step >= 0.05 * at] or list(curve.items())
+    kept = [(step, loss) for step, loss in curve.items() if step >= 0.05 * at]
     if len(kept) < 2:
         kept = list(curve.items())
     if len(kept) < 2 or columns < 20:
@@ -348,7 +347,7 @@ def follow(args: argparse.Namespace, likes: Sequence[runlog.RunLog], out: TextIO
             silent = time.monotonic() - follower.changed
             notice = follower.notice or (f"no new line for {duration(silent)}" if silent > STALE_S else "")
             if in_place:
-                empty = runlog.RunLog(args.log, "", "")
+                empty = runlog.RunLog(args.log, "")
                 notes = {"last line": last_line(args.log), "now": notice}
                 notes = {name: note for name, note in notes.items() if note}
                 lines = screen(follower.log or empty, likes, notes, shutil.get_terminal_size())
@@ -404,6 +403,4 @@ def run(args: argparse.Namespace) -> int:
         follow(args, likes, sys.stdout)
     except KeyboardInterrupt:
         print()
-    except BrokenPipeError:  # `watch LOG | head`: nobody reads on
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
