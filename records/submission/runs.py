@@ -52,12 +52,12 @@ SAME_TEXT = 5e-4  # relative: bytes that follow from figures of four decimals, o
 def validation_bytes(log: RunLog, score: runlog.ScoreLine | None) -> float | None:
     """Bytes of the text that a score is over: as the run's `result` states them, else as its tokens and the score in
     both units give them, else None."""
-    result = log.result if isinstance(log.result, dict) else {}
-    stated = result.get("scores", {}).get(score.label) if score and isinstance(result.get("scores"), dict) else None
-    if isinstance(stated, dict) and number(stated.get("bytes")):
-        return number(stated["bytes"])
+    if score is None:
+        return None
+    if stated := number(log.told_scores.get(score.label, {}).get("bytes")):
+        return stated
     told = next((found for line in log.printed if (found := VALIDATION_TOKENS.search(line))), None)
-    if told is None or score is None or not score.val_loss or not score.val_bpb:
+    if told is None or not score.val_loss or not score.val_bpb:
         return None
     return int(told[1]) * score.val_loss / math.log(2) / score.val_bpb
 
@@ -151,10 +151,7 @@ def headline_of(logs: Sequence[RunLog], meta: Mapping, claim: Any) -> tuple[str 
 
 
 def as_seed(value: Any) -> int | None:
-    if isinstance(value, bool):
-        return None
-    text = str(value) if isinstance(value, (int, str)) else ""
-    found = re.fullmatch(r"(?:seed_?)?(\d{1,10})", text)
+    found = re.fullmatch(r"(?:seed_?)?(\d{1,10})", str(value)) if isinstance(value, (int, str)) else None
     return int(found[1]) if found else None
 
 
