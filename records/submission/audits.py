@@ -4,10 +4,12 @@ It is untrusted like a log: bounded, and believed only where it is of the log's 
 """
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 from records.submission.command import Unusable, clean_text
+from records.submission.rules import AUDITS, verdict
 from records.submission.runlog import RunLog
 
 MAX_AUDIT = 1 << 18  # bytes
@@ -38,6 +40,11 @@ def attach(told: dict[str, Any], log: RunLog) -> None:
         passed, figure = finding["passed"], clean_text(str(finding.get("figure", "")))
         if log.audit.get(name, (True, ""))[0]:
             log.audit[name] = (passed, figure)
+
+
+def shown(logs: Collection[RunLog]) -> dict[str, bool | None]:
+    """Key of compliance -> whether that audit passed in every log."""
+    return {key: verdict(log.audit.get(name, (None,))[0] for log in logs) for name, (key, _) in AUDITS.items()}
 
 
 def beside(log: Path) -> Path | None:
