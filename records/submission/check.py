@@ -15,17 +15,17 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from datetime import date, datetime
+from datetime import datetime
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-from records.submission import foreign, legality, runs
+from records.submission import audits, foreign, legality, runs
 from records.submission.claims import check_numbers, readme_scores
 from records.submission.command import clean_text, command
 from records.submission.foreign import CheckError, Finding, Note, Submission, load
 from records.submission.program import COMPANION_SOURCE, beside, check_source, check_syntax, sources
-from records.submission.rules import AUDITS, CAP_BYTES, CLOCK_SECONDS, SEEDS, has_clocks, verdict, within
+from records.submission.rules import CAP_BYTES, CLOCK_SECONDS, SEEDS, has_clocks, verdict, within
 from records.submission.runlog import RunLog
 from records.submission.runs import EXACT_DIGITS, Mean, means, number, seed_of
 from records.submission.smoke import check_run
@@ -100,26 +100,25 @@ def check_files(s: Submission) -> Iterator[Note]:
         yield Note("FAIL", f"{sum(s.files.values()):,} bytes in all")
 
 
-# name -> (types, whether all of the public files have it)
-FIELDS: dict[str, tuple[tuple[type, ...], bool]] = {
-    "author": ((str,), True),
-    "date": ((str,), True),
-    "name": ((str,), False),
-    "github_id": ((str,), False),
-    "blurb": ((str, type(None)), False),
-    "track": ((str,), False),
-    "val_loss": ((Decimal, int, type(None)), False),
-    "val_loss_std": ((Decimal, int, type(None)), False),
-    "val_bpb_std": ((Decimal, int, type(None)), False),
-    "bytes_total": ((int,), False),
-    "bytes_code": ((int, type(None)), False),
-    "bytes_model": ((int, type(None)), False),
-    "seeds": ((list, dict), False),
-    "seed_results": ((dict,), False),
-    "compliance": ((dict,), False),
-    "hardware": ((str, type(None)), False),
+# name -> (what its value may be, how many of the public files have it)
+FIELDS = {
+    "author": ("text", "all"),
+    "date": ("text", "all"),
+    "name": ("text", "most"),
+    "github_id": ("text", "most"),
+    "blurb": ("text or null", "some"),
+    "track": ("text", "most"),
+    "val_loss": ("a number or a whole number or null", "most"),
+    "val_loss_std": ("a number or a whole number or null", "some"),
+    "val_bpb_std": ("a number or a whole number or null", "some"),
+    "bytes_total": ("a whole number", "most"),
+    "bytes_code": ("a whole number or null", "most"),
+    "bytes_model": ("a whole number or null", "some"),
+    "seeds": ("a list or an object", "most"),
+    "seed_results": ("an object", "some"),
+    "compliance": ("an object", "some"),
+    "hardware": ("text or null", "some"),
 }
-EXPECTED = ("name", "github_id", "track", "val_loss", "bytes_total", "bytes_code", "seeds")
 UNSAID = {"n/a", "na", "none", "null", "unknown", "...", "?", "-"}
 PLACEHOLDER = re.compile(
     r"^\W*(?:placeholder|fill(?: me)? in|xxx+|your[ _-]?\w+(?:[ _-]\w+)?)\W*$|\b(?:TODO|TBD|FIXME)\b"
@@ -135,15 +134,15 @@ def check_json(s: Submission) -> Iterator[Note]:
     meta = s.meta
     if not meta:
         return
-    for key, (types, required) in FIELDS.items():
+    for key, (kinds, who) in FIELDS.items():
         if key not in meta:
-            if required:
+            if who == "all":
                 yield Note("FAIL", f"no field {key}")
-            elif key in EXPECTED and not s.old_name(key):
+            elif who == "most" and not s.old_name(key):
                 yield Note("usual", key)
-        elif not isinstance(meta[key], types) or isinstance(meta[key], bool):
-            level = "warn" if meta[key] is None and not required and key != "bytes_total" else "FAIL"
-            yield Note(level, f"{key} is {kind_of(meta[key])}, not {' or '.join(kind_name(t) for t in types)}")
+        elif kind_of(meta[key]) not in kinds.split(" or "):
+            level = "warn" if meta[key] is None and who != "all" and key != "bytes_total" else "FAIL"
+            yield Note(level, f"{key} is {kind_of(meta[key])}, not {kinds}")
     if not str(meta.get("author") or "").strip() and "author" in meta:
         yield Note("FAIL", "author is empty")
     if meta.get("github_id") == "" and meta.get("author"):
@@ -187,23 +186,18 @@ def check_score_field(s: Submission, meta: Mapping) -> Iterator[Note]:
         )
 
 
-def kind_name(kind: type) -> str:
-    names = {str: "text", list: "a list", dict: "an object", int: "a whole number", Decimal: "a number"}
-    return names.get(kind, "null")
-
-
 def kind_of(value: Any) -> str:
-    return "true or false" if isinstance(value, bool) else kind_name(type(value))
+    """The type of a JSON value, in words. Its numbers are read as Decimal, so a float is none."""
+    names = {str: "text", list: "a list", dict: "an object", int: "a whole number", Decimal: "a number"}
+    names |= {bool: "true or false", float: "NaN or infinite"}
+    return names.get(type(value), "null")
 
 
 def is_date(text: str) -> bool:
-    for kind in (date, datetime):
-        try:
-            day = kind.fromisoformat(text.replace("Z", "+00:00") if kind is datetime else text)
-            return 2020 <= day.year < 2100
-        except ValueError:
-            continue
-    return False
+    try:
+        return 2020 <= datetime.fromisoformat(text.replace("Z", "+00:00")).year < 2100
+    except ValueError:
+        return False
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -532,20 +526,21 @@ def deviations(s: Submission) -> Iterator[Note]:
         label = s.headline[0]
         fits = [name for name, mean in means(s.runs.values(), index).items() if mean.gives(score)]
         values = [found[name] for name in (fits if label is None else [label]) if len(found.get(name, ())) > 1]
-        rounded = [[float(value) for value in rounded_scores(s, key)]]
-        half = 0.5 * 10.0 ** -runs.decimals(claim) + 1.5 * EXACT_DIGITS  # the scores in the log are rounded too
-
-        def is_claim(deviation: Callable, samples: list[list[float]], claim=claim, half=half) -> bool:
-            return any(abs(deviation(sample) - number(claim)) <= half for sample in samples if len(sample) > 1)
-
         if not values:
             if number(claim) != 0 and all(len(column) < 2 for column in found.values()):
                 yield Note("FAIL", f"{key}_std {claim}, but no line has two seeds")
             continue
+        rounded = [float(value) for value in rounded_scores(s, key)]
+        samples = [*values, rounded] if len(rounded) > 1 else values
+        half = 0.5 * 10.0 ** -runs.decimals(claim) + 1.5 * EXACT_DIGITS  # the scores in the log are rounded too
+        by_sample, by_population = (
+            any(abs(deviation(sample) - number(claim)) <= half for sample in samples)
+            for deviation in (statistics.stdev, statistics.pstdev)
+        )
         sample = f"{statistics.stdev(values[0]):.6f}"
-        if is_claim(statistics.stdev, [*values, *rounded]):
+        if by_sample:
             yield Note("pass", f"{key}_std {claim} is the sample deviation over {len(values[0])} seeds")
-        elif is_claim(statistics.pstdev, [*values, *rounded]):
+        elif by_population:
             yield Note("warn", f"{key}_std {claim} divides by n; the sample deviation (n - 1) is {sample}")
         else:
             yield Note("FAIL", f"{key}_std {claim}; the sample deviation over {len(values[0])} seeds is {sample}")
@@ -588,10 +583,10 @@ def check_legality(s: Submission) -> Iterator[Note]:
     for name in s.layers.files:
         if s.file_from(script)(name) is None:
             yield Note("skip", f"{script} runs {name}, which the folder lacks: it was not examined")
-    audited = verdict(log.audit.get("score_first", (None,))[0] for log in s.runs.values())
+    shown = audits.shown(s.runs.values())
     for name, finding in examined(s):
         level, text = finding.level, finding.text
-        if audited and finding.rule == "train_before_score" and level == "warn":
+        if shown["score_first_ttt"] and finding.rule == "train_before_score" and level == "warn":
             text += "; audit:score_first passed in every log, if that audit is to be believed"
         yield Note(level, f"{finding.rule}: {name} line {finding.line}: {text}")
 
@@ -627,7 +622,7 @@ def check_compliance(s: Submission) -> Iterator[Note]:
         "no_network": clean("network"),
         "one_configuration": False if s.runs and any(one_configuration(s)) else None,
     }
-    shown = {key: verdict(log.audit.get(name, (None,))[0] for log in logs) for name, (key, _) in AUDITS.items()}
+    shown = audits.shown(logs)
     computed |= {key: verdict([computed.get(key, answer), answer]) for key, answer in shown.items()}
     aliases = {"training_under_600s": "train_under_600s", "artifact_under_16_mb": "artifact_under_16mb"}
     for key, claim in claims.items():
