@@ -337,41 +337,34 @@ def find_dumps(lines: Sequence[str]) -> Iterator[Dump]:
     imports = [bool(IMPORT.match(line[:300])) for line in lines]
     i, tested = 0, 0
     while i < len(lines):
-        line = lines[i]
-        if begin := BEGIN.match(line):
+        dump = None
+        if begin := BEGIN.match(lines[i]):
             dump = marked_dump(lines, i, int(begin[1]))
         elif i >= tested and (imports[i] or may_open_source(lines, i)):
-            end, complete = python_end(lines, i)
-            if not (True in imports[i:end] or begins_with_source(lines, i)):
-                tested = end
-                i += 1
-                continue
-            source = "\n".join(lines[i:end])
-            # print() ends the text with a newline of its own
-            dump = Dump(i, end, source if source.endswith("\n") else source + "\n", complete)
-        else:
-            i += 1
-            continue
-        yield dump
-        i = max(dump.end, i + 1)
+            tested, complete = python_end(lines, i)
+            if True in imports[i:tested] or begins_with_source(lines, i):
+                source = "\n".join(lines[i:tested]).removesuffix("\n") + "\n"  # print() ends it with one of its own
+                dump = Dump(i, tested, source, complete)
+        if dump is not None:
+            yield dump
+        i = max(i + 1, dump.end if dump is not None else 0)
 
 
 def marked_dump(lines: Sequence[str], start: int, size: int) -> Dump:
     """The dump that begins at our marker. The size tells which end marker is meant: the source may hold one too."""
-    ends, length, exact = [], -1, None
+    end, length = 0, -1
     for i in range(start + 1, len(lines)):
         if lines[i] == END:
-            ends.append(i)
             breaks = i - start - 1
             if length in (size, size - breaks + 1):  # the latter: a source whose lines end in \r\n
-                exact = i
+                end = i
                 break
+            end = end or i
         length += len(lines[i].encode("utf-8", "surrogatepass")) + 1
-        if ends and (length > size + 1 or BEGIN.match(lines[i])):
+        if end and (length > size + 1 or BEGIN.match(lines[i])):
             break
-    if not ends:
+    if not end:
         return Dump(start, len(lines), "\n".join(lines[start + 1 :]), False)
-    end = exact or ends[0]
     source = "\n".join(lines[start + 1 : end])
     if len(source.encode("utf-8", "surrogatepass")) != size:
         crlf = source.replace("\n", "\r\n")
@@ -707,21 +700,18 @@ class _Reader:
             self.undecided(f"line {score.line}: more than {MAX_RESULTS} results, this one was not read")
             return
         begin = (self.log.runs or [0])[-1]
-        for k in range(len(scores) - 1, -1, -1):
-            old = scores[k]
-            if old.line < begin:
-                break
-            if not same_result(old, score):
-                continue
-            best, other = (old, score) if old.exact or not score.exact else (score, old)
-            scores[k] = best._replace(
-                val_loss=other.val_loss if best.val_loss is None else best.val_loss,
-                val_bpb=other.val_bpb if best.val_bpb is None else best.val_bpb,
-                extra=best.extra or other.extra,
-                eval_ms=best.eval_ms or other.eval_ms,  # 0 ms: a clock that nobody started
-            )
+        same = [k for k, old in enumerate(scores) if old.line >= begin and same_result(old, score)]
+        if not same:
+            scores.append(score)
             return
-        scores.append(score)
+        old = scores[same[-1]]
+        best, other = (old, score) if old.exact or not score.exact else (score, old)
+        scores[same[-1]] = best._replace(
+            val_loss=other.val_loss if best.val_loss is None else best.val_loss,
+            val_bpb=other.val_bpb if best.val_bpb is None else best.val_bpb,
+            extra=best.extra or other.extra,
+            eval_ms=best.eval_ms or other.eval_ms,  # 0 ms: a clock that nobody started
+        )
 
     def size(self, line: str, i: int) -> None:
         budget = BUDGET.search(line)
