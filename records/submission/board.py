@@ -286,8 +286,8 @@ def read_log(path: Path) -> Entry:
     """A loose log, with the audit.json beside its run's artifact."""
     log = runlog.parse(path)
     beside = audits.beside(path)
-    if beside is not None and audits.is_of(told := audits.parse(beside.read_bytes(), str(beside)), log):
-        audits.attach(told, log)
+    if beside is not None:
+        audits.attach(audits.parse(beside.read_bytes(), str(beside)), log)
     return from_logs(Entry(clean(path.stem, 160), path, LOOSE), log.each())
 
 
@@ -298,11 +298,8 @@ def collect(paths: Sequence[Path]) -> list[Entry]:
         raise Unusable(f"{len(found)} folders and logs are more than {MAX_ENTRIES}; name fewer")
     entries = []
     for _, path in found:
-        if path.is_dir():
-            entries.append(read_folder(path))
-            continue
         try:
-            entries.append(read_log(path))
+            entries.append(read_folder(path) if path.is_dir() else read_log(path))
         except runlog.LogError as error:
             if path in paths:
                 raise
@@ -381,9 +378,9 @@ def markdown(entries: Sequence[Entry], base: Path) -> str:
         table = [[title for title, _ in cells], ["---" if title in text else "---:" for title, _ in cells]]
         table += [list(row) for row in zip(*(column for _, column in cells), strict=True)]
         lines = ["| " + " | ".join(row) + " |" for row in table]
-        heading = "### Loose logs" if track == LOOSE else f"### Track {span(track)}"
+        heading = f"### Track {span(track)}"
         if track == LOOSE:
-            lines = ["Single runs, no submissions; they compare only where data and settings agree.", "", *lines]
+            heading = "### Loose logs\n\nSingle runs, no submissions; they compare only where data and settings agree."
         parts.append("\n".join([heading, "", *lines, ""]))
     return "\n".join(parts)
 

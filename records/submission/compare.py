@@ -258,6 +258,8 @@ def compare(a: Side, b: Side) -> dict:
     """Everything that is said, as the object that --json prints."""
     other_text = other_texts(a, b)
     comparable = same_tokens(a, b) and other_text is None
+    samples = {metric: (a.sample(metric), b.sample(metric)) for metric in ("val_loss", "val_bpb")}
+    better = {metric: None if None in pair else pair[1].mean - pair[0].mean for metric, pair in samples.items()}
     report: dict = {}
     for name, side in dict(a=a, b=b).items():
         loss, bpb = side.sample("val_loss"), side.sample("val_bpb")
@@ -270,25 +272,20 @@ def compare(a: Side, b: Side) -> dict:
             val_loss=loss and dict(mean=loss.mean, std=loss.std),
             val_bpb=bpb and dict(mean=bpb.mean, std=bpb.std),
         )
-
-    def difference(metric: str) -> float | None:
-        samples = a.sample(metric), b.sample(metric)
-        return None if None in samples else samples[1].mean - samples[0].mean
-
     report["better_by"] = dict(
-        nats=difference("val_loss") if comparable else None, bpb=None if other_text else difference("val_bpb")
+        nats=better["val_loss"] if comparable else None, bpb=None if other_text else better["val_bpb"]
     )
     report["rules"] = []
     for rule in RULES:
         metric = rule.metric
-        if metric == "val_bpb" and None in (a.sample(metric), b.sample(metric)) and comparable:
+        if metric == "val_bpb" and None in samples[metric] and comparable:
             metric = "val_loss"  # in proportion to it
         if other_text:
             verdict = Verdict(note=other_text)
         elif metric == "val_loss" and not comparable:
             verdict = Verdict(note="the sides have other tokens, so their nats per token do not compare")
         else:
-            verdict = judge(rule._replace(metric=metric), a.sample(metric), b.sample(metric))
+            verdict = judge(rule._replace(metric=metric), *samples[metric])
         report["rules"].append({**rule._asdict(), "metric": metric, **verdict._asdict()})
     report["assumes"] = (
         "seeds independent and scores normal; more_seeds: the means and standard deviations of now are the true ones"

@@ -65,13 +65,10 @@ class SeedRun:
         return self.log.world_size or self.result.get("world_size") or 1
 
     @property
-    def compared(self) -> dict[str, object] | None:
-        """The settings that have to be the same for all seeds; None where the log states none."""
-        settings = self.log.settings
-        if settings is None:
-            return None
+    def compared(self) -> dict[str, object]:
+        """The settings that have to be the same for all seeds."""
         ours = self.log.dialect == "pgolf"
-        return {name: value for name, value in settings.items() if not may_differ(name, value, ours)}
+        return {name: value for name, value in (self.log.settings or {}).items() if not may_differ(name, value, ours)}
 
     @property
     def hardware(self) -> str | None:
@@ -113,8 +110,7 @@ def with_audits(runs: Sequence[SeedRun], named: Sequence[Path]) -> list[SeedRun]
         candidates = dict(unused) if named else {path: path.read_bytes()} if path else {}
         data = None
         for path, candidate in candidates.items():
-            if audits.is_of(told := audits.parse(candidate, str(path)), run.log):
-                audits.attach(told, run.log)
+            if audits.attach(audits.parse(candidate, str(path)), run.log):
                 data = candidate
                 unused.pop(path, None)
             elif not named:
@@ -134,11 +130,11 @@ def check_one_configuration(runs: Sequence[SeedRun]) -> None:
     """Raises Unusable where two logs, in order of seeds, are not of one configuration."""
     first = runs[0]
     for other in runs[1:]:
-        mine, others = first.compared, other.compared
-        if (mine is None) != (others is None):
+        if (first.log.settings is None) != (other.log.settings is None):
             raise Unusable(f"{first.name} and {other.name}: only one of them states its settings")
-        for name in dict.fromkeys((*(mine or {}), *(others or {}))):
-            a, b = ((s or {}).get(name, "unset") for s in (mine, others))
+        mine, others = first.compared, other.compared
+        for name in mine | others:
+            a, b = mine.get(name, "unset"), others.get(name, "unset")
             if a != b:
                 raise Unusable(
                     f"two configurations: {name.upper()}={plain(a)} in {first.name}, {plain(b)} in {other.name}"
@@ -279,7 +275,7 @@ def equal(value: object, default: object) -> bool:
 
 def changed_settings(run: SeedRun, declared: Mapping[str, Setting]) -> dict[str, object] | None:
     """What all seeds set otherwise than the script's defaults, by variable; None where that cannot be told."""
-    if run.compared is None or not declared:
+    if run.log.settings is None or not declared:
         return None
     pairs = [(declared[name], value) for name, value in run.compared.items() if name in declared]
     return {setting.variable: value for setting, value in pairs if not equal(value, setting.default)}
@@ -326,7 +322,7 @@ def compliance(runs: Sequence[SeedRun], script: Script) -> dict[str, bool | None
         train_under_600s=within((run.log.train_seconds for run in runs), CLOCK_SECONDS),
         eval_under_600s=within((run.log.eval_seconds for run in runs), CLOCK_SECONDS),
         three_seeds=len(runs) >= SEEDS,
-        one_configuration=None if any(run.compared is None for run in runs) else True,  # else it was refused
+        one_configuration=None if any(run.log.settings is None for run in runs) else True,  # else it was refused
         audit_passed=verdict(verdict(passed for passed, _ in run.log.audit.values()) for run in runs),
         **audits.shown([run.log for run in runs]),
     )

@@ -246,10 +246,7 @@ def read_audit(submission: Submission, name: str) -> None:
     except (OSError, Unusable) as error:
         submission.problems.append(Note("FAIL", str(error)))
         return
-    logs = [log for log in submission.logs.values() if audits.is_of(told, log)]
-    for log in logs:
-        audits.attach(told, log)
-    if not logs:
+    if not [log for log in submission.logs.values() if audits.attach(told, log)]:
         submission.problems.append(Note("FAIL", f"{name} is of no log's script and artifact"))
 
 
