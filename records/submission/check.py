@@ -140,7 +140,7 @@ def check_json(s: Submission) -> Iterator[Note]:
                 yield Note("FAIL", f"no field {key}")
             elif who == "most" and not s.old_name(key):
                 yield Note("usual", key)
-        elif kind_of(meta[key]) not in kinds.split(" or "):
+        elif kind_of(meta[key]) not in kinds.split(" or ") or isinstance(meta[key], float):  # NaN, infinity
             level = "warn" if meta[key] is None and who != "all" and key != "bytes_total" else "FAIL"
             yield Note(level, f"{key} is {kind_of(meta[key])}, not {kinds}")
     if not str(meta.get("author") or "").strip() and "author" in meta:
@@ -187,10 +187,8 @@ def check_score_field(s: Submission, meta: Mapping) -> Iterator[Note]:
 
 
 def kind_of(value: Any) -> str:
-    """The type of a JSON value, in words. Its numbers are read as Decimal, so a float is none."""
     names = {str: "text", list: "a list", dict: "an object", int: "a whole number", Decimal: "a number"}
-    names |= {bool: "true or false", float: "NaN or infinite"}
-    return names.get(type(value), "null")
+    return (names | {bool: "true or false"}).get(type(value), "null")
 
 
 def is_date(text: str) -> bool:
@@ -213,11 +211,11 @@ def check_headline(s: Submission) -> Iterator[Note]:
     logs, (label, how) = list(s.runs.values()), s.headline
     if runs.declared_label(s.meta) is None and not s.ours:
         yield Note("usual", "headline")
+    if number(s.stated("val_bpb")) is None:
+        yield Note("skip", "the JSON claims no val_bpb")
     for index, key in enumerate(("val_bpb", "val_loss")):
-        claim = s.stated(key) if key == "val_bpb" else s.meta.get(key)
+        claim = s.stated(key)
         if number(claim) is None:
-            if index == 0:
-                yield Note("skip", "the JSON claims no val_bpb")
             continue
         found = means(logs, index)
         if label is not None and label not in found:
@@ -320,11 +318,10 @@ def check_size(s: Submission) -> Iterator[Note]:
         for message in log.undecided:
             if "add up to the total" in message:
                 yield Note("FAIL" if message.startswith("none of") else "warn", f"{name}: {message}")
+            elif total is None and ("size:" in message or "bytes_total" in message):
+                yield Note("warn", f"{name}: {message}")
         if total is None:
             unknown.append(name)
-            for message in log.undecided:
-                if "size:" in message or "bytes_total" in message:
-                    yield Note("warn", f"{name}: {message}")
             continue
         worst = max(worst, total)
         if model is not None and counted is not None and model + counted != total:
@@ -520,14 +517,12 @@ def deviations(s: Submission) -> Iterator[Note]:
         claim = s.meta.get(f"{key}_std")
         if number(claim) is None:
             continue
-        lines = runs.columns(s.runs.values(), index)
-        found = {label: [value for value, _ in values] for label, values in lines.items()}
-        score = s.stated("val_bpb") if index == 0 else s.meta.get(key)
-        label = s.headline[0]
-        fits = [name for name, mean in means(s.runs.values(), index).items() if mean.gives(score)]
-        values = [found[name] for name in (fits if label is None else [label]) if len(found.get(name, ())) > 1]
+        found = means(s.runs.values(), index)
+        label, score = s.headline[0], s.stated(key)
+        fits = [name for name, mean in found.items() if (mean.gives(score) if label is None else name == label)]
+        values = [found[name].values for name in fits if found[name].n > 1]
         if not values:
-            if number(claim) != 0 and all(len(column) < 2 for column in found.values()):
+            if number(claim) != 0 and all(mean.n < 2 for mean in found.values()):
                 yield Note("FAIL", f"{key}_std {claim}, but no line has two seeds")
             continue
         rounded = [float(value) for value in rounded_scores(s, key)]

@@ -72,6 +72,7 @@ class Mean(NamedTuple):
     value: float
     n: int
     tolerance: float
+    values: Sequence[float] = ()
 
     def reach(self, claim: Any) -> float:
         """How far the claim may lie from the mean: both were rounded, the claim and what the log has."""
@@ -95,25 +96,19 @@ def scores_by_label(log: RunLog) -> dict[str, tuple[float | None, float | None, 
     return found
 
 
-def columns(logs: Iterable[RunLog], index: int) -> dict[str, list[tuple[float, bool]]]:
-    """label -> (value, whether unrounded) in each log that has it; index 0 is bpb, 1 loss."""
-    found: dict[str, list[tuple[float, bool]]] = {}
-    for log in logs:
-        for label, values in scores_by_label(log).items():
-            if values[index] is not None and math.isfinite(values[index]):
-                found.setdefault(label, []).append((values[index], values[2]))
-    return found
-
-
 def means(logs: Iterable[RunLog], index: int) -> dict[str, Mean]:
     """label -> mean over the logs that have it; index 0 is bpb, 1 loss."""
+    columns: dict[str, list[float]] = {}
+    rounded = set()
+    for log in logs:
+        for label, (*figures, exact) in scores_by_label(log).items():
+            if figures[index] is not None and math.isfinite(figures[index]):
+                columns.setdefault(label, []).append(figures[index])
+                if not exact:
+                    rounded.add(label)
     return {
-        label: Mean(
-            statistics.fmean(value for value, _ in values),
-            len(values),
-            EXACT_DIGITS if all(exact for _, exact in values) else ROUNDED_DIGITS,
-        )
-        for label, values in columns(logs, index).items()
+        label: Mean(statistics.fmean(values), len(values), ROUNDED_DIGITS if label in rounded else EXACT_DIGITS, values)
+        for label, values in columns.items()
     }
 
 
