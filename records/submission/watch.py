@@ -231,31 +231,24 @@ def curve_view(log: runlog.RunLog, columns: int, rows: int) -> list[str]:
 
 def facts(log: runlog.RunLog, likes: Sequence[runlog.RunLog]) -> dict[str, str]:
     """What is known, in words: {name: value}."""
-    (at, end), speed, projection = last_step(log), tokens_per_second(log), project(log, likes)
-    known = {}
-    if log.steps:
-        share = f" ({at / end:.0%})" if end else ""
-        known["step"] = f"{at}/{end or '?'}{share}"
-    curve = losses(log)
-    if curve:
-        known["train_loss"] = f"{list(curve.values())[-1]:.4f}"
-    validated = losses(log, "val_bpb")
-    if validated:
-        step, bpb = list(validated.items())[-1]
-        known["val_bpb"] = f"{bpb:.4f} at step {step}"
-    if speed:
-        known["tokens/s"] = f"{speed:,.0f}"
-    if log.steps:
-        known["training left"] = "done" if has_trained(log) else duration(seconds_left(log))
-    if log.result is None and projection is not None:
-        known["finish"] = str(projection)
-        known["method"] = projection.how
+    (at, end), speed = last_step(log), tokens_per_second(log)
+    share = f" ({at / end:.0%})" if end else ""
+    curve, validated = list(losses(log).values()), list(losses(log, "val_bpb").items())
+    left = "done" if has_trained(log) else duration(seconds_left(log))
+    projection = project(log, likes) if log.result is None else None
     scores = [score for score in log.scores if number(score.val_bpb) is not None]
-    if scores:
-        known["last score"] = f"{clean(scores[-1].label, 40)} {scores[-1].val_bpb:.4f}"
-    if log.events:
-        known["events"] = ", ".join(f"{clean(name, 24)} at {step}" for name, step in log.events[-4:])
-    return known
+    known = {
+        "step": f"{at}/{end or '?'}{share}" if log.steps else "",
+        "train_loss": f"{curve[-1]:.4f}" if curve else "",
+        "val_bpb": f"{validated[-1][1]:.4f} at step {validated[-1][0]}" if validated else "",
+        "tokens/s": f"{speed:,.0f}" if speed else "",
+        "training left": left if log.steps else "",
+        "finish": str(projection or ""),
+        "method": projection.how if projection else "",
+        "last score": f"{clean(scores[-1].label, 40)} {scores[-1].val_bpb:.4f}" if scores else "",
+        "events": ", ".join(f"{clean(name, 24)} at {step}" for name, step in log.events[-4:]),
+    }
+    return {name: text for name, text in known.items() if text}
 
 
 def plain(log: runlog.RunLog, likes: Sequence[runlog.RunLog]) -> str:
@@ -292,15 +285,13 @@ class Follower:
         self.changed = time.monotonic()
 
     def look(self) -> bool:
-        """Whether there is something new. Raises LogError where the file is no log."""
+        """Whether there is something new. Raises LogError where the file is no log, and OSError."""
         try:
             stat = self.path.stat()
         except FileNotFoundError:
             state = "does not exist yet" if self.log is None else "is gone"
             self.notice = f"{clean(self.path, 200)} {state}; waiting for it"
             return True
-        except OSError as error:
-            raise runlog.LogError(f"{self.path}: {error.strerror}") from None
         now = (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)
         if now == self.seen:
             return False
@@ -336,7 +327,7 @@ def ending(log: runlog.RunLog) -> str:
 
 
 def follow(args: argparse.Namespace, likes: Sequence[runlog.RunLog], out: TextIO, sleep: Callable = time.sleep) -> None:
-    """Until the `result` line. Raises LogError, KeyboardInterrupt."""
+    """Until the `result` line. Raises LogError, OSError, KeyboardInterrupt."""
     follower, said = Follower(args.log), ""
     in_place = out.isatty() and not args.once
     if in_place:
