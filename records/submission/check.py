@@ -77,11 +77,10 @@ def check_files(s: Submission) -> Iterator[Note]:
             level = "warn" if together else "FAIL"
             yield Note(level, f"no log states seed {seed}, which submission.json claims")
     for name, size in s.files.items():
-        reason = next((why for why, pattern in SURPRISE.items() if re.search(pattern, name, re.I)), None)
-        used = name == script or name in beside(s)
-        if foreign.COMPANION.fullmatch(name) or name in logs or used:
-            reason = None
-        elif reason is None and not IMAGE.search(name) and not foreign.LOG.search(name):
+        used = name in logs or name == script or name in beside(s)
+        known = used or foreign.COMPANION.fullmatch(name)
+        reason = next((why for why, pattern in SURPRISE.items() if not known and re.search(pattern, name, re.I)), None)
+        if not (known or reason or IMAGE.search(name) or foreign.LOG.search(name)):
             yield Note("warn", f"{name}: not one of the files a submission has")
         if IMAGE.search(name) and Path(name).name not in s.readme:
             yield Note("warn", f"{name}: an image that README.md does not show")
@@ -94,7 +93,7 @@ def check_files(s: Submission) -> Iterator[Note]:
                 data = s.read(name, foreign.MAX_FOLDER)
                 if SECRET.search(data):
                     yield Note("FAIL", f"{name}: holds what looks like a secret key")
-                elif b"\0" in data[:4096] and not (name in logs or used or IMAGE.search(name) or "tokenizers/" in name):
+                elif b"\0" in data[:4096] and not (used or IMAGE.search(name) or "tokenizers/" in name):
                     yield Note("FAIL", f"{name}: binary")
     if sum(s.files.values()) > foreign.MAX_FOLDER:
         yield Note("FAIL", f"{sum(s.files.values()):,} bytes in all")
@@ -181,9 +180,8 @@ def check_score_field(s: Submission, meta: Mapping) -> Iterator[Note]:
     elif bpb < 0.5:
         yield Note("warn", f"val_bpb {bpb} is below what any accepted entry has")
     if bpb and loss and bpb > loss and bpb < 10:
-        yield Note(
-            "warn", f"val_bpb {bpb} is larger than val_loss {loss}: are they swapped, or are tokens single bytes?"
-        )
+        why = "are they swapped, or are tokens single bytes?"
+        yield Note("warn", f"val_bpb {bpb} is larger than val_loss {loss}: {why}")
 
 
 def kind_of(value: Any) -> str:
@@ -356,23 +354,20 @@ def check_size_fields(s: Submission, worst: int) -> Iterator[Note]:
     total, counted, script = s.stated("bytes_total"), s.stated("bytes_code"), s.found_script[0]
     logs = s.runs.values()
     if number(total) is not None:
+        told = f"{s.json_name}: {total:,} bytes are"
         if total > CAP_BYTES:
             mib = ", as 16 MiB would allow" if total <= MIB_16 else ""
-            yield Note("FAIL", f"{s.json_name}: {total:,} bytes are over {CAP_BYTES:,}{mib}")
+            yield Note("FAIL", f"{told} over {CAP_BYTES:,}{mib}")
         totals = [log.bytes_total for log in logs if log.bytes_total is not None]
-        mean = statistics.fmean(totals) if totals else 0
         if totals and number(total) not in totals:
             if number(total) in {log.bytes_model for log in logs}:
-                yield Note("FAIL", f"{s.json_name}: {total:,} bytes are the model alone; the code is forgotten")
-            elif abs(number(total) - mean) <= 1:
-                yield Note(
-                    "warn", f"{s.json_name}: {total:,} bytes are the mean of the logs; the largest has {worst:,}"
-                )
+                yield Note("FAIL", f"{told} the model alone; the code is forgotten")
+            elif abs(number(total) - statistics.fmean(totals)) <= 1:
+                yield Note("warn", f"{told} the mean of the logs; the largest has {worst:,}")
             else:
-                span = f"{min(totals):,} to {worst:,}"
-                yield Note("FAIL", f"{s.json_name}: {total:,} bytes are the total of no log ({span})")
+                yield Note("FAIL", f"{told} the total of no log ({min(totals):,} to {worst:,})")
         elif totals and number(total) < worst:
-            yield Note("warn", f"{s.json_name}: {total:,} bytes are not the largest seed's, {worst:,}")
+            yield Note("warn", f"{told} not the largest seed's, {worst:,}")
     if number(counted) is not None and s.script is not None:
         sizes = {len(s.script), len(s.script) + sum(s.files[name] for name in beside(s))}
         sizes.add(len(s.script.replace(b"\r\n", b"\n")))
@@ -409,13 +404,11 @@ def check_clocks(s: Submission) -> Iterator[Note]:
                 silent.setdefault(what, []).append(name)
                 continue
             longest[what] = max(seconds, longest.get(what, 0.0))
-            if seconds <= CLOCK_SECONDS:
-                continue
-            if what == "training" and seconds < CLOCK_SECONDS + LAST_STEP_SECONDS:
-                text = f"{name}: training took {seconds:.3f} s: its last step ended after {CLOCK_SECONDS}"
-                late.append(Note("warn", text))
-            else:
-                late.append(Note("FAIL", f"{name}: {what} took {seconds:.3f} s, more than {CLOCK_SECONDS}"))
+            took = f"{name}: {what} took {seconds:.3f} s"
+            if what == "training" and CLOCK_SECONDS < seconds < CLOCK_SECONDS + LAST_STEP_SECONDS:
+                late.append(Note("warn", f"{took}: its last step ended after {CLOCK_SECONDS}"))
+            elif seconds > CLOCK_SECONDS:
+                late.append(Note("FAIL", f"{took}, more than {CLOCK_SECONDS}"))
         if log.dialect != "pgolf":  # whose training clock holds the calibration
             late += check_calibration(name, log, train)
         if steps := [str(step) for event, step in log.events if event == "resume"]:

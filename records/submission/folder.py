@@ -56,11 +56,6 @@ class SeedRun:
         return value if isinstance(value, kind) else None
 
     @property
-    def counted(self) -> dict[str, Any]:
-        """What the `result` line says of the score that counts: tokens and bytes, too."""
-        return self.log.told_scores.get(self.score.label, {})
-
-    @property
     def ranks(self) -> int:
         return self.log.world_size or self.result.get("world_size") or 1
 
@@ -363,6 +358,7 @@ def describe(runs: Sequence[SeedRun], script: Script, args: argparse.Namespace) 
     base_pr = number_of_pull_request(args.base)
     base = f"PR #{base_pr}" if base_pr else args.base
     settings = changed_settings(runs[0], declared_settings(script.text))
+    counted = runs[0].log.told_scores.get(runs[0].score.label, {})
     return dict(
         author=args.author,
         github_id=args.github_id,
@@ -395,8 +391,8 @@ def describe(runs: Sequence[SeedRun], script: Script, args: argparse.Namespace) 
         train_fingerprint=runs[0].result.get("train_fingerprint"),
         val_fingerprint=runs[0].result.get("val_fingerprint"),
         tokenizer_sha256=runs[0].result.get("tokenizer_sha256"),
-        val_tokens=runs[0].counted.get("tokens"),
-        val_bytes=runs[0].counted.get("bytes"),
+        val_tokens=counted.get("tokens"),
+        val_bytes=counted.get("bytes"),
         compliance=compliance(runs, script),
         attribution={"base": base} if base else {},
         base_pr=base_pr,

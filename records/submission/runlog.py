@@ -461,9 +461,8 @@ SIZE = re.compile(
     r"(Total submission size|Serialized model|(?:[A-Za-z+()-]{1,20} ){0,2}[Cc]ode (?:size|bytes))([^:]{0,60}): ?~?"
     r"(\d[\d,_]{0,24})(\.\d{1,9})? ?(bytes|[kKMG]i?B|B|$)(?![\w/])"
 )
-BUDGET = re.compile(
-    r"\bbudget: ?(\d[\d,_]{0,24}) ?/ ?(\d[\d,_]{0,24})\b(?!\.)"
-)  # bytes of the cap: `15873489/16000000`
+# Bytes of the cap: `15873489/16000000`.
+BUDGET = re.compile(r"\bbudget: ?(\d[\d,_]{0,24}) ?/ ?(\d[\d,_]{0,24})\b(?!\.)")
 BUDGETS = (16_000_000, 16 << 20)  # what has another limit is a budget of something else
 UNPACKED = re.compile(r"uncompressed|unpacked|\braw\b|\bsource\b|original", re.I)
 EVENT = re.compile(r"(\w{1,40}):(?:enabled|activated|start(?:ed|ing)?|on)\b.{0,80}?\bstep[: ] ?(\d{1,12})\b")

@@ -128,13 +128,10 @@ def headline_of(logs: Sequence[RunLog], meta: Mapping, claim: Any) -> tuple[str 
         return label, "declared"
     found = means(logs, 0)
     fits = [label for label, mean in found.items() if mean.n == len(logs) and mean.gives(claim)]
-    own = {getattr(log.headline(), "label", None) for log in logs}
-    if (
-        len(own) == 1
-        and None not in own
-        and (number(claim) is None or own <= set(fits) or all(log.dialect == "pgolf" for log in logs))
-    ):
-        return own.pop(), "of every log"
+    labels = {getattr(log.headline(), "label", None) for log in logs}
+    own = labels.pop() if len(labels) == 1 else None
+    if own is not None and (number(claim) is None or own in fits or all(log.dialect == "pgolf" for log in logs)):
+        return own, "of every log"
     if fits and len({round(found[label].value, 8) for label in fits}) == 1:
         return fits[0], f"its mean is val_bpb {claim}"
     return None, ""

@@ -224,9 +224,8 @@ def curve_view(log: runlog.RunLog, columns: int, rows: int) -> list[str]:
     high, low = max(y for _, y in kept), min(y for _, y in kept)
     lines = braille(kept, end or at, columns - 9, rows)
     marks = {0: f"{high:.3f}", rows - 1: f"{low:.3f}"}
-    return [f"{marks.get(i, ''):>7} {line}" for i, line in enumerate(lines)] + [
-        f"{'':>7} {'step 0':<{max(0, columns - 9 - 10)}}{end or at:>10,}"
-    ]
+    axis = f"{'':>7} {'step 0':<{max(0, columns - 9 - 10)}}{end or at:>10,}"
+    return [*(f"{marks.get(i, ''):>7} {line}" for i, line in enumerate(lines)), axis]
 
 
 def facts(log: runlog.RunLog, likes: Sequence[runlog.RunLog]) -> dict[str, str]:
