@@ -784,8 +784,7 @@ class _Reader:
             self.undecided(f"{len(self.results)} different `result` lines; fields are from the last, line {line}")
         phases = log.result.get("phase_seconds")
         if isinstance(phases, dict):
-            exact = {name: seconds for name, value in phases.items() if (seconds := number(value)) is not None}
-            log.phases = {name: exact.get(name, seconds) for name, seconds in log.phases.items()} | exact
+            log.phases |= {name: seconds for name, value in phases.items() if (seconds := number(value)) is not None}
         for label, figures in log.told_scores.items():
             logged = log.score(label)
             for name in ("val_loss", "val_bpb") if logged is not None else ():

@@ -279,8 +279,8 @@ class Follower:
     """Reads a log again whenever its file changes. What it holds is the last state that could be read."""
 
     def __init__(self, path: Path):
-        self.path, self.log, self.notice = path, None, ""
-        self.seen: tuple[int, int, int, int] | None = None
+        self.path, self.log, self.notice = path, runlog.RunLog(path, ""), ""
+        self.seen: tuple[int, int, int, int] | None = None  # of the file that was read
         self.changed = time.monotonic()
 
     def look(self) -> bool:
@@ -288,7 +288,7 @@ class Follower:
         try:
             stat = self.path.stat()
         except FileNotFoundError:
-            state = "does not exist yet" if self.log is None else "is gone"
+            state = "does not exist yet" if self.seen is None else "is gone"
             self.notice = f"{clean(self.path, 200)} {state}; waiting for it"
             return True
         now = (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)
@@ -299,9 +299,6 @@ class Follower:
         self.notice = "the log was replaced or cut short; read again from its start" if replaced else ""
         self.log = runlog.parse(self.path)  # leaves out a last line that is still being written
         return True
-
-    def ended(self) -> bool:
-        return self.log is not None and self.log.result is not None
 
 
 def last_line(path: Path) -> str:
@@ -337,29 +334,28 @@ def follow(args: argparse.Namespace, likes: Sequence[runlog.RunLog], out: TextIO
             silent = time.monotonic() - follower.changed
             notice = follower.notice or (f"no new line for {duration(silent)}" if silent > STALE_S else "")
             if in_place:
-                empty = runlog.RunLog(args.log, "")
                 notes = {"last line": last_line(args.log), "now": notice}
                 notes = {name: note for name, note in notes.items() if note}
-                lines = screen(follower.log or empty, likes, notes, shutil.get_terminal_size())
+                lines = screen(follower.log, likes, notes, shutil.get_terminal_size())
                 out.write(HOME + "".join(f"{line}{CLEAR_RIGHT}\n" for line in lines) + CLEAR_BELOW)
             elif new:
                 line = follower.notice or plain(follower.log, likes)
-                if follower.notice and follower.log is not None and follower.path.exists():
+                if follower.notice and follower.seen is not None and follower.path.exists():
                     line += "\n" + plain(follower.log, likes)
                 if line != said:  # a log that is waited for is mentioned once
                     out.write(line + "\n")
                 said = line
             out.flush()
-            if follower.ended() or args.once:
+            if follower.log.result is not None or args.once:
                 break
             sleep(args.every)
     finally:
         if in_place:
             out.write(LEAVE)
             out.flush()
-    if follower.ended():
+    if follower.log.result is not None:
         print(ending(follower.log), file=out, flush=True)
-    elif follower.log is not None and in_place:
+    elif follower.seen is not None and in_place:
         print(plain(follower.log, likes), file=out, flush=True)
 
 
