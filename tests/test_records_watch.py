@@ -21,10 +21,7 @@ from records.submission import runlog, watch
 ROOT = Path(__file__).resolve().parent.parent
 LOGS = sorted((ROOT / "records" / "logs").glob("cpu_mini*.txt"))
 DONE = ROOT / "records" / "logs" / "cpu_mini_seed1337.txt"
-COMMAND = (
-    "import sys, argparse; from records.submission import watch\n"
-    "parser = argparse.ArgumentParser(); watch.add_arguments(parser); sys.exit(watch.run(parser.parse_args()))"
-)
+COMMAND = 'import sys; from records import submit; sys.argv.insert(1, "watch"); sys.exit(submit.entry())'
 
 
 def until(path: Path, step: int) -> runlog.RunLog:

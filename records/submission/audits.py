@@ -4,10 +4,12 @@ It is untrusted like a log: bounded, and believed only where it is of the log's 
 """
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 from records.submission.command import Unusable, clean_text
+from records.submission.rules import AUDITS, verdict
 from records.submission.runlog import RunLog
 
 MAX_AUDIT = 1 << 18  # bytes
@@ -25,19 +27,22 @@ def parse(data: bytes, name: str) -> dict[str, Any]:
         raise Unusable(f"{name} is no audit.json of records/audit.py") from None
 
 
-def is_of(told: dict[str, Any], log: RunLog) -> bool:
-    """Whether an audit judged the artifact that the log's run made, with the script that ran."""
+def attach(told: dict[str, Any], log: RunLog) -> bool:
+    """Its findings into the log's, if it judged the artifact that the log's run made, with the script that ran; else
+    False. What failed in a line of the log itself stays failed."""
     result = log.result or {}
     ours = {"artifact": result.get("artifact_sha256"), "script": log.code_sha256 or result.get("code_sha256")}
-    return all(value is not None and told["sha256"].get(name) == value for name, value in ours.items())
-
-
-def attach(told: dict[str, Any], log: RunLog) -> None:
-    """Its findings into the log's; what failed in a line of the log itself stays failed."""
+    if any(value is None or told["sha256"].get(name) != value for name, value in ours.items()):
+        return False
     for name, finding in told["audit"].items():
-        passed, figure = finding["passed"], clean_text(str(finding.get("figure", "")))
         if log.audit.get(name, (True, ""))[0]:
-            log.audit[name] = (passed, figure)
+            log.audit[name] = (finding["passed"], clean_text(str(finding.get("figure", ""))))
+    return True
+
+
+def shown(logs: Collection[RunLog]) -> dict[str, bool | None]:
+    """Key of compliance -> whether that audit passed in every log."""
+    return {key: verdict(log.audit.get(name, (None,))[0] for log in logs) for name, (key, _) in AUDITS.items()}
 
 
 def beside(log: Path) -> Path | None:

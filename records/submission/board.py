@@ -22,12 +22,11 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from records.submission import audits, runlog
+from records.submission import audits, runlog, runs
 from records.submission.command import Unusable, command
 from records.submission.foreign import load
 from records.submission.rules import CAP_BYTES
 from records.submission.runs import declared_label, of_one_text, validation_bytes
-from records.submission.runs import number as exact
 
 RECORDS = Path(__file__).resolve().parent.parent
 TEMPLATE = Path(__file__).with_name("board.html")
@@ -91,7 +90,7 @@ def clean(value: object, limit: int = 80) -> str:
 
 def number(value: object, above: float = 0.0) -> float | None:
     """A finite number greater than `above`, or None: NaN, strings, booleans and absurd sizes are no figures."""
-    value = runlog.number(value)
+    value = runs.number(value)
     return value if value is not None and above < value < 1e15 else None
 
 
@@ -111,10 +110,6 @@ def mean(values: Iterable[float | None]) -> float | None:
     """Of those that are known."""
     known = [value for value in values if value is not None]
     return statistics.fmean(known) if known else None
-
-
-def largest(values: Iterable[float | None]) -> float | None:
-    return max((value for value in values if value is not None), default=None)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -182,12 +177,6 @@ def phases_of(log: runlog.RunLog) -> list[tuple[str, float]]:
     return [(name, round(seconds, 3)) for name, seconds in known if seconds is not None]
 
 
-def settings_of(log: runlog.RunLog) -> list[tuple[str, str]] | None:
-    if log.settings is None:
-        return None
-    return [(clean(name, 60), shown(value)) for name, value in sorted(log.settings.items())[:MAX_SETTINGS]]
-
-
 def shown(value: object) -> str:
     """A setting's value as text."""
     try:
@@ -218,32 +207,26 @@ def notes_of(log: runlog.RunLog) -> Iterator[str]:
         yield "no score is the declared one"
 
 
-def score_lines(logs: Sequence[runlog.RunLog], label: str | None) -> list[runlog.ScoreLine | None]:
-    """The score of each log: that of the declared label where there is one, else the log's own headline."""
-    return [log.score(label) if label else log.headline() for log in logs]
-
-
-def scored(lines: Sequence[runlog.ScoreLine | None]) -> list[float | None]:
-    """val_bpb of each."""
-    return [number(line.val_bpb) if line is not None else None for line in lines]
-
-
 def from_logs(entry: Entry, logs: Sequence[runlog.RunLog], label: str | None = None) -> Entry:
-    """The entry with all that its logs show."""
-    lines = score_lines(logs, label)
-    scores = scored(lines)
+    """The entry with all that its logs show; their scores are those of a declared label, else their own headlines."""
+    lines = [log.score(label) if label else log.headline() for log in logs]
+    scores = [number(line.val_bpb) if line is not None else None for line in lines]
     if logs and None not in scores:
         known = {log.seed for log in logs if log.seed is not None}
         entry.bpb, entry.seeds = statistics.fmean(scores), len(known) or len(scores)
         entry.std = statistics.stdev(scores) if len(scores) > 1 else None
     entry.text_bytes = next((n for pair in zip(logs, lines, strict=True) if (n := validation_bytes(*pair))), None)
-    entry.bytes = whole(largest(log.bytes_total for log in logs))
+    entry.bytes = whole(max((log.bytes_total or 0 for log in logs), default=0))
     entry.train_s = mean(number(log.train_seconds) for log in logs)
     entry.eval_s = mean(number(log.eval_seconds) for log in logs)
-    entry.steps = whole(mean(number((log.result or {}).get("steps")) or last_step(log) for log in logs))
+    logged = [log.steps[-1].step if log.steps else None for log in logs]
+    told = [number((log.result or {}).get("steps")) for log in logs]
+    entry.steps = whole(mean(a or b for a, b in zip(told, logged, strict=True)))
     entry.params = next((params for log in logs if (params := whole(log.model_params))), None)
     entry.device = next((clean(log.device, 40) for log in logs if log.device), None)
-    entry.settings = next((settings for log in logs if (settings := settings_of(log)) is not None), None)
+    settings = next((log.settings for log in logs if log.settings is not None), None)
+    if settings is not None:
+        entry.settings = [(clean(name, 60), shown(value)) for name, value in sorted(settings.items())[:MAX_SETTINGS]]
     entry.curves = [curve(part) for log in logs for part in log.parts or [log]][:MAX_LOGS]
     for log in logs:
         prefix = f"seed {log.seed}: " if len(logs) > 1 else ""
@@ -258,10 +241,6 @@ def from_logs(entry: Entry, logs: Sequence[runlog.RunLog], label: str | None = N
     return entry
 
 
-def last_step(log: runlog.RunLog) -> int | None:
-    return log.steps[-1].step if log.steps else None
-
-
 def read_folder(folder: Path) -> Entry:
     """A record folder. Its score is the mean over the runs that it declares; what only its JSON says is marked so."""
     s = load(folder)
@@ -272,18 +251,19 @@ def read_folder(folder: Path) -> Entry:
     for name in ("author", "date"):
         if isinstance(s.meta.get(name), str):
             setattr(entry, name, clean(s.meta[name], 40) or None)
-    logs, stated = list(s.runs.values()), number(exact(s.stated("val_bpb")))
+    logs, stated = list(s.runs.values()), number(s.stated("val_bpb"))
     own = None if s.ours else s.headline[0]  # of ours, each `result` line is compared with what it declares
-    from_logs(entry, logs if s.choice.decided else [], declared_label(s.meta) or own)
+    declared = declared_label(s.meta)
+    from_logs(entry, logs if s.choice.decided else [], declared or own)
     notes = [note.what for note in s.json_problems[:1]]
     if s.json_name is None:
         notes.append("no submission.json")
     if not s.choice.decided:
         notes.append("several experiments, and nothing says which one counts")
-    elif declared_label(s.meta) and None in scored(score_lines(logs, declared_label(s.meta))):
-        notes.append(f"not every log has the declared score {declared_label(s.meta)}")
+    elif declared and logs and entry.bpb is None:
+        notes.append(f"not every log has the declared score {declared}")
     if entry.bpb is None and stated is not None:
-        entry.bpb, entry.std = stated, number(exact(s.meta.get("val_bpb_std")))
+        entry.bpb, entry.std = stated, number(s.meta.get("val_bpb_std"))
         notes.append("score as stated: " + ("its logs do not decide it" if s.logs else "it has no log"))
     elif entry.bpb is not None and stated is not None and abs(stated - entry.bpb) > AGREES:
         notes.append(f"the JSON file says {stated:.4f}")
@@ -294,9 +274,9 @@ def read_folder(folder: Path) -> Entry:
         notes.append(f"{len(logs)} logs, the first {MAX_LOGS} are drawn")
     entry.notes = [clean(note, 120) for note in notes] + entry.notes
     if entry.bytes is None:
-        entry.bytes = whole(exact(s.meta.get("bytes_total")))
+        entry.bytes = whole(s.meta.get("bytes_total"))
     if not logs:
-        entry.train_s, entry.eval_s = (number(exact(s.meta.get(f"{k}_time_s_max"))) for k in ("train", "eval"))
+        entry.train_s, entry.eval_s = (number(s.meta.get(f"{k}_time_s_max")) for k in ("train", "eval"))
     if entry.device is None and isinstance(s.meta.get("hardware"), str):
         entry.device = clean(s.meta["hardware"], 40) or None
     return entry
@@ -306,8 +286,8 @@ def read_log(path: Path) -> Entry:
     """A loose log, with the audit.json beside its run's artifact."""
     log = runlog.parse(path)
     beside = audits.beside(path)
-    if beside is not None and audits.is_of(told := audits.parse(beside.read_bytes(), str(beside)), log):
-        audits.attach(told, log)
+    if beside is not None:
+        audits.attach(audits.parse(beside.read_bytes(), str(beside)), log)
     return from_logs(Entry(clean(path.stem, 160), path, LOOSE), log.each())
 
 
@@ -318,11 +298,8 @@ def collect(paths: Sequence[Path]) -> list[Entry]:
         raise Unusable(f"{len(found)} folders and logs are more than {MAX_ENTRIES}; name fewer")
     entries = []
     for _, path in found:
-        if path.is_dir():
-            entries.append(read_folder(path))
-            continue
         try:
-            entries.append(read_log(path))
+            entries.append(read_folder(path) if path.is_dir() else read_log(path))
         except runlog.LogError as error:
             if path in paths:
                 raise
@@ -401,9 +378,9 @@ def markdown(entries: Sequence[Entry], base: Path) -> str:
         table = [[title for title, _ in cells], ["---" if title in text else "---:" for title, _ in cells]]
         table += [list(row) for row in zip(*(column for _, column in cells), strict=True)]
         lines = ["| " + " | ".join(row) + " |" for row in table]
-        heading = "### Loose logs" if track == LOOSE else f"### Track {span(track)}"
+        heading = f"### Track {span(track)}"
         if track == LOOSE:
-            lines = ["Single runs, no submissions; they compare only where data and settings agree.", "", *lines]
+            heading = "### Loose logs\n\nSingle runs, no submissions; they compare only where data and settings agree."
         parts.append("\n".join([heading, "", *lines, ""]))
     return "\n".join(parts)
 

@@ -15,17 +15,17 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from datetime import date, datetime
+from datetime import datetime
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-from records.submission import foreign, legality, runs
+from records.submission import audits, foreign, legality, runs
 from records.submission.claims import check_numbers, readme_scores
 from records.submission.command import clean_text, command
 from records.submission.foreign import CheckError, Finding, Note, Submission, load
 from records.submission.program import COMPANION_SOURCE, beside, check_source, check_syntax, sources
-from records.submission.rules import AUDITS, CAP_BYTES, CLOCK_SECONDS, SEEDS, has_clocks, verdict, within
+from records.submission.rules import CAP_BYTES, CLOCK_SECONDS, SEEDS, has_clocks, verdict, within
 from records.submission.runlog import RunLog
 from records.submission.runs import EXACT_DIGITS, Mean, means, number, seed_of
 from records.submission.smoke import check_run
@@ -77,11 +77,10 @@ def check_files(s: Submission) -> Iterator[Note]:
             level = "warn" if together else "FAIL"
             yield Note(level, f"no log states seed {seed}, which submission.json claims")
     for name, size in s.files.items():
-        reason = next((why for why, pattern in SURPRISE.items() if re.search(pattern, name, re.I)), None)
-        used = name == script or name in beside(s)
-        if foreign.COMPANION.fullmatch(name) or name in logs or used:
-            reason = None
-        elif reason is None and not IMAGE.search(name) and not foreign.LOG.search(name):
+        used = name in logs or name == script or name in beside(s)
+        known = used or foreign.COMPANION.fullmatch(name)
+        reason = next((why for why, pattern in SURPRISE.items() if not known and re.search(pattern, name, re.I)), None)
+        if not (known or reason or IMAGE.search(name) or foreign.LOG.search(name)):
             yield Note("warn", f"{name}: not one of the files a submission has")
         if IMAGE.search(name) and Path(name).name not in s.readme:
             yield Note("warn", f"{name}: an image that README.md does not show")
@@ -94,32 +93,31 @@ def check_files(s: Submission) -> Iterator[Note]:
                 data = s.read(name, foreign.MAX_FOLDER)
                 if SECRET.search(data):
                     yield Note("FAIL", f"{name}: holds what looks like a secret key")
-                elif b"\0" in data[:4096] and not (name in logs or used or IMAGE.search(name) or "tokenizers/" in name):
+                elif b"\0" in data[:4096] and not (used or IMAGE.search(name) or "tokenizers/" in name):
                     yield Note("FAIL", f"{name}: binary")
     if sum(s.files.values()) > foreign.MAX_FOLDER:
         yield Note("FAIL", f"{sum(s.files.values()):,} bytes in all")
 
 
-# name -> (types, whether all of the public files have it)
-FIELDS: dict[str, tuple[tuple[type, ...], bool]] = {
-    "author": ((str,), True),
-    "date": ((str,), True),
-    "name": ((str,), False),
-    "github_id": ((str,), False),
-    "blurb": ((str, type(None)), False),
-    "track": ((str,), False),
-    "val_loss": ((Decimal, int, type(None)), False),
-    "val_loss_std": ((Decimal, int, type(None)), False),
-    "val_bpb_std": ((Decimal, int, type(None)), False),
-    "bytes_total": ((int,), False),
-    "bytes_code": ((int, type(None)), False),
-    "bytes_model": ((int, type(None)), False),
-    "seeds": ((list, dict), False),
-    "seed_results": ((dict,), False),
-    "compliance": ((dict,), False),
-    "hardware": ((str, type(None)), False),
+# name -> (what its value may be, how many of the public files have it)
+FIELDS = {
+    "author": ("text", "all"),
+    "date": ("text", "all"),
+    "name": ("text", "most"),
+    "github_id": ("text", "most"),
+    "blurb": ("text or null", "some"),
+    "track": ("text", "most"),
+    "val_loss": ("a number or a whole number or null", "most"),
+    "val_loss_std": ("a number or a whole number or null", "some"),
+    "val_bpb_std": ("a number or a whole number or null", "some"),
+    "bytes_total": ("a whole number", "most"),
+    "bytes_code": ("a whole number or null", "most"),
+    "bytes_model": ("a whole number or null", "some"),
+    "seeds": ("a list or an object", "most"),
+    "seed_results": ("an object", "some"),
+    "compliance": ("an object", "some"),
+    "hardware": ("text or null", "some"),
 }
-EXPECTED = ("name", "github_id", "track", "val_loss", "bytes_total", "bytes_code", "seeds")
 UNSAID = {"n/a", "na", "none", "null", "unknown", "...", "?", "-"}
 PLACEHOLDER = re.compile(
     r"^\W*(?:placeholder|fill(?: me)? in|xxx+|your[ _-]?\w+(?:[ _-]\w+)?)\W*$|\b(?:TODO|TBD|FIXME)\b"
@@ -135,15 +133,15 @@ def check_json(s: Submission) -> Iterator[Note]:
     meta = s.meta
     if not meta:
         return
-    for key, (types, required) in FIELDS.items():
+    for key, (kinds, who) in FIELDS.items():
         if key not in meta:
-            if required:
+            if who == "all":
                 yield Note("FAIL", f"no field {key}")
-            elif key in EXPECTED and not s.old_name(key):
+            elif who == "most" and not s.old_name(key):
                 yield Note("usual", key)
-        elif not isinstance(meta[key], types) or isinstance(meta[key], bool):
-            level = "warn" if meta[key] is None and not required and key != "bytes_total" else "FAIL"
-            yield Note(level, f"{key} is {kind_of(meta[key])}, not {' or '.join(kind_name(t) for t in types)}")
+        elif kind_of(meta[key]) not in kinds.split(" or ") or isinstance(meta[key], float):  # NaN, infinity
+            level = "warn" if meta[key] is None and who != "all" and key != "bytes_total" else "FAIL"
+            yield Note(level, f"{key} is {kind_of(meta[key])}, not {kinds}")
     if not str(meta.get("author") or "").strip() and "author" in meta:
         yield Note("FAIL", "author is empty")
     if meta.get("github_id") == "" and meta.get("author"):
@@ -182,28 +180,20 @@ def check_score_field(s: Submission, meta: Mapping) -> Iterator[Note]:
     elif bpb < 0.5:
         yield Note("warn", f"val_bpb {bpb} is below what any accepted entry has")
     if bpb and loss and bpb > loss and bpb < 10:
-        yield Note(
-            "warn", f"val_bpb {bpb} is larger than val_loss {loss}: are they swapped, or are tokens single bytes?"
-        )
-
-
-def kind_name(kind: type) -> str:
-    names = {str: "text", list: "a list", dict: "an object", int: "a whole number", Decimal: "a number"}
-    return names.get(kind, "null")
+        why = "are they swapped, or are tokens single bytes?"
+        yield Note("warn", f"val_bpb {bpb} is larger than val_loss {loss}: {why}")
 
 
 def kind_of(value: Any) -> str:
-    return "true or false" if isinstance(value, bool) else kind_name(type(value))
+    names = {str: "text", list: "a list", dict: "an object", int: "a whole number", Decimal: "a number"}
+    return (names | {bool: "true or false"}).get(type(value), "null")
 
 
 def is_date(text: str) -> bool:
-    for kind in (date, datetime):
-        try:
-            day = kind.fromisoformat(text.replace("Z", "+00:00") if kind is datetime else text)
-            return 2020 <= day.year < 2100
-        except ValueError:
-            continue
-    return False
+    try:
+        return 2020 <= datetime.fromisoformat(text.replace("Z", "+00:00")).year < 2100
+    except ValueError:
+        return False
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -219,11 +209,11 @@ def check_headline(s: Submission) -> Iterator[Note]:
     logs, (label, how) = list(s.runs.values()), s.headline
     if runs.declared_label(s.meta) is None and not s.ours:
         yield Note("usual", "headline")
+    if number(s.stated("val_bpb")) is None:
+        yield Note("skip", "the JSON claims no val_bpb")
     for index, key in enumerate(("val_bpb", "val_loss")):
-        claim = s.stated(key) if key == "val_bpb" else s.meta.get(key)
+        claim = s.stated(key)
         if number(claim) is None:
-            if index == 0:
-                yield Note("skip", "the JSON claims no val_bpb")
             continue
         found = means(logs, index)
         if label is not None and label not in found:
@@ -326,11 +316,10 @@ def check_size(s: Submission) -> Iterator[Note]:
         for message in log.undecided:
             if "add up to the total" in message:
                 yield Note("FAIL" if message.startswith("none of") else "warn", f"{name}: {message}")
+            elif total is None and ("size:" in message or "bytes_total" in message):
+                yield Note("warn", f"{name}: {message}")
         if total is None:
             unknown.append(name)
-            for message in log.undecided:
-                if "size:" in message or "bytes_total" in message:
-                    yield Note("warn", f"{name}: {message}")
             continue
         worst = max(worst, total)
         if model is not None and counted is not None and model + counted != total:
@@ -365,23 +354,20 @@ def check_size_fields(s: Submission, worst: int) -> Iterator[Note]:
     total, counted, script = s.stated("bytes_total"), s.stated("bytes_code"), s.found_script[0]
     logs = s.runs.values()
     if number(total) is not None:
+        told = f"{s.json_name}: {total:,} bytes are"
         if total > CAP_BYTES:
             mib = ", as 16 MiB would allow" if total <= MIB_16 else ""
-            yield Note("FAIL", f"{s.json_name}: {total:,} bytes are over {CAP_BYTES:,}{mib}")
+            yield Note("FAIL", f"{told} over {CAP_BYTES:,}{mib}")
         totals = [log.bytes_total for log in logs if log.bytes_total is not None]
-        mean = statistics.fmean(totals) if totals else 0
         if totals and number(total) not in totals:
             if number(total) in {log.bytes_model for log in logs}:
-                yield Note("FAIL", f"{s.json_name}: {total:,} bytes are the model alone; the code is forgotten")
-            elif abs(number(total) - mean) <= 1:
-                yield Note(
-                    "warn", f"{s.json_name}: {total:,} bytes are the mean of the logs; the largest has {worst:,}"
-                )
+                yield Note("FAIL", f"{told} the model alone; the code is forgotten")
+            elif abs(number(total) - statistics.fmean(totals)) <= 1:
+                yield Note("warn", f"{told} the mean of the logs; the largest has {worst:,}")
             else:
-                span = f"{min(totals):,} to {worst:,}"
-                yield Note("FAIL", f"{s.json_name}: {total:,} bytes are the total of no log ({span})")
+                yield Note("FAIL", f"{told} the total of no log ({min(totals):,} to {worst:,})")
         elif totals and number(total) < worst:
-            yield Note("warn", f"{s.json_name}: {total:,} bytes are not the largest seed's, {worst:,}")
+            yield Note("warn", f"{told} not the largest seed's, {worst:,}")
     if number(counted) is not None and s.script is not None:
         sizes = {len(s.script), len(s.script) + sum(s.files[name] for name in beside(s))}
         sizes.add(len(s.script.replace(b"\r\n", b"\n")))
@@ -418,13 +404,11 @@ def check_clocks(s: Submission) -> Iterator[Note]:
                 silent.setdefault(what, []).append(name)
                 continue
             longest[what] = max(seconds, longest.get(what, 0.0))
-            if seconds <= CLOCK_SECONDS:
-                continue
-            if what == "training" and seconds < CLOCK_SECONDS + LAST_STEP_SECONDS:
-                text = f"{name}: training took {seconds:.3f} s: its last step ended after {CLOCK_SECONDS}"
-                late.append(Note("warn", text))
-            else:
-                late.append(Note("FAIL", f"{name}: {what} took {seconds:.3f} s, more than {CLOCK_SECONDS}"))
+            took = f"{name}: {what} took {seconds:.3f} s"
+            if what == "training" and CLOCK_SECONDS < seconds < CLOCK_SECONDS + LAST_STEP_SECONDS:
+                late.append(Note("warn", f"{took}: its last step ended after {CLOCK_SECONDS}"))
+            elif seconds > CLOCK_SECONDS:
+                late.append(Note("FAIL", f"{took}, more than {CLOCK_SECONDS}"))
         if log.dialect != "pgolf":  # whose training clock holds the calibration
             late += check_calibration(name, log, train)
         if steps := [str(step) for event, step in log.events if event == "resume"]:
@@ -526,26 +510,25 @@ def deviations(s: Submission) -> Iterator[Note]:
         claim = s.meta.get(f"{key}_std")
         if number(claim) is None:
             continue
-        lines = runs.columns(s.runs.values(), index)
-        found = {label: [value for value, _ in values] for label, values in lines.items()}
-        score = s.stated("val_bpb") if index == 0 else s.meta.get(key)
-        label = s.headline[0]
-        fits = [name for name, mean in means(s.runs.values(), index).items() if mean.gives(score)]
-        values = [found[name] for name in (fits if label is None else [label]) if len(found.get(name, ())) > 1]
-        rounded = [[float(value) for value in rounded_scores(s, key)]]
-        half = 0.5 * 10.0 ** -runs.decimals(claim) + 1.5 * EXACT_DIGITS  # the scores in the log are rounded too
-
-        def is_claim(deviation: Callable, samples: list[list[float]], claim=claim, half=half) -> bool:
-            return any(abs(deviation(sample) - number(claim)) <= half for sample in samples if len(sample) > 1)
-
+        found = means(s.runs.values(), index)
+        label, score = s.headline[0], s.stated(key)
+        fits = [name for name, mean in found.items() if (mean.gives(score) if label is None else name == label)]
+        values = [found[name].values for name in fits if found[name].n > 1]
         if not values:
-            if number(claim) != 0 and all(len(column) < 2 for column in found.values()):
+            if number(claim) != 0 and all(mean.n < 2 for mean in found.values()):
                 yield Note("FAIL", f"{key}_std {claim}, but no line has two seeds")
             continue
+        rounded = [float(value) for value in rounded_scores(s, key)]
+        samples = [*values, rounded] if len(rounded) > 1 else values
+        half = 0.5 * 10.0 ** -runs.decimals(claim) + 1.5 * EXACT_DIGITS  # the scores in the log are rounded too
+        by_sample, by_population = (
+            any(abs(deviation(sample) - number(claim)) <= half for sample in samples)
+            for deviation in (statistics.stdev, statistics.pstdev)
+        )
         sample = f"{statistics.stdev(values[0]):.6f}"
-        if is_claim(statistics.stdev, [*values, *rounded]):
+        if by_sample:
             yield Note("pass", f"{key}_std {claim} is the sample deviation over {len(values[0])} seeds")
-        elif is_claim(statistics.pstdev, [*values, *rounded]):
+        elif by_population:
             yield Note("warn", f"{key}_std {claim} divides by n; the sample deviation (n - 1) is {sample}")
         else:
             yield Note("FAIL", f"{key}_std {claim}; the sample deviation over {len(values[0])} seeds is {sample}")
@@ -588,10 +571,10 @@ def check_legality(s: Submission) -> Iterator[Note]:
     for name in s.layers.files:
         if s.file_from(script)(name) is None:
             yield Note("skip", f"{script} runs {name}, which the folder lacks: it was not examined")
-    audited = verdict(log.audit.get("score_first", (None,))[0] for log in s.runs.values())
+    shown = audits.shown(s.runs.values())
     for name, finding in examined(s):
         level, text = finding.level, finding.text
-        if audited and finding.rule == "train_before_score" and level == "warn":
+        if shown["score_first_ttt"] and finding.rule == "train_before_score" and level == "warn":
             text += "; audit:score_first passed in every log, if that audit is to be believed"
         yield Note(level, f"{finding.rule}: {name} line {finding.line}: {text}")
 
@@ -627,7 +610,7 @@ def check_compliance(s: Submission) -> Iterator[Note]:
         "no_network": clean("network"),
         "one_configuration": False if s.runs and any(one_configuration(s)) else None,
     }
-    shown = {key: verdict(log.audit.get(name, (None,))[0] for log in logs) for name, (key, _) in AUDITS.items()}
+    shown = audits.shown(logs)
     computed |= {key: verdict([computed.get(key, answer), answer]) for key, answer in shown.items()}
     aliases = {"training_under_600s": "train_under_600s", "artifact_under_16_mb": "artifact_under_16mb"}
     for key, claim in claims.items():

@@ -8,6 +8,7 @@ import argparse
 import json
 import math
 import statistics
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -65,14 +66,14 @@ class Side(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """What a test says: t, degrees of freedom, p, or why there is none; met is None if undecided."""
+    """What a test says: t, degrees of freedom, p, or only a note of why there is none; met is None if undecided."""
 
-    t: float | None
-    df: float | None
-    p: float | None
-    met: bool | None
-    more_seeds: int | None  # on each side, to meet the rule with probability POWER; None if no number does
-    note: str
+    t: float | None = None
+    df: float | None = None
+    p: float | None = None
+    met: bool | None = None
+    more_seeds: int | None = None  # on each side, to meet the rule with probability POWER; None if no number does
+    note: str = ""
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -127,29 +128,21 @@ def more_seeds(a: Sample, b: Sample, margin: float, alpha: float) -> int | None:
 
     if not enough(MAX_SEEDS):
         return None
-    low, high = 0, MAX_SEEDS  # power grows with the number of seeds
-    while low < high:
-        middle = (low + high) // 2
-        low, high = (low, middle) if enough(middle) else (middle + 1, high)
-    return low
+    return bisect_left(range(MAX_SEEDS), True, key=enough)  # power grows with the number of seeds
 
 
 def judge(rule: Rule, a: Sample | None, b: Sample | None) -> Verdict:
     """What a rule says about two sides, or why it says nothing."""
-
-    def undecided(note: str) -> Verdict:
-        return Verdict(None, None, None, None, None, note)
-
     if a is None or b is None:
-        return undecided(f"not every run prints {rule.metric}")
+        return Verdict(note=f"not every run prints {rule.metric}")
     if a.std is None or b.std is None:
         sides = " and ".join(name for name, side in (("A", a), ("B", b)) if side.std is None)
-        return undecided(f"one seed has no spread to test with; at least one more is needed for {sides}")
+        return Verdict(note=f"one seed has no spread to test with; at least one more is needed for {sides}")
     if a.std == 0 and b.std == 0:
-        return undecided("no spread on either side, so no test; were these runs of different seeds?")
+        return Verdict(note="no spread on either side, so no test; were these runs of different seeds?")
     t, df, p = welch(a, b, rule.margin)
     if p < rule.alpha:
-        return Verdict(t, df, p, True, 0, "")
+        return Verdict(t, df, p, met=True, more_seeds=0)
     more = more_seeds(a, b, rule.margin, rule.alpha)
     if b.mean - a.mean <= rule.margin:
         note = "at these means no number of seeds would meet it"
@@ -174,9 +167,8 @@ def score_of(log: RunLog, label: str | None) -> ScoreLine:
         labels = ", ".join(dict.fromkeys(found.label for found in log.scores)) or "none"
         problem = f"no single result {label!r}" if label else "which result is the headline is not clear; --headline"
         raise Unusable(f"{log.path}: {problem} (results: {labels})")
-    for figure in (score.val_loss, score.val_bpb):
-        if figure is not None and not math.isfinite(figure):
-            raise Unusable(f"{log.path}: {score.label} is not finite (line {score.line})")
+    if not score.is_finite:
+        raise Unusable(f"{log.path}: {score.label} is not finite (line {score.line})")
     return score
 
 
@@ -239,14 +231,10 @@ def remarks(sides: dict[str, Side]) -> list[str]:
         seeds = Counter(log.seed for log in side.logs if log.seed is not None)
         if repeated := [str(seed) for seed, times in seeds.items() if times > 1]:
             found.append(f"{name} has several runs of seed {', '.join(repeated)}: not independent")
-        for what, values in (
-            ("settings", {log.settings_hash for log in side.logs}),
-            ("source", {log.code_sha256 for log in side.logs}),
-        ):
-            if len(values) > 1:
+        for what, field in (("settings", "settings_hash"), ("source", "code_sha256")):
+            if len({getattr(log, field) for log in side.logs}) > 1:
                 found.append(f"{name} mixes runs of different {what}")
-        rounded = [score for score in side.scores if not score.exact]
-        if rounded:
+        if not all(score.exact for score in side.scores):
             found.append(f"{name} has figures that the log rounds to four decimals")
         for log in side.logs:
             found += [f"{log.path.name}: {said}" for said in log.undecided if "runs in one log" in said]
@@ -270,6 +258,8 @@ def compare(a: Side, b: Side) -> dict:
     """Everything that is said, as the object that --json prints."""
     other_text = other_texts(a, b)
     comparable = same_tokens(a, b) and other_text is None
+    samples = {metric: (a.sample(metric), b.sample(metric)) for metric in ("val_loss", "val_bpb")}
+    better = {metric: None if None in pair else pair[1].mean - pair[0].mean for metric, pair in samples.items()}
     report: dict = {}
     for name, side in dict(a=a, b=b).items():
         loss, bpb = side.sample("val_loss"), side.sample("val_bpb")
@@ -282,26 +272,20 @@ def compare(a: Side, b: Side) -> dict:
             val_loss=loss and dict(mean=loss.mean, std=loss.std),
             val_bpb=bpb and dict(mean=bpb.mean, std=bpb.std),
         )
-
-    def difference(metric: str) -> float | None:
-        samples = a.sample(metric), b.sample(metric)
-        return None if None in samples else samples[1].mean - samples[0].mean
-
     report["better_by"] = dict(
-        nats=difference("val_loss") if comparable else None, bpb=None if other_text else difference("val_bpb")
+        nats=better["val_loss"] if comparable else None, bpb=None if other_text else better["val_bpb"]
     )
     report["rules"] = []
     for rule in RULES:
         metric = rule.metric
-        if metric == "val_bpb" and None in (a.sample(metric), b.sample(metric)) and comparable:
+        if metric == "val_bpb" and None in samples[metric] and comparable:
             metric = "val_loss"  # in proportion to it
         if other_text:
-            verdict = Verdict(None, None, None, None, None, other_text)
+            verdict = Verdict(note=other_text)
         elif metric == "val_loss" and not comparable:
-            other = "the sides have other tokens, so their nats per token do not compare"
-            verdict = Verdict(None, None, None, None, None, other)
+            verdict = Verdict(note="the sides have other tokens, so their nats per token do not compare")
         else:
-            verdict = judge(rule._replace(metric=metric), a.sample(metric), b.sample(metric))
+            verdict = judge(rule._replace(metric=metric), *samples[metric])
         report["rules"].append({**rule._asdict(), "metric": metric, **verdict._asdict()})
     report["assumes"] = (
         "seeds independent and scores normal; more_seeds: the means and standard deviations of now are the true ones"

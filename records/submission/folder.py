@@ -11,7 +11,6 @@ import dataclasses
 import hashlib
 import html
 import json
-import math
 import os
 import re
 import shlex
@@ -57,32 +56,14 @@ class SeedRun:
         return value if isinstance(value, kind) else None
 
     @property
-    def steps(self) -> int | None:
-        told = self.told("steps", int)
-        return self.log.steps[-1].step if told is None and self.log.steps else told
-
-    @property
-    def counted(self) -> dict[str, Any]:
-        """What the `result` line says of the score that counts: tokens and bytes, too."""
-        return self.log.told_scores.get(self.score.label, {})
-
-    @property
-    def pre_quant_bpb(self) -> float | None:
-        """The score of the float weights that were exported."""
-        return runlog.number(self.log.told_scores.get(f"float_{self.result.get('exported')}", {}).get("val_bpb"))
-
-    @property
     def ranks(self) -> int:
         return self.log.world_size or self.result.get("world_size") or 1
 
     @property
-    def compared(self) -> dict[str, object] | None:
-        """The settings that have to be the same for all seeds; None where the log states none."""
-        settings = self.log.settings
-        if settings is None:
-            return None
+    def compared(self) -> dict[str, object]:
+        """The settings that have to be the same for all seeds."""
         ours = self.log.dialect == "pgolf"
-        return {name: value for name, value in settings.items() if not may_differ(name, value, ours)}
+        return {name: value for name, value in (self.log.settings or {}).items() if not may_differ(name, value, ours)}
 
     @property
     def hardware(self) -> str | None:
@@ -107,7 +88,7 @@ def read_run(path: Path, headline: str | None) -> SeedRun:
         (score is None and headline, f"no single result is called {headline}"),
         (score is None, f"which score counts is not clear ({said(log, 'headline')}); --headline LABEL names it"),
         (score is not None and score.val_bpb is None, "its score has no val_bpb"),
-        (score is not None and not is_finite(score), "its score is not finite"),
+        (score is not None and not score.is_finite, "its score is not finite"),
         (log.bytes_total is None, f"its size is not clear ({said(log, 'total size', 'bytes')})"),
     ):
         if missing:
@@ -124,8 +105,7 @@ def with_audits(runs: Sequence[SeedRun], named: Sequence[Path]) -> list[SeedRun]
         candidates = dict(unused) if named else {path: path.read_bytes()} if path else {}
         data = None
         for path, candidate in candidates.items():
-            if audits.is_of(told := audits.parse(candidate, str(path)), run.log):
-                audits.attach(told, run.log)
+            if audits.attach(audits.parse(candidate, str(path)), run.log):
                 data = candidate
                 unused.pop(path, None)
             elif not named:
@@ -136,24 +116,20 @@ def with_audits(runs: Sequence[SeedRun], named: Sequence[Path]) -> list[SeedRun]
     return found
 
 
-def is_finite(score: ScoreLine) -> bool:
-    return all(math.isfinite(value) for value in (score.val_loss, score.val_bpb) if value is not None)
-
-
 def said(log: RunLog, *subjects: str) -> str:
     """What the parser noted about a subject, or that the log is silent."""
     return next((line for line in log.undecided if any(s in line for s in subjects)), "nothing in the log says it")
 
 
 def check_one_configuration(runs: Sequence[SeedRun]) -> None:
-    """Raises Unusable where two logs are not of one configuration."""
+    """Raises Unusable where two logs, in order of seeds, are not of one configuration."""
     first = runs[0]
     for other in runs[1:]:
-        mine, others = first.compared, other.compared
-        if (mine is None) != (others is None):
+        if (first.log.settings is None) != (other.log.settings is None):
             raise Unusable(f"{first.name} and {other.name}: only one of them states its settings")
-        for name in dict.fromkeys((*(mine or {}), *(others or {}))):
-            a, b = ((s or {}).get(name, "unset") for s in (mine, others))
+        mine, others = first.compared, other.compared
+        for name in mine | others:
+            a, b = mine.get(name, "unset"), others.get(name, "unset")
             if a != b:
                 raise Unusable(
                     f"two configurations: {name.upper()}={plain(a)} in {first.name}, {plain(b)} in {other.name}"
@@ -173,10 +149,9 @@ def check_one_configuration(runs: Sequence[SeedRun]) -> None:
             a, b = value(first), value(other)
             if a != b:
                 raise Unusable(f"two configurations: {what} {a} in {first.name}, {b} in {other.name}")
-    for i, run in enumerate(runs):
-        for other in runs[:i]:
-            if run.seed == other.seed:
-                raise Unusable(f"two logs of seed {run.seed}: {other.name} and {run.name}; keep one")
+    for run, other in zip(runs, runs[1:], strict=False):
+        if run.seed == other.seed:
+            raise Unusable(f"two logs of seed {run.seed}: {run.name} and {other.name}; keep one")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -198,15 +173,15 @@ def find_script(runs: Sequence[SeedRun], given: Path | None, human: Path | None)
     """The script that the logs prove to have run. Raises Unusable."""
     log, name = runs[0].log, runs[0].name
     size = log.bytes_code
-    candidates = []
     if given is not None:
-        candidates.append((given.read_bytes(), str(given)))
-    if log.source is not None:
-        # A log of another dialect does not keep the end of the last line.
-        text = log.source if log.code_sha256 else log.source.rstrip("\n")
-        ends = ("",) if log.code_sha256 else ("\n", "")
-        candidates += [((text + end).encode(), f"the source in {name}") for end in ends]
-    for data, where in candidates:
+        candidates = [given.read_bytes()]
+    elif log.source is None:
+        raise Unusable(f"{name} holds no source; give the file that ran with --script")
+    elif log.code_sha256:
+        candidates = [log.source.encode()]
+    else:  # a log of another dialect does not keep the end of the last line
+        candidates = [(log.source.rstrip("\n") + end).encode() for end in ("\n", "")]
+    for data in candidates:
         digest = hashlib.sha256(data).hexdigest()
         in_log = log.source is not None and data.rstrip() == log.source.encode().rstrip()
         if log.code_sha256 is not None:
@@ -216,11 +191,9 @@ def find_script(runs: Sequence[SeedRun], given: Path | None, human: Path | None)
             return finish_script(data, "every log holds its source", human)
         elif log.source is None and size == len(data):
             return finish_script(data, "every log states its size in bytes, and nothing more", human)
-        if where == str(given):
-            stated = f"sha256 {log.code_sha256}" if log.code_sha256 else f"{size} bytes of code"
-            raise Unusable(f"{given} did not run: it has sha256 {digest}, {len(data)} bytes; {name} states {stated}")
-    if log.source is None:
-        raise Unusable(f"{name} holds no source; give the file that ran with --script")
+    if given is not None:
+        stated = f"sha256 {log.code_sha256}" if log.code_sha256 else f"{size} bytes of code"
+        raise Unusable(f"{given} did not run: it has sha256 {digest}, {len(data)} bytes; {name} states {stated}")
     stated = f"sha256 {log.code_sha256}" if log.code_sha256 else f"size, {size} bytes"
     raise Unusable(f"the source in {name} is not of the {stated} that it states; give the file with --script")
 
@@ -297,7 +270,7 @@ def equal(value: object, default: object) -> bool:
 
 def changed_settings(run: SeedRun, declared: Mapping[str, Setting]) -> dict[str, object] | None:
     """What all seeds set otherwise than the script's defaults, by variable; None where that cannot be told."""
-    if run.compared is None or not declared:
+    if run.log.settings is None or not declared:
         return None
     pairs = [(declared[name], value) for name, value in run.compared.items() if name in declared]
     return {setting.variable: value for setting, value in pairs if not equal(value, setting.default)}
@@ -332,11 +305,6 @@ def number_of_pull_request(base: str | None) -> int | None:
     return int(found[1] or found[2]) if found else None
 
 
-def audited(run: SeedRun, name: str) -> bool | None:
-    finding = run.log.audit.get(name)
-    return None if finding is None else finding[0]
-
-
 def compliance(runs: Sequence[SeedRun], script: Script) -> dict[str, bool | None]:
     """Every rule as far as the logs and the files decide it."""
     sizes = [run.bytes_total for run in runs]
@@ -344,30 +312,30 @@ def compliance(runs: Sequence[SeedRun], script: Script) -> dict[str, bool | None
         None if run.log.bytes_model is None else run.log.bytes_model + len(script.data) == run.bytes_total
         for run in runs
     ]
-    passed = [[ok for ok, _ in run.log.audit.values()] for run in runs]
     return dict(
         artifact_under_16mb=verdict([within(sizes, CAP_BYTES), verdict(added_up)]),
         train_under_600s=within((run.log.train_seconds for run in runs), CLOCK_SECONDS),
         eval_under_600s=within((run.log.eval_seconds for run in runs), CLOCK_SECONDS),
         three_seeds=len(runs) >= SEEDS,
-        one_configuration=None if any(run.compared is None for run in runs) else True,  # else it was refused
-        audit_passed=verdict(verdict(answers) for answers in passed),
-        **{key: verdict(audited(run, name) for run in runs) for name, (key, _) in AUDITS.items()},
+        one_configuration=None if any(run.log.settings is None for run in runs) else True,  # else it was refused
+        audit_passed=verdict(verdict(passed for passed, _ in run.log.audit.values()) for run in runs),
+        **audits.shown([run.log for run in runs]),
     )
 
 
 def seed_result(run: SeedRun) -> dict[str, Any]:
-    log, seconds = run.log, run.log.train_seconds
+    log, steps = run.log, run.told("steps", int)
+    exported = log.told_scores.get(f"float_{run.result.get('exported')}", {})  # the weights before quantization
     return dict(
         val_loss=None if run.score.val_loss is None else round(run.score.val_loss, 8),
         val_bpb=round(run.score.val_bpb, 8),
-        steps=run.steps,
-        train_time_s=seconds,
+        steps=log.steps[-1].step if steps is None and log.steps else steps,
+        train_time_s=log.train_seconds,
         eval_time_s=log.eval_seconds,
         artifact_bytes=run.bytes_total,
         bytes_total=run.bytes_total,
         bytes_model=log.bytes_model,
-        pre_quant_val_bpb=run.pre_quant_bpb,
+        pre_quant_val_bpb=runlog.number(exported.get("val_bpb")),
         artifact_sha256=run.result.get("artifact_sha256"),
         scores={score.label: score.val_bpb for score in log.candidates() if score.val_bpb is not None},
         eval_cut=run.told("eval_cut", dict),
@@ -381,10 +349,6 @@ def log_name(run: SeedRun) -> str:
     return f"train_seed{run.seed}.log"
 
 
-def audit_name(run: SeedRun) -> str:
-    return f"audit_seed{run.seed}.json"
-
-
 def describe(runs: Sequence[SeedRun], script: Script, args: argparse.Namespace) -> dict[str, Any]:
     """submission.json. Names are those of the public files, which viewers read; `artifact` there is code and model."""
     results = {str(run.seed): seed_result(run) for run in runs}
@@ -394,6 +358,7 @@ def describe(runs: Sequence[SeedRun], script: Script, args: argparse.Namespace) 
     base_pr = number_of_pull_request(args.base)
     base = f"PR #{base_pr}" if base_pr else args.base
     settings = changed_settings(runs[0], declared_settings(script.text))
+    counted = runs[0].log.told_scores.get(runs[0].score.label, {})
     return dict(
         author=args.author,
         github_id=args.github_id,
@@ -426,8 +391,8 @@ def describe(runs: Sequence[SeedRun], script: Script, args: argparse.Namespace) 
         train_fingerprint=runs[0].result.get("train_fingerprint"),
         val_fingerprint=runs[0].result.get("val_fingerprint"),
         tokenizer_sha256=runs[0].result.get("tokenizer_sha256"),
-        val_tokens=runs[0].counted.get("tokens"),
-        val_bytes=runs[0].counted.get("bytes"),
+        val_tokens=counted.get("tokens"),
+        val_bytes=counted.get("bytes"),
         compliance=compliance(runs, script),
         attribution={"base": base} if base else {},
         base_pr=base_pr,
@@ -605,7 +570,6 @@ def readme(s: Mapping[str, Any], runs: Sequence[SeedRun], script: Script, files:
     ]
     machine = [s["hardware"] or "not named in the logs", f"torch {s['pytorch_version'] or 'unknown'}"]
     machine += [f"CUDA {s['cuda_version']}"] if s["cuda_version"] else []
-    result_notes = list(notes(s))
     credit = s["attribution"].get("base")
     parts = [
         f"# {cell(s['name'])}",
@@ -614,7 +578,7 @@ def readme(s: Mapping[str, Any], runs: Sequence[SeedRun], script: Script, files:
         f"Built on {cell(credit)}." if credit else "",
         "## Results",
         results_table(s),
-        *result_notes,
+        *notes(s),
         "## What differs from the script's defaults",
         techniques(s, script),
         "## Run",
@@ -693,7 +657,7 @@ def build(args: argparse.Namespace) -> tuple[Path, dict[str, Any], str]:
     if script.human is not None:
         files["train_gpt_human.py"] = script.human
     files |= {log_name(run): run.data for run in runs}
-    files |= {audit_name(run): run.audit for run in runs if run.audit is not None}
+    files |= {f"audit_seed{run.seed}.json": run.audit for run in runs if run.audit is not None}
     files["README.md"] = readme(submission, runs, script, files).encode()
     folder = args.out / f"track_{args.track}" / f"{submission['date']}_{args.name}"
     write_folder(folder, files)

@@ -246,10 +246,7 @@ def read_audit(submission: Submission, name: str) -> None:
     except (OSError, Unusable) as error:
         submission.problems.append(Note("FAIL", str(error)))
         return
-    logs = [log for log in submission.logs.values() if audits.is_of(told, log)]
-    for log in logs:
-        audits.attach(told, log)
-    if not logs:
+    if not [log for log in submission.logs.values() if audits.attach(told, log)]:
         submission.problems.append(Note("FAIL", f"{name} is of no log's script and artifact"))
 
 
@@ -321,15 +318,14 @@ def read_log(submission: Submission, name: str) -> None:
     """A log, or each run of a log that holds several and scores each."""
     try:
         data = submission.read(name, MAX_LOG_BYTES)
-        text, encoding, _ = runlog.decode(data, Path(name))
-        log = runlog.parse_text(text, Path(name))
+        log = runlog.parse_text(runlog.decode(data, Path(name))[0], Path(name))
     except (LogError, OSError) as error:
         submission.problems.append(Note("FAIL", f"{name}: cannot be read ({error})"))
         return
     each = log.each()
     found = {name: log} if len(each) == 1 else {f"{name}, run {i}": part for i, part in enumerate(each, 1)}
     for part in found.values():
-        part.sha256, part.encoding = hashlib.sha256(data).hexdigest(), encoding
+        part.sha256 = hashlib.sha256(data).hexdigest()
     submission.logs |= found
 
 

@@ -137,11 +137,6 @@ def mark_scores(axes, logs: Sequence[runlog.RunLog]) -> None:
         axes.set(xticks=[], ylim=(0, 1))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The command
-# ----------------------------------------------------------------------------------------------------------------------
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("logs", nargs="+", type=Path, metavar="LOG", help=f"logs of runs, at most {MAX_LOGS}")
     parser.add_argument("-o", "--out", type=Path, metavar="OUT.png", help="default: beside the first log, as .png")

@@ -55,6 +55,10 @@ class ScoreLine(NamedTuple):
     extra: str  # what else it depends on: "stride:64", "(stride=16, T=0.90)"
     eval_ms: float | None = None
 
+    @property
+    def is_finite(self) -> bool:
+        return all(math.isfinite(value) for value in (self.val_loss, self.val_bpb) if value is not None)
+
 
 class SizeLine(NamedTuple):
     """A `Total submission size` line; label is what stands before the colon, often empty."""
@@ -70,7 +74,6 @@ class RunLog:
 
     path: Path
     sha256: str  # of the file's bytes
-    encoding: str
     dialect: str = "unknown"  # pgolf (train_gpt.py of this project) | baseline | baseline-noprefix | unknown
     lines: int = 0
     seed: int | None = None
@@ -171,7 +174,7 @@ def parse(path: Path) -> RunLog:
         raise LogError(f"{path}: larger than {MAX_BYTES >> 20} MiB; no log of a run is")
     text, encoding, replaced = decode(data, path)
     log = parse_text(text, path)
-    log.sha256, log.encoding = hashlib.sha256(data).hexdigest(), encoding
+    log.sha256 = hashlib.sha256(data).hexdigest()
     if replaced:
         log.undecided.append(f"{replaced} characters are not {encoding}")
     return log
@@ -179,7 +182,7 @@ def parse(path: Path) -> RunLog:
 
 def parse_text(text: str, path: Path) -> RunLog:
     """The log in a string. Raises LogError where it is too large."""
-    log = RunLog(Path(path), hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest(), "str")
+    log = RunLog(Path(path), hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest())
     text = text.replace("\r\n", "\n").replace("\r", "\n")
     if text.count("\n") >= MAX_LINES:
         raise LogError(f"{path}: more than {MAX_LINES} lines; no log of a run has as many")
@@ -192,7 +195,7 @@ def parse_text(text: str, path: Path) -> RunLog:
     if 1 < len(log.runs) <= MAX_PARTS:
         bounds = [0, *(line - 1 for line in log.runs[1:]), len(lines)]
         for start, end in zip(bounds, bounds[1:], strict=False):
-            part = RunLog(log.path, log.sha256, log.encoding, lines=end - start)
+            part = RunLog(log.path, log.sha256, lines=end - start)
             _Reader(part, lines[start:end], start).read()
             log.parts.append(part)
     return log
@@ -334,41 +337,34 @@ def find_dumps(lines: Sequence[str]) -> Iterator[Dump]:
     imports = [bool(IMPORT.match(line[:300])) for line in lines]
     i, tested = 0, 0
     while i < len(lines):
-        line = lines[i]
-        if begin := BEGIN.match(line):
+        dump = None
+        if begin := BEGIN.match(lines[i]):
             dump = marked_dump(lines, i, int(begin[1]))
         elif i >= tested and (imports[i] or may_open_source(lines, i)):
-            end, complete = python_end(lines, i)
-            if not (True in imports[i:end] or begins_with_source(lines, i)):
-                tested = end
-                i += 1
-                continue
-            source = "\n".join(lines[i:end])
-            # print() ends the text with a newline of its own
-            dump = Dump(i, end, source if source.endswith("\n") else source + "\n", complete)
-        else:
-            i += 1
-            continue
-        yield dump
-        i = max(dump.end, i + 1)
+            tested, complete = python_end(lines, i)
+            if True in imports[i:tested] or begins_with_source(lines, i):
+                source = "\n".join(lines[i:tested]).removesuffix("\n") + "\n"  # print() ends it with one of its own
+                dump = Dump(i, tested, source, complete)
+        if dump is not None:
+            yield dump
+        i = max(i + 1, dump.end if dump is not None else 0)
 
 
 def marked_dump(lines: Sequence[str], start: int, size: int) -> Dump:
     """The dump that begins at our marker. The size tells which end marker is meant: the source may hold one too."""
-    ends, length, exact = [], -1, None
+    end, length = 0, -1
     for i in range(start + 1, len(lines)):
         if lines[i] == END:
-            ends.append(i)
             breaks = i - start - 1
             if length in (size, size - breaks + 1):  # the latter: a source whose lines end in \r\n
-                exact = i
+                end = i
                 break
+            end = end or i
         length += len(lines[i].encode("utf-8", "surrogatepass")) + 1
-        if ends and (length > size + 1 or BEGIN.match(lines[i])):
+        if end and (length > size + 1 or BEGIN.match(lines[i])):
             break
-    if not ends:
+    if not end:
         return Dump(start, len(lines), "\n".join(lines[start + 1 :]), False)
-    end = exact or ends[0]
     source = "\n".join(lines[start + 1 : end])
     if len(source.encode("utf-8", "surrogatepass")) != size:
         crlf = source.replace("\n", "\r\n")
@@ -465,9 +461,8 @@ SIZE = re.compile(
     r"(Total submission size|Serialized model|(?:[A-Za-z+()-]{1,20} ){0,2}[Cc]ode (?:size|bytes))([^:]{0,60}): ?~?"
     r"(\d[\d,_]{0,24})(\.\d{1,9})? ?(bytes|[kKMG]i?B|B|$)(?![\w/])"
 )
-BUDGET = re.compile(
-    r"\bbudget: ?(\d[\d,_]{0,24}) ?/ ?(\d[\d,_]{0,24})\b(?!\.)"
-)  # bytes of the cap: `15873489/16000000`
+# Bytes of the cap: `15873489/16000000`.
+BUDGET = re.compile(r"\bbudget: ?(\d[\d,_]{0,24}) ?/ ?(\d[\d,_]{0,24})\b(?!\.)")
 BUDGETS = (16_000_000, 16 << 20)  # what has another limit is a budget of something else
 UNPACKED = re.compile(r"uncompressed|unpacked|\braw\b|\bsource\b|original", re.I)
 EVENT = re.compile(r"(\w{1,40}):(?:enabled|activated|start(?:ed|ing)?|on)\b.{0,80}?\bstep[: ] ?(\d{1,12})\b")
@@ -618,17 +613,15 @@ class _Reader:
             self.undecided(f"line {i}: `{word}` is not followed by a JSON object")
             return
         self.log.dialect = "pgolf"
-        self.fact("seed", whole(value.get("seed")), i)
-        if isinstance(value.get("run_id"), str):
-            self.fact("run_id", value["run_id"], i)
+        told = dict(seed=int, run_id=str)
         if word == "settings":
             self.settings.append(value)
-            return
-        self.began = True
-        self.results.append((i, value))
-        self.fact("world_size", whole(value.get("world_size")), i)
-        for name in ("device", "torch", "code_sha256", "settings_hash"):
-            if isinstance(value.get(name), str):
+        else:
+            told |= dict(world_size=int, device=str, torch=str, code_sha256=str, settings_hash=str)
+            self.began = True
+            self.results.append((i, value))
+        for name, kind in told.items():
+            if isinstance(value.get(name), kind) and not isinstance(value[name], bool):
                 self.fact(name, value[name], i)
 
     # Where a run begins
@@ -706,21 +699,18 @@ class _Reader:
             self.undecided(f"line {score.line}: more than {MAX_RESULTS} results, this one was not read")
             return
         begin = (self.log.runs or [0])[-1]
-        for k in range(len(scores) - 1, -1, -1):
-            old = scores[k]
-            if old.line < begin:
-                break
-            if not same_result(old, score):
-                continue
-            best, other = (old, score) if old.exact or not score.exact else (score, old)
-            scores[k] = best._replace(
-                val_loss=other.val_loss if best.val_loss is None else best.val_loss,
-                val_bpb=other.val_bpb if best.val_bpb is None else best.val_bpb,
-                extra=best.extra or other.extra,
-                eval_ms=best.eval_ms or other.eval_ms,  # 0 ms: a clock that nobody started
-            )
+        same = [k for k, old in enumerate(scores) if old.line >= begin and same_result(old, score)]
+        if not same:
+            scores.append(score)
             return
-        scores.append(score)
+        old = scores[same[-1]]
+        best, other = (old, score) if old.exact or not score.exact else (score, old)
+        scores[same[-1]] = best._replace(
+            val_loss=other.val_loss if best.val_loss is None else best.val_loss,
+            val_bpb=other.val_bpb if best.val_bpb is None else best.val_bpb,
+            extra=best.extra or other.extra,
+            eval_ms=best.eval_ms or other.eval_ms,  # 0 ms: a clock that nobody started
+        )
 
     def size(self, line: str, i: int) -> None:
         budget = BUDGET.search(line)
@@ -794,8 +784,7 @@ class _Reader:
             self.undecided(f"{len(self.results)} different `result` lines; fields are from the last, line {line}")
         phases = log.result.get("phase_seconds")
         if isinstance(phases, dict):
-            exact = {name: seconds for name, value in phases.items() if (seconds := number(value)) is not None}
-            log.phases = {name: exact.get(name, seconds) for name, seconds in log.phases.items()} | exact
+            log.phases |= {name: seconds for name, value in phases.items() if (seconds := number(value)) is not None}
         for label, figures in log.told_scores.items():
             logged = log.score(label)
             for name in ("val_loss", "val_bpb") if logged is not None else ():
@@ -911,8 +900,9 @@ def without_prefix(line: str) -> str:
 
 def literal(text: str) -> object:
     """A value of a `Hyperparameters:` list: a bool, None, a number, or the text as it stands."""
-    if text in ("True", "False", "None"):
-        return {"True": True, "False": False, "None": None}[text]
+    words = {"True": True, "False": False, "None": None}
+    if text in words:
+        return words[text]
     if re.fullmatch(r"[-+]?\d{1,18}", text):
         return int(text)
     return float(text) if re.fullmatch(NUMBER, text) else text

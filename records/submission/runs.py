@@ -52,12 +52,12 @@ SAME_TEXT = 5e-4  # relative: bytes that follow from figures of four decimals, o
 def validation_bytes(log: RunLog, score: runlog.ScoreLine | None) -> float | None:
     """Bytes of the text that a score is over: as the run's `result` states them, else as its tokens and the score in
     both units give them, else None."""
-    result = log.result if isinstance(log.result, dict) else {}
-    stated = result.get("scores", {}).get(score.label) if score and isinstance(result.get("scores"), dict) else None
-    if isinstance(stated, dict) and number(stated.get("bytes")):
-        return number(stated["bytes"])
+    if score is None:
+        return None
+    if stated := number(log.told_scores.get(score.label, {}).get("bytes")):
+        return stated
     told = next((found for line in log.printed if (found := VALIDATION_TOKENS.search(line))), None)
-    if told is None or score is None or not score.val_loss or not score.val_bpb:
+    if told is None or not score.val_loss or not score.val_bpb:
         return None
     return int(told[1]) * score.val_loss / math.log(2) / score.val_bpb
 
@@ -72,6 +72,7 @@ class Mean(NamedTuple):
     value: float
     n: int
     tolerance: float
+    values: Sequence[float] = ()
 
     def reach(self, claim: Any) -> float:
         """How far the claim may lie from the mean: both were rounded, the claim and what the log has."""
@@ -95,25 +96,19 @@ def scores_by_label(log: RunLog) -> dict[str, tuple[float | None, float | None, 
     return found
 
 
-def columns(logs: Iterable[RunLog], index: int) -> dict[str, list[tuple[float, bool]]]:
-    """label -> (value, whether unrounded) in each log that has it; index 0 is bpb, 1 loss."""
-    found: dict[str, list[tuple[float, bool]]] = {}
-    for log in logs:
-        for label, values in scores_by_label(log).items():
-            if values[index] is not None and math.isfinite(values[index]):
-                found.setdefault(label, []).append((values[index], values[2]))
-    return found
-
-
 def means(logs: Iterable[RunLog], index: int) -> dict[str, Mean]:
     """label -> mean over the logs that have it; index 0 is bpb, 1 loss."""
+    columns: dict[str, list[float]] = {}
+    rounded = set()
+    for log in logs:
+        for label, (*figures, exact) in scores_by_label(log).items():
+            if figures[index] is not None and math.isfinite(figures[index]):
+                columns.setdefault(label, []).append(figures[index])
+                if not exact:
+                    rounded.add(label)
     return {
-        label: Mean(
-            statistics.fmean(value for value, _ in values),
-            len(values),
-            EXACT_DIGITS if all(exact for _, exact in values) else ROUNDED_DIGITS,
-        )
-        for label, values in columns(logs, index).items()
+        label: Mean(statistics.fmean(values), len(values), ROUNDED_DIGITS if label in rounded else EXACT_DIGITS, values)
+        for label, values in columns.items()
     }
 
 
@@ -133,13 +128,10 @@ def headline_of(logs: Sequence[RunLog], meta: Mapping, claim: Any) -> tuple[str 
         return label, "declared"
     found = means(logs, 0)
     fits = [label for label, mean in found.items() if mean.n == len(logs) and mean.gives(claim)]
-    own = {getattr(log.headline(), "label", None) for log in logs}
-    if (
-        len(own) == 1
-        and None not in own
-        and (number(claim) is None or own <= set(fits) or all(log.dialect == "pgolf" for log in logs))
-    ):
-        return own.pop(), "of every log"
+    labels = {getattr(log.headline(), "label", None) for log in logs}
+    own = labels.pop() if len(labels) == 1 else None
+    if own is not None and (number(claim) is None or own in fits or all(log.dialect == "pgolf" for log in logs)):
+        return own, "of every log"
     if fits and len({round(found[label].value, 8) for label in fits}) == 1:
         return fits[0], f"its mean is val_bpb {claim}"
     return None, ""
@@ -151,10 +143,7 @@ def headline_of(logs: Sequence[RunLog], meta: Mapping, claim: Any) -> tuple[str 
 
 
 def as_seed(value: Any) -> int | None:
-    if isinstance(value, bool):
-        return None
-    text = str(value) if isinstance(value, (int, str)) else ""
-    found = re.fullmatch(r"(?:seed_?)?(\d{1,10})", text)
+    found = re.fullmatch(r"(?:seed_?)?(\d{1,10})", str(value)) if isinstance(value, (int, str)) else None
     return int(found[1]) if found else None
 
 

@@ -18,7 +18,6 @@ It ends with the log's `result` line. Logs of other scripts have none: they are 
 
 import argparse
 import math
-import os
 import re
 import shutil
 import statistics
@@ -217,7 +216,7 @@ def braille(points: Sequence[tuple[float, float]], x_end: float, columns: int, r
 def curve_view(log: runlog.RunLog, columns: int, rows: int) -> list[str]:
     """The training loss with its axes; the first 5 % of the steps are left out once there is more."""
     curve, (at, end) = losses(log), last_step(log)
-    kept = [(step, loss) for step, loss in curve.items() if step >= 0.05 * at] or list(curve.items())
+    kept = [(step, loss) for step, loss in curve.items() if step >= 0.05 * at]
     if len(kept) < 2:
         kept = list(curve.items())
     if len(kept) < 2 or columns < 20:
@@ -225,38 +224,30 @@ def curve_view(log: runlog.RunLog, columns: int, rows: int) -> list[str]:
     high, low = max(y for _, y in kept), min(y for _, y in kept)
     lines = braille(kept, end or at, columns - 9, rows)
     marks = {0: f"{high:.3f}", rows - 1: f"{low:.3f}"}
-    return [f"{marks.get(i, ''):>7} {line}" for i, line in enumerate(lines)] + [
-        f"{'':>7} {'step 0':<{max(0, columns - 9 - 10)}}{end or at:>10,}"
-    ]
+    axis = f"{'':>7} {'step 0':<{max(0, columns - 9 - 10)}}{end or at:>10,}"
+    return [*(f"{marks.get(i, ''):>7} {line}" for i, line in enumerate(lines)), axis]
 
 
 def facts(log: runlog.RunLog, likes: Sequence[runlog.RunLog]) -> dict[str, str]:
     """What is known, in words: {name: value}."""
-    (at, end), speed, projection = last_step(log), tokens_per_second(log), project(log, likes)
-    known = {}
-    if log.steps:
-        share = f" ({at / end:.0%})" if end else ""
-        known["step"] = f"{at}/{end or '?'}{share}"
-    curve = losses(log)
-    if curve:
-        known["train_loss"] = f"{list(curve.values())[-1]:.4f}"
-    validated = losses(log, "val_bpb")
-    if validated:
-        step, bpb = list(validated.items())[-1]
-        known["val_bpb"] = f"{bpb:.4f} at step {step}"
-    if speed:
-        known["tokens/s"] = f"{speed:,.0f}"
-    if log.steps:
-        known["training left"] = "done" if has_trained(log) else duration(seconds_left(log))
-    if log.result is None and projection is not None:
-        known["finish"] = str(projection)
-        known["method"] = projection.how
+    (at, end), speed = last_step(log), tokens_per_second(log)
+    share = f" ({at / end:.0%})" if end else ""
+    curve, validated = list(losses(log).values()), list(losses(log, "val_bpb").items())
+    left = "done" if has_trained(log) else duration(seconds_left(log))
+    projection = project(log, likes) if log.result is None else None
     scores = [score for score in log.scores if number(score.val_bpb) is not None]
-    if scores:
-        known["last score"] = f"{clean(scores[-1].label, 40)} {scores[-1].val_bpb:.4f}"
-    if log.events:
-        known["events"] = ", ".join(f"{clean(name, 24)} at {step}" for name, step in log.events[-4:])
-    return known
+    known = {
+        "step": f"{at}/{end or '?'}{share}" if log.steps else "",
+        "train_loss": f"{curve[-1]:.4f}" if curve else "",
+        "val_bpb": f"{validated[-1][1]:.4f} at step {validated[-1][0]}" if validated else "",
+        "tokens/s": f"{speed:,.0f}" if speed else "",
+        "training left": left if log.steps else "",
+        "finish": str(projection or ""),
+        "method": projection.how if projection else "",
+        "last score": f"{clean(scores[-1].label, 40)} {scores[-1].val_bpb:.4f}" if scores else "",
+        "events": ", ".join(f"{clean(name, 24)} at {step}" for name, step in log.events[-4:]),
+    }
+    return {name: text for name, text in known.items() if text}
 
 
 def plain(log: runlog.RunLog, likes: Sequence[runlog.RunLog]) -> str:
@@ -288,20 +279,18 @@ class Follower:
     """Reads a log again whenever its file changes. What it holds is the last state that could be read."""
 
     def __init__(self, path: Path):
-        self.path, self.log, self.notice = path, None, ""
-        self.seen: tuple[int, int, int, int] | None = None
+        self.path, self.log, self.notice = path, runlog.RunLog(path, ""), ""
+        self.seen: tuple[int, int, int, int] | None = None  # of the file that was read
         self.changed = time.monotonic()
 
     def look(self) -> bool:
-        """Whether there is something new. Raises LogError where the file is no log."""
+        """Whether there is something new. Raises LogError where the file is no log, and OSError."""
         try:
             stat = self.path.stat()
         except FileNotFoundError:
-            state = "does not exist yet" if self.log is None else "is gone"
+            state = "does not exist yet" if self.seen is None else "is gone"
             self.notice = f"{clean(self.path, 200)} {state}; waiting for it"
             return True
-        except OSError as error:
-            raise runlog.LogError(f"{self.path}: {error.strerror}") from None
         now = (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)
         if now == self.seen:
             return False
@@ -310,9 +299,6 @@ class Follower:
         self.notice = "the log was replaced or cut short; read again from its start" if replaced else ""
         self.log = runlog.parse(self.path)  # leaves out a last line that is still being written
         return True
-
-    def ended(self) -> bool:
-        return self.log is not None and self.log.result is not None
 
 
 def last_line(path: Path) -> str:
@@ -337,7 +323,7 @@ def ending(log: runlog.RunLog) -> str:
 
 
 def follow(args: argparse.Namespace, likes: Sequence[runlog.RunLog], out: TextIO, sleep: Callable = time.sleep) -> None:
-    """Until the `result` line. Raises LogError, KeyboardInterrupt."""
+    """Until the `result` line. Raises LogError, OSError, KeyboardInterrupt."""
     follower, said = Follower(args.log), ""
     in_place = out.isatty() and not args.once
     if in_place:
@@ -348,29 +334,28 @@ def follow(args: argparse.Namespace, likes: Sequence[runlog.RunLog], out: TextIO
             silent = time.monotonic() - follower.changed
             notice = follower.notice or (f"no new line for {duration(silent)}" if silent > STALE_S else "")
             if in_place:
-                empty = runlog.RunLog(args.log, "", "")
                 notes = {"last line": last_line(args.log), "now": notice}
                 notes = {name: note for name, note in notes.items() if note}
-                lines = screen(follower.log or empty, likes, notes, shutil.get_terminal_size())
+                lines = screen(follower.log, likes, notes, shutil.get_terminal_size())
                 out.write(HOME + "".join(f"{line}{CLEAR_RIGHT}\n" for line in lines) + CLEAR_BELOW)
             elif new:
                 line = follower.notice or plain(follower.log, likes)
-                if follower.notice and follower.log is not None and follower.path.exists():
+                if follower.notice and follower.seen is not None and follower.path.exists():
                     line += "\n" + plain(follower.log, likes)
                 if line != said:  # a log that is waited for is mentioned once
                     out.write(line + "\n")
                 said = line
             out.flush()
-            if follower.ended() or args.once:
+            if follower.log.result is not None or args.once:
                 break
             sleep(args.every)
     finally:
         if in_place:
             out.write(LEAVE)
             out.flush()
-    if follower.ended():
+    if follower.log.result is not None:
         print(ending(follower.log), file=out, flush=True)
-    elif follower.log is not None and in_place:
+    elif follower.seen is not None and in_place:
         print(plain(follower.log, likes), file=out, flush=True)
 
 
@@ -404,6 +389,4 @@ def run(args: argparse.Namespace) -> int:
         follow(args, likes, sys.stdout)
     except KeyboardInterrupt:
         print()
-    except BrokenPipeError:  # `watch LOG | head`: nobody reads on
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
