@@ -276,6 +276,16 @@ def test_a_folder_of_several_experiments_is_the_one_that_it_declares(needs_scipy
     assert report["a"]["val_loss"]["mean"] == pytest.approx(2.051) and report["a"]["seeds"] == [0, 1, 2]
 
 
+def test_the_runs_of_one_log_are_several(needs_scipy, tmp_path, capsys):
+    runs = [Path(path).read_text() for path in write_side(tmp_path, "a", [2.0, 2.01])]
+    (tmp_path / "both.log").write_text("".join(runs))
+    b = write_side(tmp_path, "b", [2.1, 2.11])
+    report = report_of(capsys, str(tmp_path / "both.log"), "--", *b)
+    assert report["a"]["seeds"] == [0, 1] and report["a"]["val_loss"]["mean"] == pytest.approx(2.005)
+    (tmp_path / "twice.log").write_text(runs[0] * 2)
+    assert "is the same log as" in error_of(capsys, str(tmp_path / "twice.log"), "--", *b)
+
+
 def test_what_cannot_be_compared(tmp_path, capsys):
     a, b = write_side(tmp_path, "a", [2.0, 2.01]), write_side(tmp_path, "b", [2.1])
     assert "is the same log as" in error_of(capsys, *a, a[0], "--", *b)

@@ -73,7 +73,7 @@ class RunLog:
     """What a log says. A field is None where the log does not say it, or not clearly: then see `undecided`."""
 
     path: Path
-    sha256: str  # of the file's bytes
+    sha256: str  # of the file's bytes, or of one run's text among several
     dialect: str = "unknown"  # pgolf (train_gpt.py of this project) | baseline | baseline-noprefix | unknown
     lines: int = 0
     seed: int | None = None
@@ -180,9 +180,13 @@ def parse(path: Path) -> RunLog:
     return log
 
 
+def text_sha256(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
 def parse_text(text: str, path: Path) -> RunLog:
     """The log in a string. Raises LogError where it is too large."""
-    log = RunLog(Path(path), hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest())
+    log = RunLog(Path(path), text_sha256(text))
     text = text.replace("\r\n", "\n").replace("\r", "\n")
     if text.count("\n") >= MAX_LINES:
         raise LogError(f"{path}: more than {MAX_LINES} lines; no log of a run has as many")
@@ -195,7 +199,7 @@ def parse_text(text: str, path: Path) -> RunLog:
     if 1 < len(log.runs) <= MAX_PARTS:
         bounds = [0, *(line - 1 for line in log.runs[1:]), len(lines)]
         for start, end in zip(bounds, bounds[1:], strict=False):
-            part = RunLog(log.path, log.sha256, lines=end - start)
+            part = RunLog(log.path, text_sha256("\n".join(lines[start:end]).strip()), lines=end - start)
             _Reader(part, lines[start:end], start).read()
             log.parts.append(part)
     return log
@@ -755,7 +759,7 @@ class _Reader:
         ):
             setattr(log, name, self.only(name))
         if log.source is not None and log.code_sha256 is not None:
-            if hashlib.sha256(log.source.encode("utf-8", "surrogatepass")).hexdigest() != log.code_sha256:
+            if text_sha256(log.source) != log.code_sha256:
                 self.undecided("the source in the log is not the one whose code_sha256 it states")
         self.decide_result()
         self.decide_bytes()
