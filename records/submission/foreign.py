@@ -56,19 +56,16 @@ class Finding(NamedTuple):
 
 
 class Note(NamedTuple):
-    """What a check function yields: a level and a text. `usual` is what nearly every folder leaves unsaid."""
+    """What a check function yields: a level and a text."""
 
     level: str
     what: str
 
 
 OLD_NAMES = {
-    "val_bpb": ("mean_val_bpb", "val_bpb_mean", "final_val_bpb", "sliding_val_bpb"),
-    "bytes_total": (
-        *("artifact_bytes", "artifact_bytes_max", "artifact_size_bytes", "total_bytes"),
-        "artifact_bytes_mean",
-    ),
-    "bytes_code": ("code_bytes",),
+    "val_bpb": "mean_val_bpb val_bpb_mean final_val_bpb sliding_val_bpb".split(),
+    "bytes_total": "artifact_bytes artifact_bytes_max artifact_size_bytes total_bytes artifact_bytes_mean".split(),
+    "bytes_code": ["code_bytes"],
 }
 STATED_BPB = re.compile(r"bpb\W{0,12}(\d\.\d{3,20})|(\d\.\d{3,20})\W{0,6}(?:val_)?bpb", re.I)  # in README.md
 TRAINS = re.compile(r"\.backward\(|value_and_grad\(")  # what a script that trains has

@@ -33,7 +33,7 @@ from typing import Any, NamedTuple
 
 from records.submission.command import Unusable, command
 from records.submission.rules import CAP_BYTES
-from records.submission.unpack import Function, blocks
+from records.submission.unpack import Function, blocks, name_of
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -192,10 +192,9 @@ class Strip(ast.NodeTransformer):
         return ast.Assign([node.target], node.value)
 
 
-def last_name(decorator: ast.expr) -> str | None:
+def last_name(decorator: ast.expr) -> str:
     """`no_grad` of `@torch.no_grad()`."""
-    called = decorator.func if isinstance(decorator, ast.Call) else decorator
-    return getattr(called, "attr", getattr(called, "id", None))
+    return name_of(decorator.func if isinstance(decorator, ast.Call) else decorator)
 
 
 def names_of(tree: ast.AST) -> Iterator[str]:
@@ -390,12 +389,10 @@ def tiny_runs(scripts: dict[str, bytes], data: Path, folder: Path) -> dict[str, 
 
 def differences(original: dict, packed: dict, script: bytes) -> list[str]:
     """What speaks against the packed script, in words; empty is a proof."""
-    skipped = OF_THE_RUN | OF_THE_FILE
-    names = dict.fromkeys((*original, *packed))
     found = [
         f"{name} is {original.get(name)} and packed {packed.get(name)}"
-        for name in names
-        if name not in skipped and original.get(name) != packed.get(name)
+        for name in dict.fromkeys((*original, *packed))
+        if name not in OF_THE_RUN | OF_THE_FILE and original.get(name) != packed.get(name)
     ]
     own = dict(code_sha256=hashlib.sha256(script).hexdigest(), bytes_code=len(script))
     found += [f"packed states {k} {packed.get(k)}, its file has {v}" for k, v in own.items() if packed.get(k) != v]
