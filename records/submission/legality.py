@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import chain
 from typing import Any, NamedTuple
 
-from records.submission.unpack import Function, blocks, name_of, read_tree
+from records.submission.unpack import Function, blocks, name_of, read_tree, text_of
 
 
 class Finding(NamedTuple):
@@ -98,7 +98,7 @@ def examine(source: str, settings: Mapping[str, Any] | None = None) -> list[Find
 
 
 def inspect(tree: ast.Module) -> list[Finding]:
-    """All rules on one tree, each line once per rule."""
+    """All rules on one tree: a finding per rule and line, the worst of them."""
     functions = [node for node in ast.walk(tree) if isinstance(node, Function)]
     scopes = [(getattr(scope, "name", ""), list(own_nodes(scope))) for scope in (tree, *functions)]
     found: dict[tuple[str, int], Finding] = {}
@@ -226,23 +226,23 @@ class Settings:
                         self.bound.add(id(part))
         elif isinstance(node, ast.Dict):
             for key, value in zip(node.keys, node.values, strict=True):
-                if isinstance(key, ast.Constant) and isinstance(key.value, str):
-                    self.bind(f"[{key.value}]", value, scope)
+                if text_of(key) is not None:
+                    self.bind(f"[{text_of(key)}]", value, scope)
         elif isinstance(node, ast.Call):
-            self.calls.setdefault(name_of(node.func), []).append((node, scope))
+            name, texts = name_of(node.func), [text_of(part) for part in node.args]
+            self.calls.setdefault(name, []).append((node, scope))
             self.bound.add(id(node.func))
-            values = [getattr(part, "value", None) for part in node.args]
-            if name_of(node.func) == "add_argument" and node.args and isinstance(values[-1], str):
-                switch = getattr(keyword(node, "action"), "value", "") == "store_true"
+            if name == "add_argument" and texts and texts[-1] is not None:
+                switch = text_of(keyword(node, "action")) == "store_true"
                 default = keyword(node, "default") or (ast.Constant(False) if switch else UNKNOWN)
-                self.bind(values[-1].lstrip("-").replace("-", "_"), default, scope)
-            elif name_of(node.func) == "setattr" and len(values) == 3 and isinstance(values[1], str):
-                self.bind(values[1], UNKNOWN, scope)
-            elif name_of(node.func) in {"setdefault", "putenv"} and values and isinstance(values[0], str):
-                self.bind(f"[{values[0]}]", UNKNOWN, scope)
+                self.bind(texts[-1].lstrip("-").replace("-", "_"), default, scope)
+            elif name == "setattr" and len(texts) == 3 and texts[1] is not None:
+                self.bind(texts[1], UNKNOWN, scope)
+            elif name in {"setdefault", "putenv"} and texts and texts[0] is not None:
+                self.bind(f"[{texts[0]}]", UNKNOWN, scope)
             # A field that is given where its object is made or changed.
-            fields = name_of(node.func) in self.classes | CHANGES
-            for part in node.keywords if fields or name_of(node.func) == "dict" else ():
+            fields = name in self.classes | CHANGES
+            for part in node.keywords if fields or name == "dict" else ():
                 self.bind(f"{part.arg}" if fields else f"[{part.arg}]", part.value, scope)
         for part in ast.iter_child_nodes(node):
             if id(part) not in self.bound:
@@ -305,8 +305,8 @@ class Settings:
             inner = [call for call in calls_of(helper) if name_of(call.func) in {"get", "getenv"} and call.args]
             inner = [call for call in inner if name_of(call.args[0]) in parameters(helper)[:1]]
             reads = bool(inner)
-        variable = getattr(node.args[0], "value", None) if node.args else None
-        if not reads or not isinstance(variable, str):
+        variable = text_of(node.args[0]) if node.args else None
+        if not reads or variable is None:
             return None
         default = argument(node, 1, "default")
         if default is None and helper is not None and len(inner[0].args) > 1:
@@ -333,8 +333,8 @@ class Settings:
             return self.named(node.id, scope)
         if isinstance(node, ast.Attribute):
             return self.named(node.attr, ())
-        if isinstance(node, ast.Subscript) and isinstance(getattr(node.slice, "value", None), str):
-            return self.keyed(node.slice.value)
+        if isinstance(node, ast.Subscript) and (key := text_of(node.slice)) is not None:
+            return self.keyed(key)
         if isinstance(node, (ast.Tuple, ast.List, ast.Set)):
             parts = [value(part) for part in node.elts]
             return UNKNOWN if UNKNOWN in parts else parts
@@ -367,9 +367,9 @@ class Settings:
         if name in {"opt", "field", "Field"}:
             return value(keyword(node, "default") or argument(node, 1 if name == "opt" else 0, ""))
         if name in {"getattr", "get"} and len(arguments) > (name == "getattr"):
-            key = getattr(arguments[name == "getattr"], "value", None)
+            key = text_of(arguments[name == "getattr"])
             default = arguments[1 + (name == "getattr") :]
-            if not isinstance(key, str):
+            if key is None:
                 return UNKNOWN
             known = {key, f"[{key}]"} & self.bindings.keys() or key.lower() in self.logged
             return self.keyed(key) if known else value(default[0]) if default else UNKNOWN
@@ -393,16 +393,16 @@ def same_name(name: str, value: ast.AST) -> list[ast.AST] | None:
     if isinstance(value, ast.Call) and name_of(value.func) in CASTS and len(value.args) == 1:
         value = value.args[0]
     if isinstance(value, ast.Call) and name_of(value.func) == "getattr" and len(value.args) > 1:
-        return value.args[2:3] if getattr(value.args[1], "value", None) == name else None
+        return value.args[2:3] if text_of(value.args[1]) == name else None
     return [] if isinstance(value, ast.Attribute) and value.attr == name else None
 
 
 def key_of(node: ast.AST) -> str:
     """The name that a target binds: of a variable, an attribute or a key."""
     if isinstance(node, ast.Subscript):
-        key = getattr(node.slice, "value", None)
+        key = text_of(node.slice)
         of_object = isinstance(node.value, ast.Call) or name_of(node.value) == "__dict__"  # vars(args)["slot"]
-        return "" if not isinstance(key, str) else key if of_object else f"[{key}]"
+        return "" if key is None else key if of_object else f"[{key}]"
     return name_of(node)
 
 
@@ -503,7 +503,8 @@ def reachable(tree: ast.Module) -> ast.Module:
     waiting: list[ast.AST] = [tree]
     while waiting:
         current = waiting.pop()
-        for name in (id(current), *map(mentioned_by, own_nodes_and_headers(current))):
+        mentioned = [text_of(node) or name_of(node) for node in own_nodes_and_headers(current)]
+        for name in (id(current), *mentioned):
             for definition in definitions.pop(name, ()):
                 home = owner.get(id(definition))
                 if home is not None and home not in live:
@@ -517,11 +518,6 @@ def reachable(tree: ast.Module) -> ast.Module:
                 part for part in node.body if not isinstance(part, (*Function, ast.ClassDef)) or id(part) in live
             ] or [ast.Pass()]
     return tree
-
-
-def mentioned_by(node: ast.AST) -> str:
-    """The name that a node mentions, as such or as a text."""
-    return node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else name_of(node)
 
 
 def own_nodes_and_headers(node: ast.AST) -> Iterator[ast.AST]:
@@ -718,19 +714,18 @@ class Flow:
             if any(self.level(part, state) for part in followed):
                 return [Event("warm" if id(node) in self.thrown else "train", node.lineno, state.reason())]
         if name in {"append", "add_", "extend", "index_add_", "copy_"} and isinstance(node.func, ast.Attribute):
-            kept = any(KEPT.search(word) for word in names_in(node))
+            kept = any(map(KEPT.search, names_in(node)))
             if kept and any(self.level(part, state) == RESULT for part in arguments):
                 inner = [event for part in arguments for event in self.expression(part, state)]
                 return [*inner, self.kept(node, state)]
-        events: list[Event] = []
         meant = []
         for function, levels in self.targets(node, state):
             self.called.add(id(function))
             meant.append(self.summary(function, levels, state.quiet))
+        events = [event for found, _ in meant for event in found]
         # Several may be meant: where one of them makes its result without a certain score, none is for certain.
-        doubt = any(level == RESULT and all(event.kind != "score" for event in found) for found, level in meant)
-        for event in (event for found, _ in meant for event in found):
-            events.append(event._replace(kind="score?") if doubt and event.kind == "score" else event)
+        if any(level == RESULT and all(event.kind != "score" for event in found) for found, level in meant):
+            events = [event._replace(kind="score?") if event.kind == "score" else event for event in events]
         for part in arguments:  # a function that is handed over is taken as called here: closures, callbacks
             for function in self.by_name.get(part.id, ()) if isinstance(part, ast.Name) else ():
                 if id(function) not in self.methods and name not in {"compile", "checkpoint", "print"}:
@@ -786,7 +781,7 @@ class Flow:
             targets = [] if name in CONVERSIONS else list(self.targets(node, state))
             if targets:
                 return max(self.summary(function, levels, state.quiet)[1] for function, levels in targets)
-            if re.search(r"load_val", name):
+            if "load_val" in name:
                 return TOKENS
             return carried if carried == 0 or name in CONVERSIONS else RESULT
         parts = ast.iter_child_nodes(node)
@@ -913,7 +908,6 @@ def order_of_events(tree: ast.Module) -> Iterator[Finding]:
             where = f"line {event.line}"
             if event.kind in {"train", "late"}:
                 later = event.kind == "late" or (scores and scores[-1] > i)
-                earlier = scores and scores[0] < i
                 text = texts[rule].format(line=where)
                 if not later and scores and not (doubt and kept):
                     continue  # after every score: it can change none
@@ -927,7 +921,7 @@ def order_of_events(tree: ast.Module) -> Iterator[Finding]:
                     text += ", if they are scored after it: no score was found"
                 elif doubt:
                     text += ", unless an earlier turn scored them"
-                elif earlier and event.kind == "train":
+                elif event.kind == "train" and scores[0] < i:
                     text = f"validation tokens are scored again after learning from them ({where})"
                 yield Finding(rule, "FAIL" if later and not doubt else "warn", event.line, text)
             elif event.kind == "warm":

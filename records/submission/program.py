@@ -189,11 +189,11 @@ def used_by(s: Submission, user: str, unwrapped: unpack.Unwrapped) -> Iterator[s
                     for module in modules(node):
                         path = module.replace(".", "/")
                         wanted += [place / f"{path}{end}" for place in places for end in (".py", "/__init__.py")]
-                elif isinstance(node, ast.Constant) and isinstance(node.value, str) and len(node.value) < 200:
-                    yield from by_name.get(node.value.rpartition("/")[2], ())
+                elif (text := unpack.text_of(node)) is not None and len(text) < 200:
+                    yield from by_name.get(text.rpartition("/")[2], ())
                 elif isinstance(node, ast.Call) and unpack.name_of(node.func) in LOADERS:
-                    named = [part.value for part in node.args if isinstance(part, ast.Constant)]
-                    wanted += [place / f"{name}.py" for name in named if isinstance(name, str) for place in places]
+                    named = [unpack.text_of(part) for part in node.args]
+                    wanted += [place / f"{name}.py" for name in named if name is not None for place in places]
     yield from (path.as_posix() for path in wanted if path.as_posix() in s.files)
 
 

@@ -259,11 +259,6 @@ def codecs_decode(data: Any, encoding: str = "utf-8", errors: str = "strict") ->
     return codecs.decode(data, encoding, errors)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Folding: what the code around `exec` makes of constants
-# ----------------------------------------------------------------------------------------------------------------------
-
-
 class Located(str):
     """A path, relative to the script's folder as far as that is known."""
 
@@ -571,6 +566,11 @@ def statements(tree: ast.AST, inside: bool = False) -> Iterator[ast.stmt]:
 def name_of(node: ast.AST) -> str:
     """The last name of a dotted expression; empty where there is none."""
     return node.id if isinstance(node, ast.Name) else node.attr if isinstance(node, ast.Attribute) else ""
+
+
+def text_of(node: ast.AST | None) -> str | None:
+    """The text that a constant is; None for any other node."""
+    return node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else None
 
 
 def executions(tree: ast.Module) -> list[ast.Call]:
