@@ -15,7 +15,7 @@ import posixpath
 import re
 import stat
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from decimal import Decimal
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -196,20 +196,16 @@ class Submission:
         if self.script is None:
             return unpack.Unwrapped([], [], [])
         text = unpack.decode(self.script)
-        return unpack.unwrap(text, self.file_from(self.found_script[0]))
+        return unpack.unwrap(text, functools.partial(self.read_for, self.found_script[0]))
 
-    def file_from(self, script: str) -> Callable[[str], bytes | None]:
+    def read_for(self, script: str, name: str) -> bytes | None:
         """What a script reads by a name: the file of this folder beside it or at the top."""
-
-        def read(name: str) -> bytes | None:
-            for place in (posixpath.join(posixpath.dirname(script), name), name):
-                place = posixpath.normpath(place)
-                if place in self.files:
-                    with contextlib.suppress(OSError):
-                        return self.read(place)
-            return None
-
-        return read
+        for place in (posixpath.join(posixpath.dirname(script), name), name):
+            place = posixpath.normpath(place)
+            if place in self.files:
+                with contextlib.suppress(OSError):
+                    return self.read(place)
+        return None
 
 
 def load(folder: Path) -> Submission:

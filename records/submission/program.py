@@ -168,7 +168,7 @@ def beside(s: Submission) -> dict[str, unpack.Unwrapped | None]:
             if name.endswith(".py") or name in unwrapped.files:
                 with contextlib.suppress(OSError, SyntaxError):
                     text = unpack.decode_source(s.read(name))
-                    found[name] = unpack.unwrap(text, s.file_from(name))
+                    found[name] = unpack.unwrap(text, functools.partial(s.read_for, name))
                     waiting.append((name, found[name]))
     return found
 
