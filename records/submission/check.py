@@ -569,7 +569,7 @@ def check_legality(s: Submission) -> Iterator[Note]:
     for problem in s.layers.problems:
         yield Note("skip", f"{script}: {problem.text}: what it runs was not examined")
     for name in s.layers.files:
-        if s.file_from(script)(name) is None:
+        if s.read_for(script, name) is None:
             yield Note("skip", f"{script} runs {name}, which the folder lacks: it was not examined")
     shown = audits.shown(s.runs.values())
     for name, finding in examined(s):

@@ -15,7 +15,7 @@ import posixpath
 import re
 import stat
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from decimal import Decimal
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -56,19 +56,16 @@ class Finding(NamedTuple):
 
 
 class Note(NamedTuple):
-    """What a check function yields: a level and a text. `usual` is what nearly every folder leaves unsaid."""
+    """What a check function yields: a level and a text."""
 
     level: str
     what: str
 
 
 OLD_NAMES = {
-    "val_bpb": ("mean_val_bpb", "val_bpb_mean", "final_val_bpb", "sliding_val_bpb"),
-    "bytes_total": (
-        *("artifact_bytes", "artifact_bytes_max", "artifact_size_bytes", "total_bytes"),
-        "artifact_bytes_mean",
-    ),
-    "bytes_code": ("code_bytes",),
+    "val_bpb": "mean_val_bpb val_bpb_mean final_val_bpb sliding_val_bpb".split(),
+    "bytes_total": "artifact_bytes artifact_bytes_max artifact_size_bytes total_bytes artifact_bytes_mean".split(),
+    "bytes_code": ["code_bytes"],
 }
 STATED_BPB = re.compile(r"bpb\W{0,12}(\d\.\d{3,20})|(\d\.\d{3,20})\W{0,6}(?:val_)?bpb", re.I)  # in README.md
 TRAINS = re.compile(r"\.backward\(|value_and_grad\(")  # what a script that trains has
@@ -199,20 +196,16 @@ class Submission:
         if self.script is None:
             return unpack.Unwrapped([], [], [])
         text = unpack.decode(self.script)
-        return unpack.unwrap(text, self.file_from(self.found_script[0]))
+        return unpack.unwrap(text, functools.partial(self.read_for, self.found_script[0]))
 
-    def file_from(self, script: str) -> Callable[[str], bytes | None]:
+    def read_for(self, script: str, name: str) -> bytes | None:
         """What a script reads by a name: the file of this folder beside it or at the top."""
-
-        def read(name: str) -> bytes | None:
-            for place in (posixpath.join(posixpath.dirname(script), name), name):
-                place = posixpath.normpath(place)
-                if place in self.files:
-                    with contextlib.suppress(OSError):
-                        return self.read(place)
-            return None
-
-        return read
+        for place in (posixpath.join(posixpath.dirname(script), name), name):
+            place = posixpath.normpath(place)
+            if place in self.files:
+                with contextlib.suppress(OSError):
+                    return self.read(place)
+        return None
 
 
 def load(folder: Path) -> Submission:

@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import chain
 from typing import Any, NamedTuple
 
-from records.submission.unpack import Function, blocks, read_tree
+from records.submission.unpack import Function, blocks, name_of, read_tree, text_of
 
 
 class Finding(NamedTuple):
@@ -40,7 +40,6 @@ class Finding(NamedTuple):
 MAX_FOLLOWED = 1_000_000  # nodes visited while values are followed; this project's script takes 200,000
 MAX_WARM_UP = 100  # statements of a block that a warm-up may take
 UNKNOWN, Nothing = object(), object()  # no value that is known; the value None
-Scopes = list[tuple[str, list[ast.AST]]]  # (name, own nodes) of the module and of every function
 
 VALIDATION = re.compile(
     r"(?:^|_)val(?:id|idation)?_(?:tok(?:en)?s?|toks|data|ids|loader|stream|batch|x|y|inputs?|targets?|np|text|docs?|files|pattern|shards?)$"
@@ -54,9 +53,8 @@ TARGET = re.compile(
 SCORE = re.compile(
     r"(?:^|_)(?:nlls?|nats|bpb|bpbs|ptl|xent|token_loss(?:es)?|val_loss(?:es)?|per_tok(?:en)?_loss)(?:_|\d|$)"
 )
-KEPT = re.compile(
-    r"loss|nll|nats|bits|bpb|xent|ptl|scor|entropy|(?:^|_)(?:ce|tot|total)(?:_|$)"
-)  # names of what adds up to a score
+# Names of what adds up to a score.
+KEPT = re.compile(r"loss|nll|nats|bits|bpb|xent|ptl|scor|entropy|(?:^|_)(?:ce|tot|total)(?:_|$)")
 EARLIER = re.compile(r"(?:^|_)(?:prev|previous|past|scored|seen|already|history)(?:_|$)")
 REPEAT = re.compile(r"epoch|pass(?:es)?\b|repeat|rounds?\b|n_times")
 EVALUATION = re.compile(r"(?:^|_)(?:eval|evaluate|ttt|slot|score|sliding)(?:_|$)")
@@ -100,12 +98,11 @@ def examine(source: str, settings: Mapping[str, Any] | None = None) -> list[Find
 
 
 def inspect(tree: ast.Module) -> list[Finding]:
-    """All rules on one tree, each line once per rule."""
-    rules = (target_in_key, unnormalised_mix, forbidden_calls, forbidden_uses)
-    scopes = [("", list(own_nodes(tree)))]
-    scopes += [(node.name, list(own_nodes(node))) for node in ast.walk(tree) if isinstance(node, Function)]
+    """All rules on one tree: a finding per rule and line, the worst of them."""
+    functions = [node for node in ast.walk(tree) if isinstance(node, Function)]
+    scopes = [(getattr(scope, "name", ""), list(own_nodes(scope))) for scope in (tree, *functions)]
     found: dict[tuple[str, int], Finding] = {}
-    for finding in chain(order_of_events(tree), *(rule(scopes) for rule in rules)):
+    for finding in chain(order_of_events(tree), *(rule(*scope) for rule in RULES for scope in scopes)):
         known = found.get((finding.rule, finding.line))
         if known is None or (known.level, finding.level) == ("warn", "FAIL"):
             found[finding.rule, finding.line] = finding
@@ -117,17 +114,8 @@ def inspect(tree: ast.Module) -> list[Finding]:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def name_of(node: ast.AST) -> str:
-    """The last name of a dotted expression; empty where there is none."""
-    return node.id if isinstance(node, ast.Name) else node.attr if isinstance(node, ast.Attribute) else ""
-
-
 def dotted(node: ast.AST) -> str:
-    parts = []
-    while isinstance(node, ast.Attribute):
-        parts.append(node.attr)
-        node = node.value
-    return ".".join([name_of(node), *reversed(parts)])
+    return f"{dotted(node.value)}.{node.attr}" if isinstance(node, ast.Attribute) else name_of(node)
 
 
 def own_nodes(function: ast.AST) -> Iterator[ast.AST]:
@@ -206,7 +194,7 @@ class Settings:
         self.calls: dict[str, list[tuple[ast.Call, Scope]]] = {}
         self.handed: set[str] = set()  # functions that are not only called
         self.functions: dict[str, ast.AST] = {}
-        self.memo: dict[Any, Any] = {}
+        self.memo: dict[tuple[int, str], Any] = {}  # (id of the function whose parameter it is, name) -> value
         self.classes = {node.name for node in ast.walk(tree) if isinstance(node, ast.ClassDef)}
         self.bound: set[int] = set()  # targets whose value is known, and functions that are called
         self.collect(tree, ())
@@ -223,38 +211,38 @@ class Settings:
         if isinstance(node, (*Function, ast.Lambda)):
             scope = (*scope, node)
         elif isinstance(node, (ast.Assign, ast.AnnAssign, ast.NamedExpr)):
-            targets = targets_of(node)
-            for target in targets if node.value is not None else ():
+            for target in targets_of(node):
                 pairs = [(target, node.value)]
                 if isinstance(target, ast.Tuple) and isinstance(node.value, ast.Tuple):
                     pairs = list(zip(target.elts, node.value.elts, strict=False))
                 for part, value in pairs:
-                    if key := key_of(part):
-                        if isinstance(part, ast.Name) and (again := same_name(key, value)) is not None:
-                            self.fallbacks.setdefault(key, []).extend((default, scope) for default in again)
-                        else:
-                            self.bind(key, value, scope)
+                    key = key_of(part)
+                    again = same_name(key, value) if isinstance(part, ast.Name) else None
+                    if again is not None:
+                        self.fallbacks.setdefault(key, []).extend((default, scope) for default in again)
+                    elif value is not None:  # not a mere annotation
+                        self.bind(key, value, scope)
+                    if key or value is None:
                         self.bound.add(id(part))
-            self.bound |= {id(target) for target in targets if node.value is None}
         elif isinstance(node, ast.Dict):
             for key, value in zip(node.keys, node.values, strict=True):
-                if isinstance(key, ast.Constant) and isinstance(key.value, str):
-                    self.bind(f"[{key.value}]", value, scope)
+                if text_of(key) is not None:
+                    self.bind(f"[{text_of(key)}]", value, scope)
         elif isinstance(node, ast.Call):
-            self.calls.setdefault(name_of(node.func), []).append((node, scope))
+            name, texts = name_of(node.func), [text_of(part) for part in node.args]
+            self.calls.setdefault(name, []).append((node, scope))
             self.bound.add(id(node.func))
-            values = [getattr(part, "value", None) for part in node.args]
-            if name_of(node.func) == "add_argument" and node.args and isinstance(values[-1], str):
-                switch = getattr(keyword(node, "action"), "value", "") == "store_true"
+            if name == "add_argument" and texts and texts[-1] is not None:
+                switch = text_of(keyword(node, "action")) == "store_true"
                 default = keyword(node, "default") or (ast.Constant(False) if switch else UNKNOWN)
-                self.bind(values[-1].lstrip("-").replace("-", "_"), default, scope)
-            elif name_of(node.func) == "setattr" and len(values) == 3 and isinstance(values[1], str):
-                self.bind(values[1], UNKNOWN, scope)
-            elif name_of(node.func) in {"setdefault", "putenv"} and values and isinstance(values[0], str):
-                self.bind(f"[{values[0]}]", UNKNOWN, scope)
+                self.bind(texts[-1].lstrip("-").replace("-", "_"), default, scope)
+            elif name == "setattr" and len(texts) == 3 and texts[1] is not None:
+                self.bind(texts[1], UNKNOWN, scope)
+            elif name in {"setdefault", "putenv"} and texts and texts[0] is not None:
+                self.bind(f"[{texts[0]}]", UNKNOWN, scope)
             # A field that is given where its object is made or changed.
-            fields = name_of(node.func) in self.classes | CHANGES
-            for part in node.keywords if fields or name_of(node.func) == "dict" else ():
+            fields = name in self.classes | CHANGES
+            for part in node.keywords if fields or name == "dict" else ():
                 self.bind(f"{part.arg}" if fields else f"[{part.arg}]", part.value, scope)
         for part in ast.iter_child_nodes(node):
             if id(part) not in self.bound:
@@ -266,29 +254,25 @@ class Settings:
 
     def named(self, name: str, scope: Scope) -> Any:
         """The value of a name, or UNKNOWN."""
-        for function in reversed(scope):
-            if name in parameters(function):
-                return self.once(("parameter", id(function), name), lambda f=function: self.parameter(f, name))
-        return self.once(
-            name,
-            lambda: self.logged.get(name.lower(), self.agreed(self.bindings.get(name) or self.fallbacks.get(name, ()))),
-        )
+        function = next((function for function in reversed(scope) if name in parameters(function)), None)
+        key = (id(function), name)
+        if key not in self.memo:
+            self.memo[key] = UNKNOWN  # while it is asked for: a name that is bound to itself has no value
+            if function is not None:
+                self.memo[key] = self.parameter(function, name)
+            else:
+                agreed = self.agreed(self.bindings.get(name) or self.fallbacks.get(name, ()))
+                self.memo[key] = self.logged.get(name.lower(), agreed)
+        return self.memo[key]
 
     def keyed(self, key: str) -> Any:
         """The value that a dictionary has by a key, or an object by a name."""
-        if f"[{key}]" in self.bindings and key.lower() not in self.logged:
-            return self.named(f"[{key}]", ())
-        return self.named(key, ())
-
-    def once(self, key: Any, find: Callable[[], Any]) -> Any:
-        if key not in self.memo:
-            self.memo[key] = UNKNOWN  # while it is asked for: a name that is bound to itself has no value
-            self.memo[key] = find()
-        return self.memo[key]
+        of_dictionary = f"[{key}]" in self.bindings and key.lower() not in self.logged
+        return self.named(f"[{key}]" if of_dictionary else key, ())
 
     def agreed(self, expressions: Iterable[tuple[Any, Scope]]) -> Any:
         """The one value of several expressions."""
-        values = [UNKNOWN if part is UNKNOWN else self.value(part, scope) for part, scope in expressions]
+        values = [self.value(part, scope) for part, scope in expressions]
         if not values or UNKNOWN in values or any(value != values[0] for value in values):
             return UNKNOWN
         return values[0]
@@ -299,14 +283,14 @@ class Settings:
         calls = self.calls.get(called, [])
         if not calls or called in self.handed or self.functions.get(called) is not function:
             return UNKNOWN
+        if any(is_open(call) for call, _ in calls):
+            return UNKNOWN
         names, given = parameters(function), []
         defaults = dict(zip(reversed(names[: len(function.args.args)]), reversed(function.args.defaults), strict=False))
         defaults |= {
             arg.arg: d for arg, d in zip(function.args.kwonlyargs, function.args.kw_defaults, strict=True) if d
         }
         for call, scope in calls:
-            if is_open(call):
-                return UNKNOWN
             method = isinstance(call.func, ast.Attribute) and names[:1] in (["self"], ["cls"])
             arguments = dict(zip(names[method:], call.args, strict=False)) | {k.arg: k.value for k in call.keywords}
             given.append((arguments.get(name, defaults.get(name, UNKNOWN)), scope))
@@ -317,12 +301,12 @@ class Settings:
         name = name_of(node.func)
         helper = self.functions.get(name) if isinstance(node.func, ast.Name) else None
         reads = name == "getenv" or (name in {"get", "pop"} and "environ" in dotted(node.func))
-        if helper is not None and node is not helper:
+        if helper is not None:
             inner = [call for call in calls_of(helper) if name_of(call.func) in {"get", "getenv"} and call.args]
             inner = [call for call in inner if name_of(call.args[0]) in parameters(helper)[:1]]
             reads = bool(inner)
-        variable = getattr(node.args[0], "value", None) if node.args else None
-        if not reads or not isinstance(variable, str):
+        variable = text_of(node.args[0]) if node.args else None
+        if not reads or variable is None:
             return None
         default = argument(node, 1, "default")
         if default is None and helper is not None and len(inner[0].args) > 1:
@@ -337,7 +321,7 @@ class Settings:
             return text
         return False if text.lower() in OFF else True if text.lower() in ON else text
 
-    def value(self, node: ast.AST, scope: Scope) -> Any:
+    def value(self, node: Any, scope: Scope) -> Any:
         """What an expression over settings is, or UNKNOWN. Knows a short list of forms and evaluates nothing else."""
 
         def value(part: ast.AST) -> Any:
@@ -349,8 +333,8 @@ class Settings:
             return self.named(node.id, scope)
         if isinstance(node, ast.Attribute):
             return self.named(node.attr, ())
-        if isinstance(node, ast.Subscript) and isinstance(getattr(node.slice, "value", None), str):
-            return self.keyed(node.slice.value)
+        if isinstance(node, ast.Subscript) and (key := text_of(node.slice)) is not None:
+            return self.keyed(key)
         if isinstance(node, (ast.Tuple, ast.List, ast.Set)):
             parts = [value(part) for part in node.elts]
             return UNKNOWN if UNKNOWN in parts else parts
@@ -381,12 +365,11 @@ class Settings:
         if (found := self.environment(node)) is not None:
             return None if found is Nothing else found
         if name in {"opt", "field", "Field"}:
-            default = keyword(node, "default") or argument(node, 1 if name == "opt" else 0, "")
-            return UNKNOWN if default is None else value(default)
+            return value(keyword(node, "default") or argument(node, 1 if name == "opt" else 0, ""))
         if name in {"getattr", "get"} and len(arguments) > (name == "getattr"):
-            key = getattr(arguments[name == "getattr"], "value", None)
+            key = text_of(arguments[name == "getattr"])
             default = arguments[1 + (name == "getattr") :]
-            if not isinstance(key, str):
+            if key is None:
                 return UNKNOWN
             known = {key, f"[{key}]"} & self.bindings.keys() or key.lower() in self.logged
             return self.keyed(key) if known else value(default[0]) if default else UNKNOWN
@@ -410,16 +393,16 @@ def same_name(name: str, value: ast.AST) -> list[ast.AST] | None:
     if isinstance(value, ast.Call) and name_of(value.func) in CASTS and len(value.args) == 1:
         value = value.args[0]
     if isinstance(value, ast.Call) and name_of(value.func) == "getattr" and len(value.args) > 1:
-        return value.args[2:3] if getattr(value.args[1], "value", None) == name else None
+        return value.args[2:3] if text_of(value.args[1]) == name else None
     return [] if isinstance(value, ast.Attribute) and value.attr == name else None
 
 
 def key_of(node: ast.AST) -> str:
     """The name that a target binds: of a variable, an attribute or a key."""
     if isinstance(node, ast.Subscript):
-        key = getattr(node.slice, "value", None)
+        key = text_of(node.slice)
         of_object = isinstance(node.value, ast.Call) or name_of(node.value) == "__dict__"  # vars(args)["slot"]
-        return "" if not isinstance(key, str) else key if of_object else f"[{key}]"
+        return "" if key is None else key if of_object else f"[{key}]"
     return name_of(node)
 
 
@@ -443,7 +426,7 @@ class Pruner(ast.NodeTransformer):
         kept = []
         for statement in statements:
             new = self.visit(statement)
-            kept.extend(new if isinstance(new, list) else [new] if new is not None else [])
+            kept += new if isinstance(new, list) else [new]
             if kept and isinstance(kept[-1], (ast.Return, ast.Raise, ast.Continue, ast.Break)):
                 break
         return kept
@@ -464,9 +447,7 @@ class Pruner(ast.NodeTransformer):
 
     def visit_If(self, node):
         truth = self.truth(node.test)
-        if truth is None:
-            return self.generic_visit(node)
-        return self.block(node.body if truth else node.orelse)
+        return self.generic_visit(node) if truth is None else self.block(node.body if truth else node.orelse)
 
     def visit_While(self, node):
         return self.block(node.orelse) if self.truth(node.test) is False else self.generic_visit(node)
@@ -508,33 +489,29 @@ def reachable(tree: ast.Module) -> ast.Module:
     A class that is mentioned brings its special methods and forward/backward with it; one that is not has no object
     whose methods could be called, whoever mentions their names.
     """
-    definitions: dict[str, list[ast.AST]] = {}
-    implied: dict[int, list[ast.FunctionDef]] = {}
+    definitions: dict[str | int, list[ast.AST]] = {}  # by what brings them: their name, or the id of their class
     owner: dict[int, int] = {}  # of a method: its class
     for node in ast.walk(tree):
         if isinstance(node, (*Function, ast.ClassDef)):
             definitions.setdefault(node.name, []).append(node)
-        if isinstance(node, ast.ClassDef):
-            methods = [part for part in node.body if isinstance(part, Function)]
-            implied[id(node)] = [m for m in methods if m.name.startswith("__") or m.name in {"forward", "backward"}]
-            owner |= {id(method): id(node) for method in methods}
+        for method in node.body if isinstance(node, ast.ClassDef) else ():
+            if isinstance(method, Function):
+                owner[id(method)] = id(node)
+                if method.name.startswith("__") or method.name in {"forward", "backward"}:
+                    definitions.setdefault(id(node), []).append(method)
     live: set[int] = set()
     waiting: list[ast.AST] = [tree]
-    mentioned_early: dict[int, list[ast.AST]] = {}  # methods of a class that is not live yet
     while waiting:
-        for node in own_nodes_and_headers(waiting.pop()):
-            mentioned = [name_of(node)]
-            if isinstance(node, ast.Constant) and isinstance(node.value, str):
-                mentioned = [node.value]
-            for definition in (found for name in mentioned for found in definitions.get(name, ())):
-                if (home := owner.get(id(definition))) is not None and home not in live:
-                    mentioned_early.setdefault(home, []).append(definition)
-                    continue
-                early = mentioned_early.pop(id(definition), ())
-                for part in (definition, *implied.get(id(definition), ()), *early):
-                    if id(part) not in live:
-                        live.add(id(part))
-                        waiting.append(part)
+        current = waiting.pop()
+        mentioned = [text_of(node) or name_of(node) for node in own_nodes_and_headers(current)]
+        for name in (id(current), *mentioned):
+            for definition in definitions.pop(name, ()):
+                home = owner.get(id(definition))
+                if home is not None and home not in live:
+                    definitions.setdefault(home, []).append(definition)
+                elif id(definition) not in live:
+                    live.add(id(definition))
+                    waiting.append(definition)
     for node in ast.walk(tree):
         if isinstance(getattr(node, "body", None), list):
             node.body = [
@@ -547,15 +524,14 @@ def own_nodes_and_headers(node: ast.AST) -> Iterator[ast.AST]:
     """own_nodes, with decorators and defaults of what is defined inside, and the statements of classes."""
     for part in own_nodes(node):
         yield part
+        headers = []
         if isinstance(part, Function):
-            headers = [*part.decorator_list, *part.args.defaults, *(d for d in part.args.kw_defaults if d)]
-            yield from (inner for header in headers for inner in ast.walk(header))
+            headers = [*part.decorator_list, *part.args.defaults, *filter(None, part.args.kw_defaults)]
         elif isinstance(part, ast.ClassDef) and not isinstance(node, ast.ClassDef):
-            for header in [*part.bases, *part.decorator_list]:
-                yield from ast.walk(header)
-            for statement in part.body:
-                if not isinstance(statement, (*Function, ast.ClassDef)):
-                    yield from ast.walk(statement)
+            fields = [statement for statement in part.body if not isinstance(statement, (*Function, ast.ClassDef))]
+            headers = [*part.bases, *part.decorator_list, *fields]
+        for header in headers:
+            yield from ast.walk(header)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -580,8 +556,10 @@ class Flow:
         self.tree, self.settings = tree, Settings(tree, {})
         self.by_name: dict[str, list[ast.FunctionDef]] = {}
         self.methods: set[int] = set()
-        self.thrown = {found for block in blocks_of(tree) for found in thrown_away(block)}
+        self.thrown: set[int] = set()
         for node in ast.walk(tree):
+            for _, block in blocks(node):
+                self.thrown.update(thrown_away(block, isinstance(node, Function)))
             if isinstance(node, Function):
                 self.by_name.setdefault(node.name, []).append(node)
             if isinstance(node, ast.ClassDef):
@@ -599,11 +577,10 @@ class Flow:
 
     def roots(self) -> Iterator[list[Event]]:
         """Events of the module and of every function that no followed call reaches, in order."""
-        yield self.block([node for node in self.tree.body if not isinstance(node, ast.ClassDef)], State())
-        for functions in self.by_name.values():
-            for function in functions:
-                if id(function) not in self.called:
-                    yield self.summary(function, {}, False)[0]
+        yield self.block(self.tree.body, State())
+        for function in chain.from_iterable(self.by_name.values()):
+            if id(function) not in self.called:
+                yield self.summary(function, {}, False)[0]
 
     def summary(self, function: ast.FunctionDef, levels: Mapping[str, int], quiet: bool) -> tuple[list[Event], int]:
         """(events, level of what is returned) of a function whose arguments have these levels."""
@@ -624,10 +601,7 @@ class Flow:
     # -- statements ----------------------------------------------------------------------------------------------------
 
     def block(self, statements: Iterable[ast.stmt], state: "State") -> list[Event]:
-        events: list[Event] = []
-        for statement in statements:
-            events += self.statement(statement, state)
-        return shorten(events)
+        return shorten([event for statement in statements for event in self.statement(statement, state)])
 
     def statement(self, node: ast.stmt, state: "State") -> list[Event]:
         if isinstance(node, (*Function, ast.ClassDef)):
@@ -660,30 +634,27 @@ class Flow:
         """What an assignment or return does to the names, and the score that it may keep."""
         value = getattr(node, "value", None)
         level = 0 if value is None else self.level(value, state)
-        score = []
-        if level == RESULT and any(KEPT.search(name) for name in names_in(node)):
-            score = [self.kept(node, state)]
+        told = level == RESULT and any(map(KEPT.search, names_in(node)))
+        score, kept = [self.kept(node, state)] if told else [], False
         if isinstance(node, ast.Assign):
-            kept = any(isinstance(target, ast.Subscript) for target in node.targets)
+            kept = isinstance(value, (ast.ListComp, ast.GeneratorExp)) and state.quiet
             for target in node.targets:
                 state.bind(target, level)
                 # total = total + loss accumulates as well
-                kept = kept or (isinstance(value, ast.BinOp) and name_of(target) in names_in(value) - {""})
-            gathered = isinstance(value, (ast.ListComp, ast.GeneratorExp)) and state.quiet
-            return score if kept or gathered else []
-        if isinstance(node, ast.AnnAssign):
+                again = isinstance(value, ast.BinOp) and name_of(target) in names_in(value) - {""}
+                kept = kept or again or isinstance(target, ast.Subscript)
+        elif isinstance(node, ast.AnnAssign):
             state.bind(node.target, level)
         elif isinstance(node, ast.AugAssign):
             state.levels[name_of(node.target)] = max(level, state.levels.get(name_of(node.target), 0))
-            return score
+            kept = True
         elif isinstance(node, ast.Return):
             state.returned = max(state.returned, level)
-            return score if state.quiet else []
-        return []
+            kept = state.quiet
+        return score if kept else []
 
     def loop(self, node: ast.For | ast.AsyncFor | ast.While, state: "State") -> list[Event]:
-        header = node.test if isinstance(node, ast.While) else node.iter
-        events = self.expression(header, state)
+        events = self.expression(node.test if isinstance(node, ast.While) else node.iter, state)
         before = state.copy()
         for _ in range(3):  # until what the loop carries is known
             entered = dict(state.levels)
@@ -743,19 +714,18 @@ class Flow:
             if any(self.level(part, state) for part in followed):
                 return [Event("warm" if id(node) in self.thrown else "train", node.lineno, state.reason())]
         if name in {"append", "add_", "extend", "index_add_", "copy_"} and isinstance(node.func, ast.Attribute):
-            kept = any(KEPT.search(word) for word in names_in(node))
+            kept = any(map(KEPT.search, names_in(node)))
             if kept and any(self.level(part, state) == RESULT for part in arguments):
                 inner = [event for part in arguments for event in self.expression(part, state)]
                 return [*inner, self.kept(node, state)]
-        events: list[Event] = []
         meant = []
         for function, levels in self.targets(node, state):
             self.called.add(id(function))
             meant.append(self.summary(function, levels, state.quiet))
+        events = [event for found, _ in meant for event in found]
         # Several may be meant: where one of them makes its result without a certain score, none is for certain.
-        doubt = any(level == RESULT and all(event.kind != "score" for event in found) for found, level in meant)
-        for event in (event for found, _ in meant for event in found):
-            events.append(event._replace(kind="score?") if doubt and event.kind == "score" else event)
+        if any(level == RESULT and all(event.kind != "score" for event in found) for found, level in meant):
+            events = [event._replace(kind="score?") if event.kind == "score" else event for event in events]
         for part in arguments:  # a function that is handed over is taken as called here: closures, callbacks
             for function in self.by_name.get(part.id, ()) if isinstance(part, ast.Name) else ():
                 if id(function) not in self.methods and name not in {"compile", "checkpoint", "print"}:
@@ -811,7 +781,7 @@ class Flow:
             targets = [] if name in CONVERSIONS else list(self.targets(node, state))
             if targets:
                 return max(self.summary(function, levels, state.quiet)[1] for function, levels in targets)
-            if re.search(r"load_val", name):
+            if "load_val" in name:
                 return TOKENS
             return carried if carried == 0 or name in CONVERSIONS else RESULT
         parts = ast.iter_child_nodes(node)
@@ -861,16 +831,9 @@ def without_gradient(node: ast.AST) -> bool:
     return any(name in dotted(getattr(node, "func", node)) for name in ("no_grad", "inference_mode"))
 
 
-def blocks_of(tree: ast.AST) -> Iterator[tuple[list[ast.stmt], bool]]:
-    """(statements, whether they are a function's) of every block."""
-    for node in ast.walk(tree):
-        yield from ((block, isinstance(node, Function)) for _, block in blocks(node))
-
-
-def thrown_away(found: tuple[list[ast.stmt], bool]) -> Iterator[int]:
+def thrown_away(block: list[ast.stmt], whole: bool) -> Iterator[int]:
     """Ids of the gradients that only move an adapter which is made in this block and gone before anything is scored
-    with it: deleted, made anew, reset, or left behind with the function."""
-    block, whole = found
+    with it: deleted, made anew, reset, or left behind with the function whose `whole` body this is."""
     for i, made in enumerate(block):
         target = made.targets[0] if isinstance(made, ast.Assign) else None
         if not (isinstance(target, ast.Name) and isinstance(made.value, ast.Call)):
@@ -884,16 +847,15 @@ def thrown_away(found: tuple[list[ast.stmt], bool]) -> Iterator[int]:
         if any(name in names_in(part) for part in within[last + 1 :]):
             continue  # it is used again
         region = [node for statement in within for node in ast.walk(statement)]
-        given = [node.value for node in region if isinstance(node, (ast.Return, ast.Yield)) and node.value is not None]
-        escapes = any(name in names_in(value) for value in given)
-        kept = any(isinstance(node, ast.AugAssign) and KEPT.search(name_of(node.target)) for node in region)
+        assigned = [node for node in region if isinstance(node, ast.Assign)]
         calls = [node for node in region if isinstance(node, ast.Call)]
-        gathered = [names_in(call) for call in calls if name_of(call.func) in {"append", "extend"}]
-        kept = kept or any(KEPT.search(word) for words in gathered for word in words)
-        made_of = [node for node in region if isinstance(node, ast.Assign) and name in names_in(node.value)]
-        made_of = [node for node in made_of if "parameters" in names_in(node.value)]
+        escapes = any(name in names_in(node) for node in region if isinstance(node, (ast.Return, ast.Yield)))
+        added = [name_of(node.target) for node in region if isinstance(node, ast.AugAssign)]
+        gathered = [word for call in calls if name_of(call.func) in {"append", "extend"} for word in names_in(call)]
+        kept = any(map(KEPT.search, added + gathered))
+        made_of = [node for node in assigned if {name, "parameters"} <= names_in(node.value)]
         optimizers = {name_of(part) for node in made_of for part in node.targets}
-        steps = [call.func for call in calls if name_of(call.func) == "step" and isinstance(call.func, ast.Attribute)]
+        steps = [call.func for call in calls if isinstance(call.func, ast.Attribute) and call.func.attr == "step"]
         stepped = {name_of(step.value) for step in steps}
         if stepped and stepped <= optimizers and not escapes and not kept:
             yield from (id(call) for call in calls if name_of(call.func) in {"backward", "grad"})
@@ -913,11 +875,10 @@ def makes_parameter(function: ast.FunctionDef, settings: Settings) -> bool:
     """Whether a function optimises a fresh tensor: requires_grad=True or nn.Parameter in its own code."""
     for node in own_nodes(function):
         if isinstance(node, ast.Call):
-            given = [k.value for k in node.keywords if k.arg == "requires_grad"]
-            if any(settings.value(value, (function,)) in (True, 1) for value in given):
-                return True
-            fresh = isinstance(getattr(node.func, "value", None), ast.Call)
-            if name_of(node.func) == "Parameter" or (name_of(node.func) == "requires_grad_" and fresh):
+            required = keyword(node, "requires_grad")
+            required = required is not None and settings.value(required, (function,)) in (True, 1)
+            fresh = name_of(node.func) == "requires_grad_" and isinstance(getattr(node.func, "value", None), ast.Call)
+            if required or fresh or name_of(node.func) == "Parameter":
                 return True
     return False
 
@@ -947,9 +908,8 @@ def order_of_events(tree: ast.Module) -> Iterator[Finding]:
             where = f"line {event.line}"
             if event.kind in {"train", "late"}:
                 later = event.kind == "late" or (scores and scores[-1] > i)
-                earlier = scores and scores[0] < i
                 text = texts[rule].format(line=where)
-                if not later and (earlier or scores) and not (doubt and kept):
+                if not later and scores and not (doubt and kept):
                     continue  # after every score: it can change none
                 if kept and (doubt or not later):
                     # One forward can give the score and, before any step, the gradient. But a loss that is logged looks
@@ -961,7 +921,7 @@ def order_of_events(tree: ast.Module) -> Iterator[Finding]:
                     text += ", if they are scored after it: no score was found"
                 elif doubt:
                     text += ", unless an earlier turn scored them"
-                elif earlier and event.kind == "train":
+                elif event.kind == "train" and scores[0] < i:
                     text = f"validation tokens are scored again after learning from them ({where})"
                 yield Finding(rule, "FAIL" if later and not doubt else "warn", event.line, text)
             elif event.kind == "warm":
@@ -1024,7 +984,7 @@ def target_keys(nodes: list[ast.AST]) -> tuple[set[str], set[str]]:
     return targets, derived(nodes, keys, LOOKUPS | LOSSES) if keys else set()
 
 
-def lookups(nodes: list[ast.AST]) -> Iterator[tuple[ast.AST, ast.AST, ast.AST]]:
+def lookups(nodes: Iterable[ast.AST]) -> Iterator[tuple[ast.AST, ast.AST, ast.AST]]:
     """(node, table, key) of every read of a table."""
     for node in nodes:
         if isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Load):
@@ -1034,22 +994,20 @@ def lookups(nodes: list[ast.AST]) -> Iterator[tuple[ast.AST, ast.AST, ast.AST]]:
                 yield node, node.func.value, part
 
 
-def target_in_key(scopes: Scopes) -> Iterator[Finding]:
-    for _, nodes in scopes:
-        targets, keys = target_keys(nodes)
-        if not targets:
+def target_in_key(scope: str, nodes: list[ast.AST]) -> Iterator[Finding]:
+    """A table that is read with a hash of the target id."""
+    targets, keys = target_keys(nodes)
+    counting = written_tables(nodes) if targets else set()
+    for node, table, key in lookups(nodes) if targets else ():
+        if id(node) in counting:
             continue
-        counting = written_tables(nodes)
-        for node, table, key in lookups(nodes):
-            if id(node) in counting:
-                continue
-            used = names_in(key)
-            direct = is_hash(key) and used & targets
-            if (direct or used & keys) and not names_in(table) & keys:
-                yield Finding("target_in_key", "FAIL", node.lineno, "a table is read with a hash of the target id")
-            elif used & targets and isinstance(key, ast.Tuple) and re.search(r"cache|gram|count|tabl", dotted(table)):
-                text = "a table is read with the target id in its key: is it one distribution over all tokens?"
-                yield Finding("target_in_key", "warn", node.lineno, text)
+        used = names_in(key)
+        direct = is_hash(key) and used & targets
+        if (direct or used & keys) and not names_in(table) & keys:
+            yield Finding("target_in_key", "FAIL", node.lineno, "a table is read with a hash of the target id")
+        elif used & targets and isinstance(key, ast.Tuple) and re.search(r"cache|gram|count|tabl", dotted(table)):
+            text = "a table is read with the target id in its key: is it one distribution over all tokens?"
+            yield Finding("target_in_key", "warn", node.lineno, text)
 
 
 def written_tables(nodes: list[ast.AST]) -> set[int]:
@@ -1068,30 +1026,24 @@ def written_tables(nodes: list[ast.AST]) -> set[int]:
     return written
 
 
-def unnormalised_mix(scopes: Scopes) -> Iterator[Finding]:
+def unnormalised_mix(scope: str, nodes: list[ast.AST]) -> Iterator[Finding]:
     """exp(-nll) of the realised token, blended with another probability and logged again."""
-    for _, nodes in scopes:
-        own, looked_up = set(), set()
-        _, keys = target_keys(nodes)
-        for node in nodes:
-            if isinstance(node, ast.Assign) and len(node.targets) == 1:
-                calls = {name_of(call.func) for call in calls_of(node.value)}
-                if "exp" in calls and any(SCORE.search(word) for word in names_in(node.value)):
-                    own.add(name_of(node.targets[0]))
-                if any(names_in(key) & keys for _, _, key in lookups(list(ast.walk(node.value)))):
-                    looked_up.add(name_of(node.targets[0]))
-        own.discard("")
-        probabilities = derived(nodes, own, {"log"}) if own else set()
-        tables = derived(nodes, looked_up - {""}, {"log"}) if looked_up else set()
-        for node in nodes:
-            if not (isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add) and probabilities):
-                continue
-            products = [part for part in (node.left, node.right) if isinstance(part, ast.BinOp)]
-            if len(products) == 2 and all(isinstance(part.op, ast.Mult) for part in products):
-                if names_in(node) & own:
-                    level = "FAIL" if names_in(node) & tables else "warn"
-                    text = "blends the realised token's probability alone: does the mixture sum to 1 over all tokens?"
-                    yield Finding("unnormalised_mix", level, node.lineno, text)
+    own, looked_up = set(), set()
+    _, keys = target_keys(nodes)
+    for node in nodes:
+        if isinstance(node, ast.Assign) and len(node.targets) == 1 and (name := name_of(node.targets[0])):
+            calls = {name_of(call.func) for call in calls_of(node.value)}
+            if "exp" in calls and any(map(SCORE.search, names_in(node.value))):
+                own.add(name)
+            if any(names_in(key) & keys for _, _, key in lookups(ast.walk(node.value))):
+                looked_up.add(name)
+    tables = derived(nodes, looked_up, {"log"}) if own and looked_up else set()
+    for node in nodes:
+        match node:
+            case ast.BinOp(ast.BinOp(op=ast.Mult()), ast.Add(), ast.BinOp(op=ast.Mult())) if names_in(node) & own:
+                level = "FAIL" if names_in(node) & tables else "warn"
+                text = "blends the realised token's probability alone: does the mixture sum to 1 over all tokens?"
+                yield Finding("unnormalised_mix", level, node.lineno, text)
 
 
 def scores_in(node: ast.Call) -> int:
@@ -1166,28 +1118,26 @@ CALL_RULES = (
 )
 
 
-def forbidden_calls(scopes: Scopes) -> Iterator[Finding]:
+def forbidden_calls(scope: str, nodes: list[ast.AST]) -> Iterator[Finding]:
     """What CALL_RULES name."""
-    for scope, nodes in scopes:
-        for node in nodes:
-            for rule in CALL_RULES if isinstance(node, ast.Call) else ():
-                call = dotted(node.func)
-                if re.search(rule.call, call) and re.search(rule.inside, scope) and rule.holds(node):
-                    yield Finding(rule.rule, "FAIL", node.lineno, rule.text.format(call=call, scope=scope))
+    for node in nodes:
+        for rule in CALL_RULES if isinstance(node, ast.Call) else ():
+            call = dotted(node.func)
+            if re.search(rule.call, call) and re.search(rule.inside, scope) and rule.holds(node):
+                yield Finding(rule.rule, "FAIL", node.lineno, rule.text.format(call=call, scope=scope))
 
 
-def forbidden_uses(scopes: Scopes) -> Iterator[Finding]:
+def forbidden_uses(scope: str, nodes: list[ast.AST]) -> Iterator[Finding]:
     """Validation tokens inside a calibration, and a best validation score that decides."""
-    for scope, nodes in scopes:
-        calibrates = CALIBRATION.search(scope) and not EVALUATION.search(scope)
-        for node in nodes:
-            if isinstance(node, ast.If) and isinstance(node.test, ast.Compare) and isinstance(node.test.ops[0], ast.Lt):
-                left, right = name_of(node.test.left), name_of(node.test.comparators[0])
-                if re.search(r"val_(?:loss|bpb)|^bpb|_bpb$", left) and "best" in right:
-                    text = "keeps what has the best validation score: choosing after seeing validation outcomes"
-                    yield Finding("best_of_passes", "warn", node.lineno, text)
-            elif calibrates and isinstance(getattr(node, "ctx", None), ast.Load) and is_validation(node):
-                yield Finding("calibration_on_validation", "FAIL", node.lineno, f"{scope}() uses validation tokens")
+    calibrates = CALIBRATION.search(scope) and not EVALUATION.search(scope)
+    for node in nodes:
+        if isinstance(node, ast.If) and isinstance(node.test, ast.Compare) and isinstance(node.test.ops[0], ast.Lt):
+            left, right = name_of(node.test.left), name_of(node.test.comparators[0])
+            if re.search(r"val_(?:loss|bpb)|^bpb|_bpb$", left) and "best" in right:
+                text = "keeps what has the best validation score: choosing after seeing validation outcomes"
+                yield Finding("best_of_passes", "warn", node.lineno, text)
+        elif calibrates and isinstance(getattr(node, "ctx", None), ast.Load) and is_validation(node):
+            yield Finding("calibration_on_validation", "FAIL", node.lineno, f"{scope}() uses validation tokens")
 
 
 def is_validation(node: ast.AST) -> bool:
@@ -1197,3 +1147,7 @@ def is_validation(node: ast.AST) -> bool:
         if isinstance(node, ast.Attribute) and node.attr in CONVERSIONS:
             node = node.value
     return bool(VALIDATION.search(name_of(node)) or VALIDATION_PATH.search(dotted(node)))
+
+
+# Each looks at the own nodes of one scope: the module, whose name is empty, or a function.
+RULES = (target_in_key, unnormalised_mix, forbidden_calls, forbidden_uses)

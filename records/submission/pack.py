@@ -33,7 +33,7 @@ from typing import Any, NamedTuple
 
 from records.submission.command import Unusable, command
 from records.submission.rules import CAP_BYTES
-from records.submission.unpack import Function, blocks
+from records.submission.unpack import Function, blocks, name_of, text_of
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -77,14 +77,7 @@ class Cut(NamedTuple):
     instead: str = ""
 
 
-class Token(NamedTuple):
-    type: int
-    string: str
-    start: Position
-    end: Position
-
-
-def tokens_of(text: str) -> Iterator[Token]:
+def tokens_of(text: str) -> Iterator[tokenize.TokenInfo]:
     """The tokens of a source text; an f-string is one of them, as before Python 3.12 splits it."""
     lines, depth, begin = text.split("\n"), 0, (0, 0)
     for token in tokenize.generate_tokens(io.StringIO(text).readline):
@@ -98,15 +91,15 @@ def tokens_of(text: str) -> Iterator[Token]:
                 (row, column), (last, end) = begin, token.end
                 parts = [lines[row - 1][column:], *lines[row : last - 1], lines[last - 1][:end]]
                 whole = "\n".join(parts) if last > row else lines[row - 1][column:end]
-                yield Token(tokenize.STRING, whole, begin, token.end)
+                yield tokenize.TokenInfo(tokenize.STRING, whole, begin, token.end, token.line)
         elif depth == 0:
-            yield Token(*token[:4])
+            yield token
 
 
 class Strip(ast.NodeTransformer):
     """Takes docstrings and annotations out of a tree and notes in `cuts` where they stand in the text."""
 
-    def __init__(self, text: str, tree: ast.Module, tokens: Sequence[Token]):
+    def __init__(self, text: str, tree: ast.Module, tokens: Sequence[tokenize.TokenInfo]):
         self.lines, self.tokens, self.cuts = text.split("\n"), tokens, []
         self.token_starts = [token.start for token in tokens]
         named = set(names_of(tree))
@@ -124,7 +117,7 @@ class Strip(ast.NodeTransformer):
     def end(self, node: ast.AST) -> Position:
         return self.position(node.end_lineno, node.end_col_offset)
 
-    def token_from(self, place: Position, *strings: str) -> Token:
+    def token_from(self, place: Position, *strings: str) -> tokenize.TokenInfo:
         """The first of these tokens at or after a place; "" is the end of a line."""
         i = bisect.bisect_left(self.token_starts, place)
         return next(t for t in self.tokens[i:] if t.string in strings or ("" in strings and t.type == tokenize.NEWLINE))
@@ -137,10 +130,8 @@ class Strip(ast.NodeTransformer):
 
     def without_strings(self, owner: ast.AST, statements: list[ast.stmt]) -> list[ast.stmt]:
         """A block without the statements that are only a string; `pass` where nothing else is in it."""
-        gone = [s for s in statements if isinstance(s, ast.Expr) and isinstance(s.value, ast.Constant)]
-        gone = [s for s in gone if isinstance(s.value.value, str)]
-        has_docstring = isinstance(owner, (ast.Module, ast.ClassDef, *Function))
-        if self.keeps_docstrings and has_docstring:
+        gone = [s for s in statements if isinstance(s, ast.Expr) and text_of(s.value) is not None]
+        if self.keeps_docstrings and isinstance(owner, (ast.Module, ast.ClassDef, *Function)):
             gone = [s for s in gone if s is not statements[0]]
         kept = [s for s in statements if s not in gone]
         if not kept:
@@ -151,8 +142,13 @@ class Strip(ast.NodeTransformer):
             self.cuts.append(Cut(self.start(statement), self.token_from(self.end(statement), ";", "").end))
         return kept
 
-    def visit_ClassDef(self, node: ast.ClassDef) -> ast.AST:
-        return self.enter(node, in_class=True)
+    def generic_visit(self, node: ast.AST) -> ast.AST:
+        outside = self.in_class
+        if isinstance(node, (ast.ClassDef, *Function)):
+            self.in_class = isinstance(node, ast.ClassDef)
+        super().generic_visit(node)
+        self.in_class = outside
+        return node
 
     def visit_FunctionDef(self, node: ast.FunctionDef | ast.AsyncFunctionDef) -> ast.AST:
         if not self.keeps_annotations and all(last_name(d) in PLAIN_DECORATORS for d in node.decorator_list):
@@ -166,15 +162,9 @@ class Strip(ast.NodeTransformer):
                 arrow = next(token for token in reversed(self.tokens[:i]) if token.string == "->")
                 self.cuts.append(Cut(arrow.start, self.token_from(self.end(node.returns), ":").start))
                 node.returns = None
-        return self.enter(node, in_class=False)
+        return self.generic_visit(node)
 
     visit_AsyncFunctionDef = visit_FunctionDef
-
-    def enter(self, node: ast.AST, in_class: bool) -> ast.AST:
-        outside, self.in_class = self.in_class, in_class
-        self.generic_visit(node)
-        self.in_class = outside
-        return node
 
     def visit_AnnAssign(self, node: ast.AnnAssign) -> ast.AST:
         """`x: int = 1` to `x = 1`. Fields of classes stay: dataclasses and named tuples are made of them.
@@ -192,10 +182,9 @@ class Strip(ast.NodeTransformer):
         return ast.Assign([node.target], node.value)
 
 
-def last_name(decorator: ast.expr) -> str | None:
+def last_name(decorator: ast.expr) -> str:
     """`no_grad` of `@torch.no_grad()`."""
-    called = decorator.func if isinstance(decorator, ast.Call) else decorator
-    return getattr(called, "attr", getattr(called, "id", None))
+    return name_of(decorator.func if isinstance(decorator, ast.Call) else decorator)
 
 
 def names_of(tree: ast.AST) -> Iterator[str]:
@@ -206,7 +195,7 @@ def names_of(tree: ast.AST) -> Iterator[str]:
                 yield from value.split(".")
 
 
-def squeeze(tokens: Iterable[Token], cuts: Sequence[Cut]) -> str:
+def squeeze(tokens: Iterable[tokenize.TokenInfo], cuts: Sequence[Cut]) -> str:
     """The tokens outside the cuts with as little space as keeps them apart; one space indents a level."""
     out, level, previous, waiting = [], 0, "", sorted(cuts, reverse=True)
     for token in tokens:
@@ -390,12 +379,10 @@ def tiny_runs(scripts: dict[str, bytes], data: Path, folder: Path) -> dict[str, 
 
 def differences(original: dict, packed: dict, script: bytes) -> list[str]:
     """What speaks against the packed script, in words; empty is a proof."""
-    skipped = OF_THE_RUN | OF_THE_FILE
-    names = dict.fromkeys((*original, *packed))
     found = [
         f"{name} is {original.get(name)} and packed {packed.get(name)}"
-        for name in names
-        if name not in skipped and original.get(name) != packed.get(name)
+        for name in dict.fromkeys((*original, *packed))
+        if name not in OF_THE_RUN | OF_THE_FILE and original.get(name) != packed.get(name)
     ]
     own = dict(code_sha256=hashlib.sha256(script).hexdigest(), bytes_code=len(script))
     found += [f"packed states {k} {packed.get(k)}, its file has {v}" for k, v in own.items() if packed.get(k) != v]

@@ -13,9 +13,8 @@ from records.submission import unpack
 from records.submission.foreign import Note, Submission
 
 COMPANION_SOURCE = re.compile(r"train_gpt_(?:human|readable)\.py|\w+_decode\.py")
-CODE = re.compile(
-    r"\.(?:py|pyx|c|cc|cpp|cxx|cu|cuh|h|hpp|rs|metal|so|ptx|cubin)$"
-)  # that a script may import or compile
+# What a script may import or compile.
+CODE = re.compile(r"\.(?:py|pyx|c|cc|cpp|cxx|cu|cuh|h|hpp|rs|metal|so|ptx|cubin)$")
 LOADERS = {"__import__", "import_module", "find_spec", "run_module"}
 MAX_PACKAGES = 5  # within one another
 MAX_SOURCES = 2_000_000  # characters of all layers and files of the source that are examined
@@ -140,20 +139,15 @@ def check_syntax(s: Submission) -> Iterator[Note]:
 def sources(s: Submission) -> list[tuple[str, str]]:
     """(name, text) of every layer of the script and of the files of the folder that it imports or executes."""
     found, room = [], MAX_SOURCES
-    for name, text in read_sources(s):
-        room -= len(text)
-        if room < 0:
-            s.layers.problems.append(unpack.Problem(0, f"more than {MAX_SOURCES:,} characters, from {name} on"))
-            break
-        found.append((name, text))
+    for file, unwrapped in ({s.found_script[0]: s.layers} | beside(s)).items():
+        for i, layer in enumerate(unwrapped.layers if unwrapped is not None else ()):
+            name = file if i == 0 else f"{file}, unpacked ({i})"
+            room -= len(layer)
+            if room < 0:
+                s.layers.problems.append(unpack.Problem(0, f"more than {MAX_SOURCES:,} characters, from {name} on"))
+                return found
+            found.append((name, layer))
     return found
-
-
-def read_sources(s: Submission) -> Iterator[tuple[str, str]]:
-    files = [(s.found_script[0], s.layers)] if s.script is not None else []
-    for name, unwrapped in [*files, *((name, code) for name, code in beside(s).items() if code is not None)]:
-        for i, layer in enumerate(unwrapped.layers):
-            yield name if i == 0 else f"{name}, unpacked ({i})", layer
 
 
 @functools.lru_cache(1)
@@ -174,7 +168,7 @@ def beside(s: Submission) -> dict[str, unpack.Unwrapped | None]:
             if name.endswith(".py") or name in unwrapped.files:
                 with contextlib.suppress(OSError, SyntaxError):
                     text = unpack.decode_source(s.read(name))
-                    found[name] = unpack.unwrap(text, s.file_from(name))
+                    found[name] = unpack.unwrap(text, functools.partial(s.read_for, name))
                     waiting.append((name, found[name]))
     return found
 
@@ -195,11 +189,11 @@ def used_by(s: Submission, user: str, unwrapped: unpack.Unwrapped) -> Iterator[s
                     for module in modules(node):
                         path = module.replace(".", "/")
                         wanted += [place / f"{path}{end}" for place in places for end in (".py", "/__init__.py")]
-                elif isinstance(node, ast.Constant) and isinstance(node.value, str) and len(node.value) < 200:
-                    yield from by_name.get(node.value.rpartition("/")[2], ())
-                elif isinstance(node, ast.Call) and getattr(node.func, "attr", getattr(node.func, "id", "")) in LOADERS:
-                    named = [part.value for part in node.args if isinstance(part, ast.Constant)]
-                    wanted += [place / f"{name}.py" for name in named if isinstance(name, str) for place in places]
+                elif (text := unpack.text_of(node)) is not None and len(text) < 200:
+                    yield from by_name.get(text.rpartition("/")[2], ())
+                elif isinstance(node, ast.Call) and unpack.name_of(node.func) in LOADERS:
+                    named = [unpack.text_of(part) for part in node.args]
+                    wanted += [place / f"{name}.py" for name in named if name is not None for place in places]
     yield from (path.as_posix() for path in wanted if path.as_posix() in s.files)
 
 

@@ -81,17 +81,14 @@ def check_run(folder: Path) -> list[Finding]:
         for name in s.files:  # plain files only: a link would lead out
             (copy / name).parent.mkdir(parents=True, exist_ok=True)
             (copy / name).write_bytes(s.read(name, MAX_FOLDER))
-        lines, ended = import_there(
-            copy / s.found_script[0], work, any("import torch" in layer for layer in s.layers.layers)
-        )
+        preload = any("import torch" in layer for layer in s.layers.layers)
+        lines, ended = import_there(copy / s.found_script[0], work, preload)
     notes = []
     first, last = (lines[0] if lines else {}), (lines[-1] if len(lines) > 1 else {})
     if first.get("offline") is not True:
         notes.append(Note("warn", "the kernel did not allow to cut off the network"))
-    if "error" in last:
-        notes.append(Note("FAIL", f"IMPORT_FAIL error={last['error']}"))
-    elif number(last.get("seconds")) is None:
-        notes.append(Note("FAIL", f"IMPORT_FAIL error={ended}"))
+    if "error" in last or number(last.get("seconds")) is None:
+        notes.append(Note("FAIL", f"IMPORT_FAIL error={last.get('error', ended)}"))
     else:
         sizes = dict(dim="model_dim", layers="num_layers", vocab="vocab_size")
         shown = [f"{name}={last.get(key)}" for name, key in sizes.items()]

@@ -126,23 +126,23 @@ LEXEME = re.compile(
 
 
 class FStrings:
-    """Scanner over one source; `found` are outermost f-strings (start, end, reason) that 3.10 would refuse. Its methods
-    take where something begins, and the quotes of the f-strings around it; they return where it ends."""
+    """Scanner over one source. Its methods take where something begins, and the quotes of the f-strings around it; they
+    return where it ends."""
 
     def __init__(self, source: str):
-        self.source, self.found, self.reason = source, [], ""
+        self.source, self.reason = source, ""
 
     def refuse(self, reason: str) -> None:
         self.reason = self.reason or reason
 
-    def scan(self) -> list[tuple[int, int, str]]:
+    def scan(self) -> Iterator[tuple[int, int, str]]:
+        """(start, end, reason) of the outermost f-strings that 3.10 would refuse."""
         i, n = 0, len(self.source)
         while i < n:
-            start, i = i, self.token(i, [])
+            start, self.reason = i, ""
+            i = self.token(i, [])
             if self.reason:
-                self.found.append((start, min(i, n), self.reason))
-                self.reason = ""
-        return self.found
+                yield start, min(i, n), self.reason
 
     def token(self, i: int, quotes: list[str]) -> int:
         lexeme = LEXEME.match(self.source, i)
@@ -200,7 +200,7 @@ class FStrings:
 def new_fstrings(source: str) -> list[tuple[int, int, str]]:
     """(start, end, reason) of f-strings that Python before 3.12 refuses."""
     try:
-        return FStrings(source).scan()
+        return list(FStrings(source).scan())
     except RecursionError:
         return []
 
@@ -259,6 +259,35 @@ def codecs_decode(data: Any, encoding: str = "utf-8", errors: str = "strict") ->
     return codecs.decode(data, encoding, errors)
 
 
+class Located(str):
+    """A path, relative to the script's folder as far as that is known."""
+
+
+class Opened(NamedTuple):
+    """A file that a script opens."""
+
+    name: str
+    binary: bool
+
+
+class Ref(NamedTuple):
+    """A module or function by its dotted name."""
+
+    name: str
+
+
+def as_bytes(value: Any = b"", *encoding: str) -> bytes:
+    if isinstance(value, int):
+        raise Unfoldable("bytes of a number")
+    return bytes(value, *encoding)
+
+
+def as_text(value: Any = "", *encoding: str) -> str:
+    if isinstance(value, (list, tuple, dict)):
+        raise Unfoldable("text of a list")
+    return str(value, *encoding)
+
+
 FUNCTIONS: Mapping[str, Callable] = {
     "lzma.decompress": lzma_decompress,
     "zlib.decompress": zlib_decompress,
@@ -270,41 +299,22 @@ FUNCTIONS: Mapping[str, Callable] = {
     "zstandard.ZstdDecompressor.decompress": zstd_decompress,
     **{f"base64.{name}": getattr(base64, name) for name in ("b85decode", "a85decode", "b64decode", "b32decode")},
     **{f"base64.{name}": getattr(base64, name) for name in ("b16decode", "standard_b64decode", "urlsafe_b64decode")},
-    "binascii.unhexlify": binascii.unhexlify,
-    "binascii.a2b_hex": binascii.a2b_hex,
-    "binascii.a2b_base64": binascii.a2b_base64,
+    **{f"binascii.{name}": getattr(binascii, name) for name in ("unhexlify", "a2b_hex", "a2b_base64")},
     "codecs.decode": codecs_decode,
     "bytes.fromhex": bytes.fromhex,
     "compile": lambda source: source,
-    "os.path.join": lambda *parts: Located(posixpath.join(*parts)),
+    **dict.fromkeys(("os.path.join", "pathlib.Path"), lambda *parts: Located(posixpath.join(*parts))),
     "os.path.dirname": lambda path: Located(posixpath.dirname(path)),
     **{f"os.path.{name}": lambda path: path for name in ("abspath", "realpath", "expanduser")},
-    "pathlib.Path": lambda *parts: Located(posixpath.join(*parts)),
-    "open": lambda path, mode="r", *_, **__: Opened(str(path), "b" in mode),
-    "io.open": lambda path, mode="r", *_, **__: Opened(str(path), "b" in mode),
-    "chr": chr,
-    "ord": ord,
-    "len": len,
+    **dict.fromkeys(("open", "io.open"), lambda path, mode="r", *_, **__: Opened(str(path), "b" in mode)),
+    **{function.__name__: function for function in (chr, ord, len)},
     "reversed": lambda value: value[::-1],
-    "bytes": lambda value=b"", *encoding: _bytes(value, *encoding),
-    "bytearray": lambda value=b"", *encoding: _bytes(value, *encoding),
-    "str": lambda value="", *encoding: _str(value, *encoding),
+    **dict.fromkeys(("bytes", "bytearray"), as_bytes),
+    "str": as_text,
 }
 METHODS = {"decode", "encode", "join", "replace", "strip", "lstrip", "rstrip", "removeprefix", "removesuffix", "split"}
 METHODS |= {"splitlines", "translate", "lower", "upper"}
 PATH_METHODS = {"read", "read_text", "read_bytes", "open", "joinpath", "with_name", "resolve", "absolute"}
-
-
-def _bytes(value: Any, *encoding: str) -> bytes:
-    if isinstance(value, int):
-        raise Unfoldable("bytes of a number")
-    return bytes(value, *encoding)
-
-
-def _str(value: Any, *encoding: str) -> str:
-    if isinstance(value, (list, tuple, dict)):
-        raise Unfoldable("text of a list")
-    return str(value, *encoding)
 
 
 def size(value: Any) -> int:
@@ -325,23 +335,6 @@ def size_to_come(method: str, owner: Any, arguments: list) -> int:
     return 64 * owner.count(arguments[0]) if method == "split" and arguments else len(owner)
 
 
-class Located(str):
-    """A path, relative to the script's folder as far as that is known."""
-
-
-class Opened(NamedTuple):
-    """A file that a script opens."""
-
-    name: str
-    binary: bool
-
-
-class Ref(NamedTuple):
-    """A module or function by its dotted name."""
-
-    name: str
-
-
 class Folding:
     """Constant folding over one layer: names of the module that hold constants, modules or one-line functions. `read`
     gives the bytes of a file by its name, or None; what was asked for is in `files`."""
@@ -359,9 +352,8 @@ class Folding:
         """Learn what a statement binds."""
         if isinstance(node, ast.Import):
             for alias in node.names:
-                self.names[alias.asname or alias.name.split(".")[0]] = Ref(
-                    alias.name if alias.asname else alias.name.split(".")[0]
-                )
+                top = alias.name.split(".")[0]
+                self.names[alias.asname or top] = Ref(alias.name if alias.asname else top)
         elif isinstance(node, ast.ImportFrom):
             for alias in node.names:
                 self.names[alias.asname or alias.name] = Ref(f"{node.module}.{alias.name}")
@@ -393,8 +385,7 @@ class Folding:
     def fold(self, node: ast.AST) -> Any:
         """The constant that an expression is. Raises Unfoldable."""
         self.folds += 1
-        if self.folds > MAX_FOLDS or self.bytes > MAX_FOLDED:
-            raise Unfoldable("too much to fold")
+        self.spend(0)
         try:
             value = self.value(node)
         except Unfoldable:
@@ -411,7 +402,7 @@ class Folding:
 
     def spend(self, bytes: int) -> None:
         self.bytes += bytes
-        if self.bytes > MAX_FOLDED:
+        if self.folds > MAX_FOLDS or self.bytes > MAX_FOLDED:
             raise Unfoldable("too much to fold")
 
     def value(self, node: ast.AST) -> Any:
@@ -436,7 +427,7 @@ class Folding:
             case ast.Dict(keys, values):
                 return {self.fold(key): self.fold(value) for key, value in zip(keys, values, strict=True)}
             case ast.JoinedStr(parts):
-                texts = [_str(self.fold(part)) for part in parts]
+                texts = [as_text(self.fold(part)) for part in parts]
                 self.spend(size_to_come("join", "", [texts]))
                 return "".join(texts)
             case ast.FormattedValue(inner):
@@ -494,18 +485,13 @@ class Folding:
 
     def call(self, node: ast.Call) -> Any:
         if isinstance(node.func, ast.Attribute) and node.func.attr in METHODS | PATH_METHODS:
-            try:
-                owner = self.fold(node.func.value)
-            except Unfoldable as error:
-                owner = error
+            owner = self.fold(node.func.value)
             if isinstance(owner, (Opened, Located)) and node.func.attr in PATH_METHODS:
                 return self.of_path(owner, node)
             if isinstance(owner, (str, bytes)):
                 arguments = [self.fold(part) for part in node.args]
                 self.spend(size_to_come(node.func.attr, owner, arguments))
                 return getattr(owner, node.func.attr)(*arguments, **self.keywords(node))
-            if isinstance(owner, Unfoldable):
-                raise owner
         function = node.func if isinstance(node.func, ast.Lambda) else self.fold(node.func)
         if isinstance(function, (ast.Lambda, ast.FunctionDef)):
             return self.inline(function, node)
@@ -577,15 +563,21 @@ def statements(tree: ast.AST, inside: bool = False) -> Iterator[ast.stmt]:
                 yield from statements(node, inside)
 
 
-def called_name(call: ast.Call) -> str:
-    return getattr(call.func, "id", None) or getattr(call.func, "attr", "")
+def name_of(node: ast.AST) -> str:
+    """The last name of a dotted expression; empty where there is none."""
+    return node.id if isinstance(node, ast.Name) else node.attr if isinstance(node, ast.Attribute) else ""
+
+
+def text_of(node: ast.AST | None) -> str | None:
+    """The text that a constant is; None for any other node."""
+    return node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else None
 
 
 def executions(tree: ast.Module) -> list[ast.Call]:
     """Calls of exec, eval and of functions that run a file, wherever they stand."""
     names = {ast.Name: {"exec", "eval", "run_path"}, ast.Attribute: {"exec", "run_path"}}
     calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
-    return [call for call in calls if called_name(call) in names.get(type(call.func), ())]
+    return [call for call in calls if name_of(call.func) in names.get(type(call.func), ())]
 
 
 def unwrap(source: str, read: Callable[[str], bytes | None] = lambda name: None) -> Unwrapped:
@@ -612,7 +604,7 @@ def unwrap(source: str, read: Callable[[str], bytes | None] = lambda name: None)
 
 def executed(call: ast.Call, foldings: list["Folding"], found: Unwrapped) -> list[str]:
     """The text that a call executes, if it is no file's as it stands: those are named in `found.files`."""
-    name = called_name(call)
+    name = name_of(call.func)
     for folding in foldings:
         try:
             inner = folding.fold(call.args[0])
@@ -660,8 +652,6 @@ class Bare(ast.NodeTransformer):
             node.annotation = None
         elif isinstance(node, ast.AnnAssign) and node.value is not None:
             return ast.copy_location(ast.Assign([node.target], node.value), node)
-        if hasattr(node, "type_comment"):
-            node.type_comment = None
         return node
 
 
