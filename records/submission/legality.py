@@ -716,8 +716,7 @@ class Flow:
         if name in {"append", "add_", "extend", "index_add_", "copy_"} and isinstance(node.func, ast.Attribute):
             kept = any(map(KEPT.search, names_in(node)))
             if kept and any(self.level(part, state) == RESULT for part in arguments):
-                inner = [event for part in arguments for event in self.expression(part, state)]
-                return [*inner, self.kept(node, state)]
+                return [self.kept(node, state)]
         meant = []
         for function, levels in self.targets(node, state):
             self.called.add(id(function))
