@@ -3184,6 +3184,12 @@ class Stored(NamedTuple):
             return self.data.nbytes
         return entropy_bits(torch.bincount(self.data.flatten().long() + Q_LIMIT).numpy()) / 8
 
+    def parts(self) -> dict[str, Tensor]:
+        """What each stream of the payload holds of it."""
+        if self.scale is None:
+            return {self.storage: self.data}
+        return dict(codes=self.data, fp16=self.scale, columns=self.columns)
+
 
 class Grid(NamedTuple):
     """Where a matrix's weights may lie: whole multiples, up to q_max, of its rows' scales."""
@@ -3217,7 +3223,7 @@ def short_scale(scale: Tensor) -> Tensor:
 
 
 class Calibration(NamedTuple):
-    """What quantization learns from training text, by the weights' names: what a quantizer or rounder may need."""
+    """What quantization learns from training text, by the weights' names."""
 
     hessians: Mapping[str, Tensor] = {}  # of every block matrix: Σ x xᵀ (in, in) fp32 over its inputs x
     sensitivity: Mapping[str, Tensor] = {}  # of every matrix: (rows, 1) mean squares of the loss's gradient
@@ -3232,10 +3238,6 @@ class Quantizer(NamedTuple):
     clips: bool = False  # beyond the last level of a storage; else a class has all levels that its weights need
     needs: tuple[str, ...] = ()  # fields of Calibration
     qat: str = ""  # the quantizer that stands in where there is no calibration, as in QAT; "": this one
-
-    def q_max(self, storage: str) -> int:
-        """The largest code that a weight may have."""
-        return levels(storage) if self.clips else Q_LIMIT
 
     def grid(self, w: Tensor, steps: Tensor, storage: str, factor: float = 1.0) -> Grid:
         """Of w (rows, cols) with steps (rows, candidates), `factor` times as large: a fitted artifact's.
@@ -3511,27 +3513,9 @@ def walk_trellises(
     return walked
 
 
-class Rounder(NamedTuple):
-    """How weights become codes of their grids."""
-
-    # (settings, calibration) -> by name, for the weights that are not rounded to nearest, what rounds them instead
-    prepare: Callable[[Hyperparameters, Calibration], dict[str, GPTQ | Trellis]]
-    needs: tuple[str, ...] = ()  # fields of Calibration
-
-
-def full_gptq(hp: Hyperparameters, calibration: Calibration) -> dict[str, GPTQ]:
-    return {name: GPTQ(hessian, hp) for name, hessian in calibration.hessians.items()}
-
-
-ROUNDERS = {  # by GPTQ_ENABLED
-    False: Rounder(lambda hp, calibration: {}),
-    True: Rounder(full_gptq, needs=("hessians",)),
-}
-
-
 def calibration_needs(hp: Hyperparameters) -> set[str]:
     """The fields of Calibration that these settings use."""
-    return {*QUANTIZERS[hp.quant].needs, *ROUNDERS[hp.gptq_enabled].needs}
+    return {*QUANTIZERS[hp.quant].needs, *(["hessians"] if hp.gptq_enabled else [])}
 
 
 def calibrate(run: Run, weights: Mapping[str, Tensor], texts: np.ndarray) -> Calibration:
@@ -3608,13 +3592,13 @@ def quantize(
     for name in sorted(weights, key=lambda name: order.index(label_of(name))):  # stable: model order in a class
         w, storage = weights[name].detach().float(), storage_of(name, hp)
         if name in grids:
-            rounder = rounding.get(name)
-            columns, scale, codes = rounder and rounder.columns, grids[name].scales, walked.get(name)
-            if codes is None:
-                scale, codes = (rounder.round if rounder else round_to_nearest)(w, grids[name])
-            forms = (f"{'int' if columns is None else 'tcq'}{bits}" for bits in range(5, 9))
-            storage = next(form for form in forms if levels(form) >= grids[name].q_max)  # the smallest
-            columns = None if columns is None else columns.cpu()
+            bits = max(5, 1 + int(grids[name].q_max).bit_length())
+            if name in walked:
+                storage, columns = f"tcq{bits}", rounding[name].columns.cpu()
+                scale, codes = grids[name].scales, walked[name]
+            else:
+                storage, columns = f"int{bits}", None
+                scale, codes = (rounding[name].round if name in rounding else round_to_nearest)(w, grids[name])
             stored[name] = t = Stored(storage, codes.to(torch.int8).cpu(), scale.half().cpu(), columns)
         else:
             stored[name] = t = Stored(storage, w.half().cpu() if storage == "fp16" else w.cpu(), None)
@@ -3643,7 +3627,7 @@ class QAT:
         self.on, self.hp, self.layers = False, hp, reconstructed_layers(model)
         self.quantizer = QUANTIZERS[uncalibrated(hp)]
         for name, layer in self.layers.items():
-            layer.q_max = self.quantizer.q_max(storage_of(name, hp))
+            layer.q_max = levels(storage_of(name, hp)) if self.quantizer.clips else Q_LIMIT
             layer.row_scale = torch.ones(layer.weight.size(0), 1, device=layer.weight.device)
 
     @torch.no_grad()
@@ -3706,7 +3690,8 @@ class Exporter:
     """Averaged weights on their way into an artifact, on the main rank."""
 
     def __init__(self, run: Run, weights: Mapping[str, Tensor], calibration: Calibration):
-        self.run, self.rounding = run, ROUNDERS[run.hp.gptq_enabled].prepare(run.hp, calibration)
+        self.run, hessians = run, calibration.hessians if run.hp.gptq_enabled else {}
+        self.rounding = {name: GPTQ(hessian, run.hp) for name, hessian in hessians.items()}
         calibration = calibration._replace(left={name: rounder.left for name, rounder in self.rounding.items()})
         if run.hp.trellis_enabled:
             free = [name for name in weights if levels(storage_of(name, run.hp)) and sigmas_of(name, run.hp)]
@@ -3987,8 +3972,8 @@ def encode_codes(tensors: Mapping[str, Stored]) -> tuple[bytes, bytes]:
 def decode_codes(
     table: Sequence, models: memoryview, words: bytes, scales: Mapping[str, np.ndarray] = {}
 ) -> dict[str, np.ndarray]:
-    """int8 codes by name, in the order of a checked table, of just these models and words; `scales` are those of the
-    columns of its trellises. Raises ArtifactError."""
+    """int8 codes by name, of a checked table and just these models and words; `scales` are those of the columns of its
+    trellises. Raises ArtifactError."""
     damaged = ArtifactError("artifact is damaged: its code tables or words are not whole")
     asked = sum(math.prod(shape) for _, shape, storage in table if levels(storage))
     if asked > min(MAX_PAYLOAD_BYTES, MAX_CODES_PER_BYTE * (len(models) + len(words))):
@@ -4041,7 +4026,7 @@ def decode_codes(
             codes[name] = part.reshape(shape)
     if not coder.is_empty() or reader.read(1):
         raise damaged
-    return {name: codes[name] for name, _, storage in table if levels(storage)}
+    return codes
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -4144,25 +4129,25 @@ def from_planes(data: memoryview, dtype: str) -> np.ndarray:
     return planes[::-1].T.copy().view(dtype)[:, 0].astype(dtype[1:])
 
 
-def stream_places(table: Sequence) -> list[tuple[str, Sequence[int]]]:
-    """(stream, shape) of every tensor of a table [[name, shape, storage], …], then of the row scales of all codes, of
-    the columns of all trellises."""
-    places = [("codes" if levels(storage) else storage, shape) for _, shape, storage in table]
-    places += [("fp16", (shape[0], 1)) for _, shape, storage in table if levels(storage)]
-    return places + [("columns", (shape[1],)) for _, shape, storage in table if storage.startswith("tcq")]
+def stream_shapes(table: Sequence) -> dict[str, dict[str, Sequence[int]]]:
+    """By stream and in its order, the shapes of what it holds of the tensors of a table [[name, shape, storage], …]."""
+    streams = {stream: {} for stream in STREAMS}
+    for name, shape, storage in table:
+        streams["codes" if levels(storage) else storage][name] = shape
+        if storage.startswith("tcq"):
+            streams["columns"][name] = shape[1:]
+    streams["fp16"] |= {name: (rows, 1) for name, (rows, _) in streams["codes"].items()}
+    return streams
 
 
 def pack_artifact(header: dict, tensors: Mapping[str, Stored], compressor: str) -> bytes:
     """The file's bytes, ready to be written. `header` lacks only the tensor table."""
     table = [[name, list(t.data.shape), t.storage] for name, t in tensors.items()]
     header_bytes = json.dumps({**header, "tensors": table}, separators=(",", ":"), sort_keys=True).encode()
-    arrays = [t.data.numpy() for t in tensors.values()]
-    arrays += [t.scale.numpy() for t in tensors.values() if t.scale is not None]
-    arrays += [t.columns.numpy() for t in tensors.values() if t.columns is not None]
-    places = [stream for stream, _ in stream_places(table)]
+    parts = {name: t.parts() for name, t in tensors.items()}
     streams = {
-        stream: byte_planes([a for a, place in zip(arrays, places, strict=True) if place == stream], dtype)
-        for stream, dtype in STREAMS.items()
+        stream: byte_planes([parts[name][stream].numpy() for name in shapes], STREAMS[stream])
+        for stream, shapes in stream_shapes(table).items()
     }
     models = words = b""
     if compressor == "ans":
@@ -4250,33 +4235,30 @@ def listed_settings(listed: dict[str, Any], section: str, **more: Any) -> dict[s
 def read_tensors(table: list, data: memoryview, words: bytes | None) -> dict[str, Stored]:
     """Tensors of a checked table from the payload after the header, codes from `words` where an entropy coder wrote
     them. Lengths are compared before anything is made."""
-    places, start, values = stream_places(table), 0, {}
-    sizes = {stream: [math.prod(shape) for place, shape in places if place == stream] for stream in STREAMS}
-    bytes_of = {stream: sum(sizes[stream]) * np.dtype(dtype).itemsize for stream, dtype in STREAMS.items()}
+    streams, parts, tensors = stream_shapes(table), {}, {}
     if words is not None:
-        bytes_of["codes"] = 0
-    end = sum(bytes_of.values())
-    if end > len(data) or (end < len(data) and words is None):
+        streams["codes"] = {}
+    sizes = {stream: [math.prod(shape) for shape in shapes.values()] for stream, shapes in streams.items()}
+    lengths = (sum(sizes[stream]) * np.dtype(dtype).itemsize for stream, dtype in STREAMS.items())
+    ends = [*itertools.accumulate(lengths)]
+    if ends[-1] > len(data) or (ends[-1] < len(data) and words is None):
         raise ArtifactError("artifact is damaged: its streams are shorter or longer than its table")
-    for stream, dtype in STREAMS.items():
-        part = from_planes(data[start : start + bytes_of[stream]], dtype)
-        values[stream], start = split(part, sizes[stream]), start + bytes_of[stream]
-    trellises = [name for name, _, storage in table if storage.startswith("tcq")]
-    columns = dict(zip(trellises, values["columns"], strict=False))  # without any, the stream is one empty part
+    for (stream, dtype), start, end in zip(STREAMS.items(), [0, *ends], ends, strict=False):
+        values = split(from_planes(data[start:end], dtype), sizes[stream])  # of no tensor, one empty part
+        shapes = streams[stream].items()
+        parts[stream] = {name: part.reshape(shape) for (name, shape), part in zip(shapes, values, strict=False)}
     if words is not None:
-        values["codes"] = list(decode_codes(table, data[end:], words, columns).values())
-    values = {stream: iter(parts) for stream, parts in values.items()}
-    arrays = [torch.from_numpy(next(values[stream]).reshape(shape)) for stream, shape in places]
-    tensors, scales = {}, iter(arrays[len(table) :])
-    columns = {name: torch.from_numpy(part) for name, part in columns.items()}
-    for (name, _, storage), data in zip(table, arrays, strict=False):
+        parts["codes"] = decode_codes(table, data[ends[-1] :], words, parts["columns"])
+    parts = {stream: {name: torch.from_numpy(a) for name, a in found.items()} for stream, found in parts.items()}
+    for name, _, storage in table:
         limit = levels(storage)
-        scale = next(scales) if limit else None
+        data = parts["codes" if limit else storage][name]
+        scale = parts["fp16"][name] if limit else None
         if limit and (int(data.max()) > limit or int(data.min()) < -limit):
             raise ArtifactError(f"artifact is damaged: codes of {name} lie outside {storage}")
         if not (scale if limit else data).isfinite().all() or (limit and (scale < 0).any()):
             raise ArtifactError(f"artifact is damaged: {name} holds values that are not finite")
-        tensors[name] = Stored(storage, data, scale, columns.get(name))
+        tensors[name] = Stored(storage, data, scale, parts["columns"].get(name))
     return tensors
 
 
