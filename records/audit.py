@@ -321,6 +321,7 @@ class Judge:
         self.args, self.script, self.log = args, script, log
         self.shards, self.tokens = read_split(args.data)
         self.record = prepared_documents(args.data)
+        self.script_bytes, self.blob = args.script.read_bytes(), args.artifact.read_bytes()
         self.tokenizer = SentencePieceProcessor(model_file=str(args.tokenizer))
         kinds = (self.tokenizer.is_control, self.tokenizer.is_unknown, self.tokenizer.is_unused)
         ids = [i for i in range(self.tokenizer.vocab_size()) if i != BOS_ID]
@@ -692,14 +693,6 @@ class Judge:
         if other:
             return Finding(False, f"not the log's: {', '.join(other)}")
         return Finding(True, " ".join(f"{name}:{ours[name][:16]}" for name in (*names, "log")))
-
-    @property
-    def blob(self) -> bytes:
-        return self.args.artifact.read_bytes()
-
-    @property
-    def script_bytes(self) -> bytes:
-        return self.args.script.read_bytes()
 
     def hashes(self) -> dict[str, str | None]:
         data = dict(script=self.script_bytes, artifact=self.blob, tokenizer=self.args.tokenizer.read_bytes())

@@ -120,17 +120,11 @@ def main() -> int:
             packed = exporter.pack() if room is None or arguments.unfitted else exporter.fit(room)
             size = len(packed.blob)
             room = room or size
-            lost = bench.lost(packed, base)
-            mean = sum(lost) / 2
+            there, mirrored = bench.lost(packed, base)
+            mean = (there + mirrored) / 2
             first = first or mean
-            cells = [
-                f"`{text}`",
-                f"{packed.factor:.3f}",
-                f"{size:,}",
-                f"{room - size:,}",
-                *(f"{x:.3f}" for x in lost),
-            ]
-            print("|", " | ".join([*cells, f"{mean:.3f}", f"{100 * (1 - mean / first):.0f} %"]), "|", flush=True)
+            print(f"| `{text}` | {packed.factor:.3f} | {size:,} | {room - size:,}", end=" | ")
+            print(f"{there:.3f} | {mirrored:.3f} | {mean:.3f} | {100 * (1 - mean / first):.0f} % |", flush=True)
     except (pg.UserError, pg.LimitError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
