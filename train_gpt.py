@@ -3445,8 +3445,8 @@ def trellis_codes(w: Tensor, scale: Tensor, q_max: int, factor: Tensor | None = 
     half = torch.tensor([0.0, 0.5] * 4, device=device)[:, None]  # what odd states' codes lack
     parity = torch.tensor([0.0, 1.0], device=device)[:, None, None]
     largest = q_max - (q_max + parity) % 2
-    row = torch.arange(count * rows, device=device).view(count, 1, rows)
-    row = row + 7 * rows * torch.arange(count, device=device)[:, None, None]  # as rows of (count, 8, rows) are counted
+    # Where a row is in state 0, as those of (count, 8, rows) are counted.
+    row = 8 * rows * torch.arange(count, device=device)[:, None, None] + torch.arange(rows, device=device)
     cost = torch.full((count, 8, rows), math.inf, device=device)
     cost[:, 0] = 0.0
     wanted = (w / torch.where(scale > 0, scale, 1.0)[:, :, None])[:, None].expand(-1, 8, -1, -1)  # in steps
@@ -3859,8 +3859,8 @@ def entropy_model(costs: np.ndarray):
 
 
 def costs_of(counts: np.ndarray) -> np.ndarray:
-    """Costs (n,) uint8, in eighths of a bit, of symbols that occur so often."""
-    share = np.maximum(counts, 1e-12) / max(counts.sum(), 1)
+    """Costs (…, n) uint8, in eighths of a bit, of symbols that occur so often."""
+    share = np.maximum(counts, 1e-12) / np.maximum(counts.sum(-1, keepdims=True), 1)
     return np.clip(np.round(-8 * np.log2(share)), 0, 255).astype(np.uint8)
 
 
@@ -3926,7 +3926,7 @@ def classify(
         bits = entropy_bits(counts) + entropy_bits(np.bincount(rows)) + entropy_bits(np.bincount(columns))
         bits += 4.0 * (q_max + 1) * len(counts)  # a table entry, compressed
         if bits < fewest:
-            best, fewest = (rows, columns, np.stack([costs_of(row) for row in counts])), bits
+            best, fewest = (rows, columns, costs_of(counts)), bits
     return best
 
 
@@ -3952,7 +3952,8 @@ def encode_codes(tensors: Mapping[str, Stored]) -> tuple[bytes, bytes]:
         for side in (rows, columns):
             costs = costs_of(np.bincount(side))
             models.append(bytes([len(costs) - 1]) + costs.tobytes())
-            jobs.append((side.astype(np.int32), entropy_model(costs) if len(costs) > 1 else None))
+            if len(costs) > 1:
+                jobs.append((side.astype(np.int32), entropy_model(costs)))
         models.append(bytes([len(tables) - 1]) + tables.tobytes())
         run = contexts = code_contexts(shapes, rows, columns, odd)  # what is coded in one go
         if odd is not None:
@@ -3963,8 +3964,7 @@ def encode_codes(tensors: Mapping[str, Stored]) -> tuple[bytes, bytes]:
         models_of = (tables[context] for context in contexts[order[starts]])
         jobs += zip(np.split(codes, starts[1:]), models_of, strict=True)
     for symbols, model in reversed(jobs):  # a stack: the decoder meets the last first
-        if model is not None:
-            coder.encode_reverse(symbols, model)
+        coder.encode_reverse(symbols, model)
     words = coder.get_compressed().astype("<u4").tobytes()
     return struct.pack("<I", len(words) // 4) + b"".join(models), words
 
