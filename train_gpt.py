@@ -3544,12 +3544,12 @@ def calibrate(run: Run, weights: Mapping[str, Tensor], texts: np.ndarray) -> Cal
     mine, rows = ranks.part(texts), calibration_rows(run)
     for i in range(0, len(mine), rows):
         tokens = torch.from_numpy(mine[i : i + rows].astype(np.int64)).to(device)
-        if not squares:
+        if squares:
+            model.zero_grad()
+            model(tokens[:, :-1], tokens[:, 1:]).mean().backward()
+        else:
             with torch.no_grad():
                 through(tokens[:, :-1])
-            continue
-        model.zero_grad()
-        model(tokens[:, :-1], tokens[:, 1:]).mean().backward()
         for name, square in squares.items():
             square += parameters[name].grad.square().mean(1, keepdim=True)
     for name, hessian in hessians.items():
@@ -3592,7 +3592,7 @@ def quantize(
     for name in sorted(weights, key=lambda name: order.index(label_of(name))):  # stable: model order in a class
         w, storage = weights[name].detach().float(), storage_of(name, hp)
         if name in grids:
-            bits = max(5, 1 + int(grids[name].q_max).bit_length())
+            bits = max(5, 1 + int(grids[name].q_max).bit_length())  # of the largest code and a sign
             if name in walked:
                 storage, columns = f"tcq{bits}", rounding[name].columns.cpu()
                 scale, codes = grids[name].scales, walked[name]
@@ -3878,7 +3878,7 @@ def entropy_bits(counts: np.ndarray) -> float:
 
 def split(values: np.ndarray, sizes: Sequence[int]) -> list[np.ndarray]:
     """One part for each size."""
-    return np.split(values, np.cumsum(sizes)[:-1])
+    return np.split(values, np.cumsum(sizes))[:-1]
 
 
 def code_contexts(
@@ -4239,14 +4239,12 @@ def read_tensors(table: list, data: memoryview, words: bytes | None) -> dict[str
     if words is not None:
         streams["codes"] = {}
     sizes = {stream: [math.prod(shape) for shape in shapes.values()] for stream, shapes in streams.items()}
-    lengths = (sum(sizes[stream]) * np.dtype(dtype).itemsize for stream, dtype in STREAMS.items())
-    ends = [*itertools.accumulate(lengths)]
+    ends = [*itertools.accumulate(sum(sizes[stream]) * np.dtype(STREAMS[stream]).itemsize for stream in STREAMS)]
     if ends[-1] > len(data) or (ends[-1] < len(data) and words is None):
         raise ArtifactError("artifact is damaged: its streams are shorter or longer than its table")
-    for (stream, dtype), start, end in zip(STREAMS.items(), [0, *ends], ends, strict=False):
-        values = split(from_planes(data[start:end], dtype), sizes[stream])  # of no tensor, one empty part
-        shapes = streams[stream].items()
-        parts[stream] = {name: part.reshape(shape) for (name, shape), part in zip(shapes, values, strict=False)}
+    for (stream, shapes), start, end in zip(streams.items(), [0, *ends[:-1]], ends, strict=True):
+        values = split(from_planes(data[start:end], STREAMS[stream]), sizes[stream])
+        parts[stream] = {name: part.reshape(shapes[name]) for name, part in zip(shapes, values, strict=True)}
     if words is not None:
         parts["codes"] = decode_codes(table, data[ends[-1] :], words, parts["columns"])
     parts = {stream: {name: torch.from_numpy(a) for name, a in found.items()} for stream, found in parts.items()}
