@@ -3633,12 +3633,10 @@ class QAT:
     @torch.no_grad()
     def refresh(self) -> None:
         """Search the row scales of the present weights, outside the graph, into the buffers that it reads."""
-        steps = self.quantizer.steps(
-            {name: layer.weight for name, layer in self.layers.items()}, self.hp, Calibration()
-        )
-        for name, layer in self.layers.items():
-            grid = self.quantizer.grid(layer.weight, steps[name], storage_of(name, self.hp))
-            layer.row_scale.copy_(search_row_scales(layer.weight, grid))
+        weights = {name: layer.weight for name, layer in self.layers.items()}
+        for name, steps in self.quantizer.steps(weights, self.hp, Calibration()).items():
+            grid = self.quantizer.grid(weights[name], steps, storage_of(name, self.hp))
+            self.layers[name].row_scale.copy_(search_row_scales(weights[name], grid))
 
     @torch.no_grad()
     def penalize(self, weight: float) -> None:
@@ -3690,17 +3688,17 @@ class Exporter:
     """Averaged weights on their way into an artifact, on the main rank."""
 
     def __init__(self, run: Run, weights: Mapping[str, Tensor], calibration: Calibration):
-        self.run, hessians = run, calibration.hessians if run.hp.gptq_enabled else {}
-        self.rounding = {name: GPTQ(hessian, run.hp) for name, hessian in hessians.items()}
+        self.run, hp, device = run, run.hp, run.ranks.device
+        hessians = calibration.hessians if hp.gptq_enabled else {}
+        self.rounding = {name: GPTQ(hessian, hp) for name, hessian in hessians.items()}
         calibration = calibration._replace(left={name: rounder.left for name, rounder in self.rounding.items()})
-        if run.hp.trellis_enabled:
-            free = [name for name in weights if levels(storage_of(name, run.hp)) and sigmas_of(name, run.hp)]
+        self.weights = {name: w.to(device) for name, w in weights.items()}
+        if hp.trellis_enabled:
+            free = [name for name in weights if levels(storage_of(name, hp)) and sigmas_of(name, hp)]
             self.rounding = {name: Trellis(weights[name].size(1)) for name in free} | self.rounding
-        self.weights = {name: w.to(run.ranks.device) for name, w in weights.items()}
-        for name, rounder in self.rounding.items():
-            if rounder.columns is not None:  # what is quantized is the matrix without its columns' scales
-                self.weights[name] = self.weights[name] / column_scales(rounder.columns.to(run.ranks.device))
-        self.steps = choose_steps(self.weights, run.hp, calibration)
+            for name, rounder in self.rounding.items():  # what is quantized is the matrix without its columns' scales
+                self.weights[name] = self.weights[name] / column_scales(rounder.columns.to(device))
+        self.steps = choose_steps(self.weights, hp, calibration)
 
     def pack(self, factor: float = 1.0) -> Packed:
         run = self.run
@@ -3999,9 +3997,9 @@ def decode_codes(
 
     for (_, storage), names in code_groups({name: storage for name, _, storage in table}).items():
         shapes = [every_shape[name] for name in names]
-        rows, columns = (
-            decode(read_costs(1)[:, 0], sum(sizes)).astype(np.uint8) for sizes in zip(*shapes, strict=True)
-        )
+        heights, widths = zip(*shapes, strict=True)
+        rows = decode(read_costs(1)[:, 0], sum(heights)).astype(np.uint8)
+        columns = decode(read_costs(1)[:, 0], sum(widths)).astype(np.uint8)
         tables, contexts = read_costs(levels(storage) + 1), code_contexts(shapes, rows, columns)
         coders = [entropy_model(mirrored(costs)) for costs in tables]
         values, trellis = np.empty(len(contexts), dtype=np.int8), storage.startswith("tcq")
@@ -4009,7 +4007,7 @@ def decode_codes(
         if trellis:
             order, state = walk_order(shapes, [scales[name] for name in names]), np.zeros(len(rows), dtype=np.uint8)
             steps = split(np.argsort(order, kind="stable"), np.bincount(order))
-            row = np.arange(len(rows), dtype=np.int32).repeat([cols for height, cols in shapes for _ in range(height)])
+            row = np.arange(len(rows), dtype=np.int32).repeat(np.repeat(widths, heights))
         for places in steps:
             here = contexts[places]
             if trellis:
@@ -4167,10 +4165,8 @@ def unpack_artifact(blob: bytes) -> tuple[dict, dict[str, Stored]]:
     _, version, compressor, zero, body_bytes, payload_bytes = struct.unpack("<5sBBBQQ", blob[:24])
     if version != FORMAT_VERSION:
         raise ArtifactError(f"artifact has format version {version}; this script reads {FORMAT_VERSION}")
-    if len(blob) != PREFIX_BYTES + body_bytes:
-        raise ArtifactError(
-            f"artifact is {len(blob)} bytes, not the {PREFIX_BYTES + body_bytes} it declares: truncated or padded"
-        )
+    if len(blob) != (declared := PREFIX_BYTES + body_bytes):
+        raise ArtifactError(f"artifact is {len(blob)} bytes, not the {declared} it declares: truncated or padded")
     if hashlib.sha256(blob[:24] + blob[PREFIX_BYTES:]).digest() != blob[24:PREFIX_BYTES]:
         raise ArtifactError("artifact is damaged: its checksum does not match")
     if compressor >= len(COMPRESSORS) or zero or not 4 <= payload_bytes <= MAX_PAYLOAD_BYTES:
