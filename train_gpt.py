@@ -3134,6 +3134,12 @@ class Stored(NamedTuple):
             return self.data.nbytes
         return entropy_bits(torch.bincount(self.data.flatten().long() + Q_LIMIT).numpy()) / 8
 
+    def parts(self) -> dict[str, Tensor]:
+        """What each stream of the payload holds of it."""
+        if self.scale is None:
+            return {self.storage: self.data}
+        return dict(codes=self.data, fp16=self.scale, columns=self.columns)
+
 
 class Grid(NamedTuple):
     """Where a matrix's weights may lie: whole multiples, up to q_max, of its rows' scales."""
@@ -3167,7 +3173,7 @@ def short_scale(scale: Tensor) -> Tensor:
 
 
 class Calibration(NamedTuple):
-    """What quantization learns from training text, by the weights' names: what a quantizer or rounder may need."""
+    """What quantization learns from training text, by the weights' names."""
 
     hessians: Mapping[str, Tensor] = {}  # of every block matrix: Σ x xᵀ (in, in) fp32 over its inputs x
     sensitivity: Mapping[str, Tensor] = {}  # of every matrix: (rows, 1) mean squares of the loss's gradient
@@ -3182,10 +3188,6 @@ class Quantizer(NamedTuple):
     clips: bool = False  # beyond the last level of a storage; else a class has all levels that its weights need
     needs: tuple[str, ...] = ()  # fields of Calibration
     qat: str = ""  # the quantizer that stands in where there is no calibration, as in QAT; "": this one
-
-    def q_max(self, storage: str) -> int:
-        """The largest code that a weight may have."""
-        return levels(storage) if self.clips else Q_LIMIT
 
     def grid(self, w: Tensor, steps: Tensor, storage: str, factor: float = 1.0) -> Grid:
         """Of w (rows, cols) with steps (rows, candidates), `factor` times as large: a fitted artifact's.
@@ -3393,8 +3395,8 @@ def trellis_codes(w: Tensor, scale: Tensor, q_max: int, factor: Tensor | None = 
     half = torch.tensor([0.0, 0.5] * 4, device=device)[:, None]  # what odd states' codes lack
     parity = torch.tensor([0.0, 1.0], device=device)[:, None, None]
     largest = q_max - (q_max + parity) % 2
-    row = torch.arange(count * rows, device=device).view(count, 1, rows)
-    row = row + 7 * rows * torch.arange(count, device=device)[:, None, None]  # as rows of (count, 8, rows) are counted
+    # Where a row is in state 0, as those of (count, 8, rows) are counted.
+    row = 8 * rows * torch.arange(count, device=device)[:, None, None] + torch.arange(rows, device=device)
     cost = torch.full((count, 8, rows), math.inf, device=device)
     cost[:, 0] = 0.0
     wanted = (w / torch.where(scale > 0, scale, 1.0)[:, :, None])[:, None].expand(-1, 8, -1, -1)  # in steps
@@ -3461,27 +3463,9 @@ def walk_trellises(
     return walked
 
 
-class Rounder(NamedTuple):
-    """How weights become codes of their grids."""
-
-    # (settings, calibration) -> by name, for the weights that are not rounded to nearest, what rounds them instead
-    prepare: Callable[[Hyperparameters, Calibration], dict[str, GPTQ | Trellis]]
-    needs: tuple[str, ...] = ()  # fields of Calibration
-
-
-def full_gptq(hp: Hyperparameters, calibration: Calibration) -> dict[str, GPTQ]:
-    return {name: GPTQ(hessian, hp) for name, hessian in calibration.hessians.items()}
-
-
-ROUNDERS = {  # by GPTQ_ENABLED
-    False: Rounder(lambda hp, calibration: {}),
-    True: Rounder(full_gptq, needs=("hessians",)),
-}
-
-
 def calibration_needs(hp: Hyperparameters) -> set[str]:
     """The fields of Calibration that these settings use."""
-    return {*QUANTIZERS[hp.quant].needs, *ROUNDERS[hp.gptq_enabled].needs}
+    return {*QUANTIZERS[hp.quant].needs, *(["hessians"] if hp.gptq_enabled else [])}
 
 
 def calibrate(run: Run, weights: Mapping[str, Tensor], texts: np.ndarray) -> Calibration:
@@ -3510,12 +3494,12 @@ def calibrate(run: Run, weights: Mapping[str, Tensor], texts: np.ndarray) -> Cal
     mine, rows = ranks.part(texts), calibration_rows(run)
     for i in range(0, len(mine), rows):
         tokens = torch.from_numpy(mine[i : i + rows].astype(np.int64)).to(device)
-        if not squares:
+        if squares:
+            model.zero_grad()
+            model(tokens[:, :-1], tokens[:, 1:]).mean().backward()
+        else:
             with torch.no_grad():
                 through(tokens[:, :-1])
-            continue
-        model.zero_grad()
-        model(tokens[:, :-1], tokens[:, 1:]).mean().backward()
         for name, square in squares.items():
             square += parameters[name].grad.square().mean(1, keepdim=True)
     for name, hessian in hessians.items():
@@ -3558,13 +3542,13 @@ def quantize(
     for name in sorted(weights, key=lambda name: order.index(label_of(name))):  # stable: model order in a class
         w, storage = weights[name].detach().float(), storage_of(name, hp)
         if name in grids:
-            rounder = rounding.get(name)
-            columns, scale, codes = rounder and rounder.columns, grids[name].scales, walked.get(name)
-            if codes is None:
-                scale, codes = (rounder.round if rounder else round_to_nearest)(w, grids[name])
-            forms = (f"{'int' if columns is None else 'tcq'}{bits}" for bits in range(5, 9))
-            storage = next(form for form in forms if levels(form) >= grids[name].q_max)  # the smallest
-            columns = None if columns is None else columns.cpu()
+            bits = max(5, 1 + int(grids[name].q_max).bit_length())  # of the largest code and a sign
+            if name in walked:
+                storage, columns = f"tcq{bits}", rounding[name].columns.cpu()
+                scale, codes = grids[name].scales, walked[name]
+            else:
+                storage, columns = f"int{bits}", None
+                scale, codes = (rounding[name].round if name in rounding else round_to_nearest)(w, grids[name])
             stored[name] = t = Stored(storage, codes.to(torch.int8).cpu(), scale.half().cpu(), columns)
         else:
             stored[name] = t = Stored(storage, w.half().cpu() if storage == "fp16" else w.cpu(), None)
@@ -3593,18 +3577,16 @@ class QAT:
         self.on, self.hp, self.layers = False, hp, reconstructed_layers(model)
         self.quantizer = QUANTIZERS[uncalibrated(hp)]
         for name, layer in self.layers.items():
-            layer.q_max = self.quantizer.q_max(storage_of(name, hp))
+            layer.q_max = levels(storage_of(name, hp)) if self.quantizer.clips else Q_LIMIT
             layer.row_scale = torch.ones(layer.weight.size(0), 1, device=layer.weight.device)
 
     @torch.no_grad()
     def refresh(self) -> None:
         """Search the row scales of the present weights, outside the graph, into the buffers that it reads."""
-        steps = self.quantizer.steps(
-            {name: layer.weight for name, layer in self.layers.items()}, self.hp, Calibration()
-        )
-        for name, layer in self.layers.items():
-            grid = self.quantizer.grid(layer.weight, steps[name], storage_of(name, self.hp))
-            layer.row_scale.copy_(search_row_scales(layer.weight, grid))
+        weights = {name: layer.weight for name, layer in self.layers.items()}
+        for name, steps in self.quantizer.steps(weights, self.hp, Calibration()).items():
+            grid = self.quantizer.grid(weights[name], steps, storage_of(name, self.hp))
+            self.layers[name].row_scale.copy_(search_row_scales(weights[name], grid))
 
     @torch.no_grad()
     def penalize(self, weight: float) -> None:
@@ -3656,16 +3638,17 @@ class Exporter:
     """Averaged weights on their way into an artifact, on the main rank."""
 
     def __init__(self, run: Run, weights: Mapping[str, Tensor], calibration: Calibration):
-        self.run, self.rounding = run, ROUNDERS[run.hp.gptq_enabled].prepare(run.hp, calibration)
+        self.run, hp, device = run, run.hp, run.ranks.device
+        hessians = calibration.hessians if hp.gptq_enabled else {}
+        self.rounding = {name: GPTQ(hessian, hp) for name, hessian in hessians.items()}
         calibration = calibration._replace(left={name: rounder.left for name, rounder in self.rounding.items()})
-        if run.hp.trellis_enabled:
-            free = [name for name in weights if levels(storage_of(name, run.hp)) and sigmas_of(name, run.hp)]
+        self.weights = {name: w.to(device) for name, w in weights.items()}
+        if hp.trellis_enabled:
+            free = [name for name in weights if levels(storage_of(name, hp)) and sigmas_of(name, hp)]
             self.rounding = {name: Trellis(weights[name].size(1)) for name in free} | self.rounding
-        self.weights = {name: w.to(run.ranks.device) for name, w in weights.items()}
-        for name, rounder in self.rounding.items():
-            if rounder.columns is not None:  # what is quantized is the matrix without its columns' scales
-                self.weights[name] = self.weights[name] / column_scales(rounder.columns.to(run.ranks.device))
-        self.steps = choose_steps(self.weights, run.hp, calibration)
+            for name, rounder in self.rounding.items():  # what is quantized is the matrix without its columns' scales
+                self.weights[name] = self.weights[name] / column_scales(rounder.columns.to(device))
+        self.steps = choose_steps(self.weights, hp, calibration)
 
     def pack(self, factor: float = 1.0) -> Packed:
         run = self.run
@@ -3824,8 +3807,8 @@ def entropy_model(costs: np.ndarray):
 
 
 def costs_of(counts: np.ndarray) -> np.ndarray:
-    """Costs (n,) uint8, in eighths of a bit, of symbols that occur so often."""
-    share = np.maximum(counts, 1e-12) / max(counts.sum(), 1)
+    """Costs (…, n) uint8, in eighths of a bit, of symbols that occur so often."""
+    share = np.maximum(counts, 1e-12) / np.maximum(counts.sum(-1, keepdims=True), 1)
     return np.clip(np.round(-8 * np.log2(share)), 0, 255).astype(np.uint8)
 
 
@@ -3843,7 +3826,7 @@ def entropy_bits(counts: np.ndarray) -> float:
 
 def split(values: np.ndarray, sizes: Sequence[int]) -> list[np.ndarray]:
     """One part for each size."""
-    return np.split(values, np.cumsum(sizes)[:-1])
+    return np.split(values, np.cumsum(sizes))[:-1]
 
 
 def code_contexts(
@@ -3891,7 +3874,7 @@ def classify(
         bits = entropy_bits(counts) + entropy_bits(np.bincount(rows)) + entropy_bits(np.bincount(columns))
         bits += 4.0 * (q_max + 1) * len(counts)  # a table entry, compressed
         if bits < fewest:
-            best, fewest = (rows, columns, np.stack([costs_of(row) for row in counts])), bits
+            best, fewest = (rows, columns, costs_of(counts)), bits
     return best
 
 
@@ -3917,7 +3900,8 @@ def encode_codes(tensors: Mapping[str, Stored]) -> tuple[bytes, bytes]:
         for side in (rows, columns):
             costs = costs_of(np.bincount(side))
             models.append(bytes([len(costs) - 1]) + costs.tobytes())
-            jobs.append((side.astype(np.int32), entropy_model(costs) if len(costs) > 1 else None))
+            if len(costs) > 1:
+                jobs.append((side.astype(np.int32), entropy_model(costs)))
         models.append(bytes([len(tables) - 1]) + tables.tobytes())
         run = contexts = code_contexts(shapes, rows, columns, odd)  # what is coded in one go
         if odd is not None:
@@ -3928,8 +3912,7 @@ def encode_codes(tensors: Mapping[str, Stored]) -> tuple[bytes, bytes]:
         models_of = (tables[context] for context in contexts[order[starts]])
         jobs += zip(np.split(codes, starts[1:]), models_of, strict=True)
     for symbols, model in reversed(jobs):  # a stack: the decoder meets the last first
-        if model is not None:
-            coder.encode_reverse(symbols, model)
+        coder.encode_reverse(symbols, model)
     words = coder.get_compressed().astype("<u4").tobytes()
     return struct.pack("<I", len(words) // 4) + b"".join(models), words
 
@@ -3937,8 +3920,8 @@ def encode_codes(tensors: Mapping[str, Stored]) -> tuple[bytes, bytes]:
 def decode_codes(
     table: Sequence, models: memoryview, words: bytes, scales: Mapping[str, np.ndarray] = {}
 ) -> dict[str, np.ndarray]:
-    """int8 codes by name, in the order of a checked table, of just these models and words; `scales` are those of the
-    columns of its trellises. Raises ArtifactError."""
+    """int8 codes by name, of a checked table and just these models and words; `scales` are those of the columns of its
+    trellises. Raises ArtifactError."""
     damaged = ArtifactError("artifact is damaged: its code tables or words are not whole")
     asked = sum(math.prod(shape) for _, shape, storage in table if levels(storage))
     if asked > min(MAX_PAYLOAD_BYTES, MAX_CODES_PER_BYTE * (len(models) + len(words))):
@@ -3964,9 +3947,9 @@ def decode_codes(
 
     for (_, storage), names in code_groups({name: storage for name, _, storage in table}).items():
         shapes = [every_shape[name] for name in names]
-        rows, columns = (
-            decode(read_costs(1)[:, 0], sum(sizes)).astype(np.uint8) for sizes in zip(*shapes, strict=True)
-        )
+        heights, widths = zip(*shapes, strict=True)
+        rows = decode(read_costs(1)[:, 0], sum(heights)).astype(np.uint8)
+        columns = decode(read_costs(1)[:, 0], sum(widths)).astype(np.uint8)
         tables, contexts = read_costs(levels(storage) + 1), code_contexts(shapes, rows, columns)
         coders = [entropy_model(mirrored(costs)) for costs in tables]
         values, trellis = np.empty(len(contexts), dtype=np.int8), storage.startswith("tcq")
@@ -3974,7 +3957,7 @@ def decode_codes(
         if trellis:
             order, state = walk_order(shapes, [scales[name] for name in names]), np.zeros(len(rows), dtype=np.uint8)
             steps = split(np.argsort(order, kind="stable"), np.bincount(order))
-            row = np.arange(len(rows), dtype=np.int32).repeat([cols for height, cols in shapes for _ in range(height)])
+            row = np.arange(len(rows), dtype=np.int32).repeat(np.repeat(widths, heights))
         for places in steps:
             here = contexts[places]
             if trellis:
@@ -3991,7 +3974,7 @@ def decode_codes(
             codes[name] = part.reshape(shape)
     if not coder.is_empty() or reader.read(1):
         raise damaged
-    return {name: codes[name] for name, _, storage in table if levels(storage)}
+    return codes
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -4094,25 +4077,25 @@ def from_planes(data: memoryview, dtype: str) -> np.ndarray:
     return planes[::-1].T.copy().view(dtype)[:, 0].astype(dtype[1:])
 
 
-def stream_places(table: Sequence) -> list[tuple[str, Sequence[int]]]:
-    """(stream, shape) of every tensor of a table [[name, shape, storage], …], then of the row scales of all codes, of
-    the columns of all trellises."""
-    places = [("codes" if levels(storage) else storage, shape) for _, shape, storage in table]
-    places += [("fp16", (shape[0], 1)) for _, shape, storage in table if levels(storage)]
-    return places + [("columns", (shape[1],)) for _, shape, storage in table if storage.startswith("tcq")]
+def stream_shapes(table: Sequence) -> dict[str, dict[str, Sequence[int]]]:
+    """By stream and in its order, the shapes of what it holds of the tensors of a table [[name, shape, storage], …]."""
+    streams = {stream: {} for stream in STREAMS}
+    for name, shape, storage in table:
+        streams["codes" if levels(storage) else storage][name] = shape
+        if storage.startswith("tcq"):
+            streams["columns"][name] = shape[1:]
+    streams["fp16"] |= {name: (rows, 1) for name, (rows, _) in streams["codes"].items()}
+    return streams
 
 
 def pack_artifact(header: dict, tensors: Mapping[str, Stored], compressor: str) -> bytes:
     """The file's bytes, ready to be written. `header` lacks only the tensor table."""
     table = [[name, list(t.data.shape), t.storage] for name, t in tensors.items()]
     header_bytes = json.dumps({**header, "tensors": table}, separators=(",", ":"), sort_keys=True).encode()
-    arrays = [t.data.numpy() for t in tensors.values()]
-    arrays += [t.scale.numpy() for t in tensors.values() if t.scale is not None]
-    arrays += [t.columns.numpy() for t in tensors.values() if t.columns is not None]
-    places = [stream for stream, _ in stream_places(table)]
+    parts = {name: t.parts() for name, t in tensors.items()}
     streams = {
-        stream: byte_planes([a for a, place in zip(arrays, places, strict=True) if place == stream], dtype)
-        for stream, dtype in STREAMS.items()
+        stream: byte_planes([parts[name][stream].numpy() for name in shapes], STREAMS[stream])
+        for stream, shapes in stream_shapes(table).items()
     }
     models = words = b""
     if compressor == "ans":
@@ -4132,10 +4115,8 @@ def unpack_artifact(blob: bytes) -> tuple[dict, dict[str, Stored]]:
     _, version, compressor, zero, body_bytes, payload_bytes = struct.unpack("<5sBBBQQ", blob[:24])
     if version != FORMAT_VERSION:
         raise ArtifactError(f"artifact has format version {version}; this script reads {FORMAT_VERSION}")
-    if len(blob) != PREFIX_BYTES + body_bytes:
-        raise ArtifactError(
-            f"artifact is {len(blob)} bytes, not the {PREFIX_BYTES + body_bytes} it declares: truncated or padded"
-        )
+    if len(blob) != (declared := PREFIX_BYTES + body_bytes):
+        raise ArtifactError(f"artifact is {len(blob)} bytes, not the {declared} it declares: truncated or padded")
     if hashlib.sha256(blob[:24] + blob[PREFIX_BYTES:]).digest() != blob[24:PREFIX_BYTES]:
         raise ArtifactError("artifact is damaged: its checksum does not match")
     if compressor >= len(COMPRESSORS) or zero or not 4 <= payload_bytes <= MAX_PAYLOAD_BYTES:
@@ -4200,33 +4181,28 @@ def listed_settings(listed: dict[str, Any], section: str, **more: Any) -> dict[s
 def read_tensors(table: list, data: memoryview, words: bytes | None) -> dict[str, Stored]:
     """Tensors of a checked table from the payload after the header, codes from `words` where an entropy coder wrote
     them. Lengths are compared before anything is made."""
-    places, start, values = stream_places(table), 0, {}
-    sizes = {stream: [math.prod(shape) for place, shape in places if place == stream] for stream in STREAMS}
-    bytes_of = {stream: sum(sizes[stream]) * np.dtype(dtype).itemsize for stream, dtype in STREAMS.items()}
+    streams, parts, tensors = stream_shapes(table), {}, {}
     if words is not None:
-        bytes_of["codes"] = 0
-    end = sum(bytes_of.values())
-    if end > len(data) or (end < len(data) and words is None):
+        streams["codes"] = {}
+    sizes = {stream: [math.prod(shape) for shape in shapes.values()] for stream, shapes in streams.items()}
+    ends = [*itertools.accumulate(sum(sizes[stream]) * np.dtype(STREAMS[stream]).itemsize for stream in STREAMS)]
+    if ends[-1] > len(data) or (ends[-1] < len(data) and words is None):
         raise ArtifactError("artifact is damaged: its streams are shorter or longer than its table")
-    for stream, dtype in STREAMS.items():
-        part = from_planes(data[start : start + bytes_of[stream]], dtype)
-        values[stream], start = split(part, sizes[stream]), start + bytes_of[stream]
-    trellises = [name for name, _, storage in table if storage.startswith("tcq")]
-    columns = dict(zip(trellises, values["columns"], strict=False))  # without any, the stream is one empty part
+    for (stream, shapes), start, end in zip(streams.items(), [0, *ends[:-1]], ends, strict=True):
+        values = split(from_planes(data[start:end], STREAMS[stream]), sizes[stream])
+        parts[stream] = {name: part.reshape(shapes[name]) for name, part in zip(shapes, values, strict=True)}
     if words is not None:
-        values["codes"] = list(decode_codes(table, data[end:], words, columns).values())
-    values = {stream: iter(parts) for stream, parts in values.items()}
-    arrays = [torch.from_numpy(next(values[stream]).reshape(shape)) for stream, shape in places]
-    tensors, scales = {}, iter(arrays[len(table) :])
-    columns = {name: torch.from_numpy(part) for name, part in columns.items()}
-    for (name, _, storage), data in zip(table, arrays, strict=False):
+        parts["codes"] = decode_codes(table, data[ends[-1] :], words, parts["columns"])
+    parts = {stream: {name: torch.from_numpy(a) for name, a in found.items()} for stream, found in parts.items()}
+    for name, _, storage in table:
         limit = levels(storage)
-        scale = next(scales) if limit else None
+        data = parts["codes" if limit else storage][name]
+        scale = parts["fp16"][name] if limit else None
         if limit and (int(data.max()) > limit or int(data.min()) < -limit):
             raise ArtifactError(f"artifact is damaged: codes of {name} lie outside {storage}")
         if not (scale if limit else data).isfinite().all() or (limit and (scale < 0).any()):
             raise ArtifactError(f"artifact is damaged: {name} holds values that are not finite")
-        tensors[name] = Stored(storage, data, scale, columns.get(name))
+        tensors[name] = Stored(storage, data, scale, parts["columns"].get(name))
     return tensors
 
 

@@ -284,9 +284,8 @@ class Script:
 
 
 def from_inside(folder: Path) -> None:
-    """What needs the script's names, in a process of its own: reads inside.json and inside.npz, writes silent.pgolf,
-    the artifact without attention (unless its header says that attention, too, stays within a document), and
-    answer.json."""
+    """What needs the script's names, in a process of its own: reads inside.json, writes answer.json and silent.pgolf,
+    the artifact without attention (unless its header says that attention, too, stays within a document)."""
     import torch
 
     job = json.loads((folder / "inside.json").read_text("utf-8"))
@@ -301,11 +300,10 @@ def from_inside(folder: Path) -> None:
     (folder / "silent.pgolf").write_bytes(script.pack_artifact(header, {**tensors, **silent}, "stored"))
     model, *_ = script.load_model(job["artifact"], job["device"])
     place, nats = next(model.parameters()).device, []
-    with np.load(folder / "inside.npz") as found, torch.no_grad():
-        for i in range(int(found["kinds"])):
-            for text, at, target in zip(*(found[f"{name}{i}"] for name in ("texts", "at", "targets")), strict=True):
-                logits = model.logits(torch.from_numpy(text.astype(np.int64))[None].to(place))[0, int(at)]
-                nats.append(-logits.double().log_softmax(-1)[int(target)].item())
+    with torch.no_grad():
+        for text, at, target in job["windows"]:
+            logits = model.logits(torch.tensor([text], device=place))[0, at]
+            nats.append(-logits.double().log_softmax(-1)[target].item())
     fingerprint = script.data_fingerprint([Path(path) for path in job["shards"]])
     answer = dict(nats=nats, silenced=bool(scales), masked=masked, fingerprint=fingerprint)
     (folder / "answer.json").write_text(json.dumps(answer), "utf-8")
@@ -323,10 +321,11 @@ class Judge:
         self.args, self.script, self.log = args, script, log
         self.shards, self.tokens = read_split(args.data)
         self.record = prepared_documents(args.data)
+        self.script_bytes, self.blob = args.script.read_bytes(), args.artifact.read_bytes()
         self.tokenizer = SentencePieceProcessor(model_file=str(args.tokenizer))
-        kinds = ("is_control", "is_unknown", "is_unused")
-        drawn = [i for i in range(self.tokenizer.vocab_size()) if i != BOS_ID]
-        self.drawn = np.array([i for i in drawn if not any(getattr(self.tokenizer, kind)(i) for kind in kinds)])
+        kinds = (self.tokenizer.is_control, self.tokenizer.is_unknown, self.tokenizer.is_unused)
+        ids = [i for i in range(self.tokenizer.vocab_size()) if i != BOS_ID]
+        self.drawn = np.array([i for i in ids if not any(is_kind(i) for is_kind in kinds)])
         self.random = np.random.default_rng(1017)
         self.pool = self.drawn[:0]
         self.copies: dict[str, Copy] = {}  # of the slice, disturbed
@@ -464,25 +463,21 @@ class Judge:
         folder, references = self.script.folder / "inside", self.references()
         folder.mkdir()
         job = dict(script=str(self.args.script), artifact=str(self.args.artifact), device=self.kind)
-        (folder / "inside.json").write_text(json.dumps(job | dict(shards=[str(path) for path in self.shards])), "utf-8")
-        arrays = {}
-        for i, (texts, at, targets, _) in enumerate(references):
-            arrays |= {f"texts{i}": texts, f"at{i}": at, f"targets{i}": targets}
-        np.savez(folder / "inside.npz", kinds=len(references), **arrays)
+        job |= dict(shards=[str(path) for path in self.shards], windows=[window for *window, _ in references])
+        (folder / "inside.json").write_text(json.dumps(job), "utf-8")
         alone = {k: v for k, v in self.script.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
         self.script.lines = []
         code = self.script.run(Path(__file__), ["--inside", str(folder)], alone, self.script.heard)
         if code:
             raise Broken(f"from inside: {next((line for line in reversed(self.script.lines) if line), 'nothing said')}")
         self.inside = json.loads((folder / "answer.json").read_text("utf-8"))
-        told = np.concatenate([nats for *_, nats in references])
-        known = np.array(self.inside["nats"])
+        told, known = np.array([nats for *_, nats in references]), np.array(self.inside["nats"])
         self.off_reference, self.off_mean = distance(told, known), float(np.mean(told - known))
         self.listen((folder / "silent.pgolf").read_bytes())
 
-    def references(self) -> list[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
-        """Of each kind of window: texts (R, T) that hold other tokens behind a position (R,), the targets there (R,),
-        and what the script has scored them with (R,)."""
+    def references(self) -> list[tuple[list[int], int, int, np.float32]]:
+        """Windows: a text that holds other tokens behind a position, the target there, and what the script has scored
+        it with."""
         n, tokens, found = len(self.base.tokens) - 1, self.base.tokens, []
         passes, s = list(self.base.passes.values()), self.settings
         length = min(self.context, n)
@@ -501,17 +496,13 @@ class Judge:
                 start = int(starts[starts <= target][-1])
                 end = ((target - start) // self.piece + 1) * self.piece  # of its piece, from the document's beginning
                 windows.append((unlearned, min(end, self.context), start + max(0, end - self.context), target))
-        for size in sorted({length for _, length, *_ in windows}):
-            chosen = [window for window in windows if window[1] == size]
-            texts = np.zeros((len(chosen), size), dtype=np.uint16)
-            for text, (_, _, start, target) in zip(texts, chosen, strict=True):
-                seen = target + 1 - start
-                text[:seen], text[seen:] = tokens[start : target + 1], self.random.choice(self.drawn, size - seen)
-                if seen < size and text[seen] == tokens[target + 1]:
-                    text[seen] = self.drawn[(np.searchsorted(self.drawn, text[seen]) + 1) % len(self.drawn)]
-            at = np.array([target - start for _, _, start, target in chosen])
-            targets = np.array([tokens[target + 1] for *_, target in chosen])
-            found.append((texts, at, targets, np.array([scored.nats[target] for scored, _, _, target in chosen])))
+        for scored, size, start, target in sorted(windows, key=lambda window: window[1]):
+            at, right = target - start, int(tokens[target + 1])
+            behind = self.random.choice(self.drawn, size - at - 1)
+            if len(behind) and behind[0] == right:
+                behind[0] = self.drawn[(np.searchsorted(self.drawn, right) + 1) % len(self.drawn)]
+            text = [*tokens[start : target + 1].tolist(), *behind.tolist()]
+            found.append((text, at, right, scored.nats[target]))
         return found
 
     def listen(self, silent: bytes) -> None:
@@ -576,8 +567,7 @@ class Judge:
         if self.by_document:
             starts = np.flatnonzero(self.base.tokens[:n] == BOS_ID)
             into = np.arange(n) - starts[document_of(self.base.tokens) - 1]
-            first = into < self.piece
-            first &= np.ones(n, dtype=bool) if s.ttt_lora_reset else np.arange(n) < self.piece
+            first = (into if s.ttt_lora_reset else np.arange(n)) < self.piece
             if self.phases:  # the first begins where this share of the text is scored
                 lengths = np.diff(np.append(starts, n))
                 turn = np.arange(len(starts)) if s.ttt_order == "stream" else np.argsort(-lengths, kind="stable")
@@ -596,10 +586,8 @@ class Judge:
             n, document = len(copy.tokens) - 1, document_of(copy.tokens)
             for label, scored in copy.passes.items():
                 told = copy.result["scores"][label]
-                in_turn = document[scored.order]
-                if (
-                    np.diff(scored.order[np.argsort(in_turn, kind="stable")])[np.diff(np.sort(document)) == 0] < 0
-                ).any():
+                by_document = scored.order[np.argsort(document[scored.order], kind="stable")]
+                if (np.diff(by_document)[np.diff(np.sort(document)) == 0] < 0).any():
                     return Finding(False, f"{label} scores a document out of order ({name})")
                 if n == len(self.base.tokens) - 1 and not np.array_equal(scored.order, self.base.passes[label].order):
                     return Finding(False, f"{label} scores in an order that depends on more than BOS ({name})")
@@ -610,15 +598,12 @@ class Judge:
                     return Finding(False, f"{label} is over {told['bytes']} bytes, its targets have others ({name})")
                 if distance(block_sums(scored), np.array(copy.result["blocks"][label], dtype=float)) > 1e-5:
                     return Finding(False, f"{label} tells other sums of its blocks than its scores have ({name})")
+        n = len(self.tokens) - 1
         for label, sums in self.own["blocks"].items():
             told = self.own["scores"][label]
-            if told["tokens"] != len(self.tokens) - 1 or abs(told["val_loss"] * told["tokens"] - sum(sums)) > 1e-3:
-                return Finding(
-                    False, f"{label} is over {told['tokens']} tokens of {len(self.tokens) - 1}, or other nats"
-                )
-        return Finding(
-            True, f"tokens:{len(self.tokens) - 1} texts:{len(self.copies) + 1} passes:{len(self.own['blocks'])}"
-        )
+            if told["tokens"] != n or abs(told["val_loss"] * n - sum(sums)) > 1e-3:
+                return Finding(False, f"{label} is over {told['tokens']} tokens of {n}, or other nats")
+        return Finding(True, f"tokens:{n} texts:{len(self.copies) + 1} passes:{len(self.own['blocks'])}")
 
     def unwatched(self) -> Finding:
         """The run that was not asked for scores has those that are told of a text that is the same up to a point; where
@@ -631,16 +616,12 @@ class Judge:
             scored, sums = self.full.passes[label], self.own["blocks"][label]
             sums = np.array([math.nan if x is None else x for x in sums])
             whole = np.array(whole_blocks(scored, places, self.alone, len(sums)))
-            off, compared[label] = (
-                np.abs(block_sums(scored, len(sums)) - sums) / max(1, len(scored.nats) / len(sums)),
-                whole.sum(),
-            )
-            worst = larger(worst, *off[whole])
+            off = np.abs(block_sums(scored, len(sums)) - sums) / max(1, len(scored.nats) / len(sums))
+            worst, compared[label] = larger(worst, *off[whole]), whole.sum()
             off_log = larger(off_log, abs(logged["scores"][label]["val_loss"] - self.own["scores"][label]["val_loss"]))
         limit = MOVED_NATS[self.kind] + 1e-6 if self.made_here else SAME_NATS[self.kind]
-        passed = (
-            worst <= limit and off_log <= SAME_NATS[self.kind] and (all(compared.values()) or len(self.tokens) <= 64)
-        )
+        enough = all(compared.values()) or len(self.tokens) <= 64
+        passed = worst <= limit and off_log <= SAME_NATS[self.kind] and enough
         counts, whose = "+".join(map(str, compared.values())), "made_here" if self.made_here else "of_the_log"
         figure = f"blocks:{counts} run:{whose} nats_off:{worst:.2g}"
         if self.made_here and self.log is not None:
@@ -712,14 +693,6 @@ class Judge:
         if other:
             return Finding(False, f"not the log's: {', '.join(other)}")
         return Finding(True, " ".join(f"{name}:{ours[name][:16]}" for name in (*names, "log")))
-
-    @property
-    def blob(self) -> bytes:
-        return self.args.artifact.read_bytes()
-
-    @property
-    def script_bytes(self) -> bytes:
-        return self.args.script.read_bytes()
 
     def hashes(self) -> dict[str, str | None]:
         data = dict(script=self.script_bytes, artifact=self.blob, tokenizer=self.args.tokenizer.read_bytes())
@@ -810,7 +783,7 @@ def find_inputs(args: argparse.Namespace, environ: Mapping[str, str]) -> runlog.
     log = runlog.parse(path) if path else None
     if log is not None and (log.result is None or log.settings is None):
         raise Unusable(f"{path} has no `result` and `settings`: it is not the log of a whole run of train_gpt.py")
-    told = (log.settings if log else None) or {}
+    told = log.settings if log else {}
     if args.data is None:
         named = environ.get("DATA_PATH") or str(told.get("data_path") or "")
         if not Path(named).is_dir() or not named:
@@ -852,11 +825,12 @@ def audit(args: argparse.Namespace, environ: Mapping[str, str] = os.environ, run
     seconds = dict(seconds=round(time.monotonic() - script.started, 1), seconds_by_text=script.seconds)
     whole = dict(passed=code == 0, audit=findings, sha256=judge.hashes(), world_size=world.size, **seconds)
     text = json.dumps(whole | dict(date=datetime.date.today().isoformat()), indent=1)
-    with contextlib.ExitStack() as undo:
-        partial = written.with_name(f"{written.name}.partial")
-        undo.callback(partial.unlink, missing_ok=True)
+    partial = written.with_name(f"{written.name}.partial")
+    try:
         partial.write_text(text + "\n", "utf-8")
         partial.replace(written)
+    finally:
+        partial.unlink(missing_ok=True)
     print(f"files: {written}")
     return code
 

@@ -27,10 +27,6 @@ def ans(tensors: Mapping[str, pg.Stored]) -> int:
     return len(pg.compress(models, "lzma")) + len(words)
 
 
-def entropy(tensors: Mapping[str, pg.Stored]) -> float:
-    return sum(t.size() for t in tensors.values())
-
-
 def general() -> dict[str, Callable[[bytes], bytes]]:
     """The compressors that are here, by name."""
     found = {"lzma-9e": lambda data: lzma.compress(data, preset=9 | lzma.PRESET_EXTREME)}
@@ -51,19 +47,17 @@ def general() -> dict[str, Callable[[bytes], bytes]]:
 
 def table(tensors: Mapping[str, pg.Stored]) -> Iterable[str]:
     """Lines of Markdown: a row for each class of codes, and all of them."""
-    groups: dict[str, dict[str, pg.Stored]] = {}
-    for name, t in tensors.items():
-        if pg.levels(t.storage):
-            groups.setdefault(f"{pg.label_of(name)} {t.storage}", {})[name] = t
     compressors = general()
     yield f"| codes | weights | entropy | ans | {' | '.join(compressors)} |"
     yield "|---" * (4 + len(compressors)) + "|"
     sums, weights = np.zeros(2 + len(compressors)), 0
-    for part, members in groups.items():
+    for (label, storage), names in pg.code_groups({name: t.storage for name, t in tensors.items()}).items():
+        members = {name: tensors[name] for name in names}
         codes = b"".join(t.data.contiguous().numpy().tobytes() for t in members.values())
-        sizes = [entropy(members), ans(members), *(len(squeeze(codes)) for squeeze in compressors.values())]
+        entropy = sum(t.size() for t in members.values())
+        sizes = [entropy, ans(members), *(len(squeeze(codes)) for squeeze in compressors.values())]
         sums, weights = sums + sizes, weights + len(codes)
-        yield f"| {part} | {len(codes):,} | {' | '.join(f'{8 * size / len(codes):.4f}' for size in sizes)} |"
+        yield f"| {label} {storage} | {len(codes):,} | {' | '.join(f'{8 * size / len(codes):.4f}' for size in sizes)} |"
     yield f"| all | {weights:,} | {' | '.join(f'{8 * size / weights:.4f}' for size in sums)} |"
     yield f"| beside their entropy | | | {' | '.join(f'{100 * (s / sums[0] - 1):+.2f} %' for s in sums[1:])} |"
 

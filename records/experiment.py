@@ -11,7 +11,6 @@ Exit code: 0 done, 1 a run failed, 2 unusable input, said in one line; 130 inter
 
 import argparse
 import json
-import os
 import re
 import signal
 import statistics
@@ -26,7 +25,7 @@ if __package__ in (None, ""):  # run as a file: sys.path holds records/ only
 from records.experiments import ledger, proxy, report, runner, steptime  # noqa: E402
 from records.experiments.ledger import ExperimentError  # noqa: E402
 from records.experiments.plan import SEEDS, Plan, plan, read_arm, read_seeds  # noqa: E402
-from records.submit import Parser  # noqa: E402
+from records.submit import Parser, entry  # noqa: E402
 
 LEDGER = ROOT / "records" / "ledger.jsonl"
 PROXY = "cpu_ablate"  # the recipe for quick looks, whose effects PROXY.md compares with published ones
@@ -172,15 +171,5 @@ def main(argv: Sequence[str]) -> int:
         return 2
 
 
-def entry() -> int:
-    try:
-        code = main(sys.argv[1:])
-        sys.stdout.flush()
-        return code
-    except BrokenPipeError:  # `experiment.py table | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-
-
 if __name__ == "__main__":
-    sys.exit(entry())
+    sys.exit(entry(main))

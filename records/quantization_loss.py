@@ -35,8 +35,8 @@ class Bench:
     def __init__(self, weights: str, data: str, calibration_tokens: int):
         _, header, tensors = pg.read_artifact_file(weights, "weights")
         hp = pg.Hyperparameters(**header["architecture"], **header["evaluation"])
-        hp = dataclasses.replace(hp, dtype="fp32", device="cpu", data_path=data, max_wallclock_seconds=0.0)
-        self.hp = hp = dataclasses.replace(hp, gptq_calibration_tokens=calibration_tokens)
+        ours = dict(dtype="fp32", device="cpu", data_path=data, max_wallclock_seconds=0.0)
+        self.hp = hp = dataclasses.replace(hp, **ours, gptq_calibration_tokens=calibration_tokens)
         self.weights = {name: t.dequantize() for name, t in tensors.items()}
         ranks, val = pg.Ranks(hp, {}), pg.load_validation(hp)
         stream = pg.TokenStream(pg.find_shards(hp, "train"), hp.vocab_size)
@@ -104,33 +104,28 @@ def main() -> int:
             parser.error(f"{word} is no NAME=value")
     try:
         bench = Bench(arguments.weights, arguments.data, arguments.calibration_tokens)
-        rows = [dict(word.split("=", 1) for word in settings.split()) for settings in arguments.settings]
-        for text, settings in zip(arguments.settings, rows, strict=True) if arguments.landings else ():
-            left = bench.landings(settings, arguments.landings)
-            inside = sum(0 <= bytes_left <= pg.FIT_WINDOW for bytes_left in left)
-            print(f"| `{text}` | {inside} of {len(left)} inside | {min(left)} to {max(left)} bytes left |", flush=True)
+        rows = [(text, dict(word.split("=", 1) for word in text.split())) for text in arguments.settings]
         if arguments.landings:
+            for text, settings in rows:
+                left = bench.landings(settings, arguments.landings)
+                inside = sum(0 <= bytes_left <= pg.FIT_WINDOW for bytes_left in left)
+                bounds = f"{min(left)} to {max(left)} bytes left"
+                print(f"| `{text}` | {inside} of {len(left)} inside | {bounds} |", flush=True)
             return 0
         base = bench.bpb(bench.weights)
         print(f"float {base:.6f} bpb; lost: thousandths of a bpb")
         print("| settings | factor | bytes | left | lost at w + d | lost at w - d | mean | less |\n|" + 8 * "---|")
         room, first = arguments.bytes, None
-        for text, settings in zip(arguments.settings, rows, strict=True):
+        for text, settings in rows:
             exporter = bench.exporter(settings)
             packed = exporter.pack() if room is None or arguments.unfitted else exporter.fit(room)
             size = len(packed.blob)
             room = room or size
-            lost = bench.lost(packed, base)
-            mean = sum(lost) / 2
+            there, mirrored = bench.lost(packed, base)
+            mean = (there + mirrored) / 2
             first = first or mean
-            cells = [
-                f"`{text}`",
-                f"{packed.factor:.3f}",
-                f"{size:,}",
-                f"{room - size:,}",
-                *(f"{x:.3f}" for x in lost),
-            ]
-            print("|", " | ".join([*cells, f"{mean:.3f}", f"{100 * (1 - mean / first):.0f} %"]), "|", flush=True)
+            print(f"| `{text}` | {packed.factor:.3f} | {size:,} | {room - size:,}", end=" | ")
+            print(f"{there:.3f} | {mirrored:.3f} | {mean:.3f} | {100 * (1 - mean / first):.0f} % |", flush=True)
     except (pg.UserError, pg.LimitError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

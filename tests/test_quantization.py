@@ -508,7 +508,8 @@ def test_every_block_matrix_and_nothing_else_is_quantized_by_gptq():
     hp = tiny_hp(gptq_enabled=True, gptq_calibration_tokens=160)
     weights, run = weights_of(build_model(hp)), make_run(hp, Memory(random_tokens(500)))
     known = pg.calibrate(run, weights, pg.calibration_texts(run))
-    with_it = pg.quantize(weights, hp, grids(weights, hp), pg.ROUNDERS[True].prepare(hp, known))
+    rounding = {name: pg.GPTQ(hessian, hp) for name, hessian in known.hessians.items()}
+    with_it = pg.quantize(weights, hp, grids(weights, hp), rounding)
     without = quantize(weights, hp)
     changed = {name for name, t in with_it.items() if not torch.equal(t.dequantize(), without[name].dequantize())}
     assert changed == {name for name in weights if pg.row_of(name).storage.reconstructed}
@@ -524,7 +525,8 @@ def test_the_head_is_quantized_by_gptq_where_asked_with_the_second_moments_of_wh
     with torch.no_grad():
         x = model.trunk(torch.from_numpy(texts[:, :-1].astype(np.int64))).flatten(0, 1)
     torch.testing.assert_close(known.hessians[name], x.T @ x, rtol=1e-4, atol=1e-3)
-    stored = pg.quantize(weights, hp, grids(weights, hp), pg.ROUNDERS[True].prepare(hp, known))
+    rounding = {name: pg.GPTQ(hessian, hp) for name, hessian in known.hessians.items()}
+    stored = pg.quantize(weights, hp, grids(weights, hp), rounding)
     plain, w = quantize(weights, hp), weights[name]
     changed = {n for n, t in stored.items() if not torch.equal(t.dequantize(), plain[n].dequantize())}
     assert changed == {n for n in weights if pg.row_of(n).storage.reconstructed} | {name}
@@ -532,16 +534,14 @@ def test_the_head_is_quantized_by_gptq_where_asked_with_the_second_moments_of_wh
     assert errors[0] < 0.9 * errors[1]
 
 
-# The tables of quantizers and rounders
+# The table of quantizers
 
 
 def test_every_choice_of_the_settings_has_its_row_and_every_row_is_a_choice():
     fields = {f.name: f for f in dataclasses.fields(pg.Hyperparameters)}
     assert fields["quant"].metadata["choices"] == tuple(pg.QUANTIZERS)
-    assert fields["gptq_enabled"].default in pg.ROUNDERS and set(pg.ROUNDERS) == {False, True}
-    for row in (*pg.QUANTIZERS.values(), *pg.ROUNDERS.values()):
-        assert set(row.needs) <= set(pg.Calibration._fields)
     for name, row in pg.QUANTIZERS.items():
+        assert set(row.needs) <= set(pg.Calibration._fields)
         assert not pg.QUANTIZERS[row.qat or name].needs, "QAT has no calibration"
 
 
