@@ -304,9 +304,8 @@ class Hyperparameters:
     @property
     def named(self) -> types.SimpleNamespace:
         """Every setting as messages write it: named.num_heads is NUM_HEADS=8."""
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        texts = {name: f"{v:g}" if isinstance(v, float) else str(v) for name, v in values.items()}
-        return types.SimpleNamespace(**{name: f"{name.upper()}={text}" for name, text in texts.items()})
+        values = {name: f"{v:g}" if isinstance(v, float) else v for name, v in dataclasses.asdict(self).items()}
+        return types.SimpleNamespace(**{name: f"{name.upper()}={value}" for name, value in values.items()})
 
     def illegal_combinations(self) -> Iterator[tuple[Any, str]]:
         """Pairs (is it broken, what to say). Lazy: a later rule may rely on the earlier ones. n.x is X=value."""
@@ -410,18 +409,16 @@ class Hyperparameters:
 
         Apart from the other rules because an artifact is scored at any world size, whatever batch trained it.
         """
-        named, per_rank = self.named, self.train_batch_tokens // world_size
-        if self.train_batch_tokens % (world_size * self.train_seq_len):
-            batch, length = named.train_batch_tokens, named.train_seq_len
-            raise UserError(f"{batch} must be a multiple of WORLD_SIZE={world_size} x {length}")
-        if self.micro_batch_tokens % self.train_seq_len:
-            raise UserError(f"{named.micro_batch_tokens} must be a multiple of {named.train_seq_len}")
+        n, length, per_rank = self.named, self.train_seq_len, self.train_batch_tokens // world_size
+        if self.train_batch_tokens % (world_size * length):
+            raise UserError(f"{n.train_batch_tokens} must be a multiple of WORLD_SIZE={world_size} x {n.train_seq_len}")
+        if self.micro_batch_tokens % length:
+            raise UserError(f"{n.micro_batch_tokens} must be a multiple of {n.train_seq_len}")
         if self.micro_batch_tokens and per_rank % self.micro_batch_tokens:
-            raise UserError(f"{named.micro_batch_tokens} must divide a rank's {per_rank} tokens")
-        sequences = per_rank // self.train_seq_len
-        most = max(1, min(sequences, 98_304 // self.train_seq_len))
-        automatic = next(n for n in range(most, 0, -1) if sequences % n == 0) * self.train_seq_len
-        return self.micro_batch_tokens or automatic
+            raise UserError(f"{n.micro_batch_tokens} must divide a rank's {per_rank} tokens")
+        sequences = per_rank // length
+        most = max(1, min(sequences, 98_304 // length))
+        return self.micro_batch_tokens or next(k for k in range(most, 0, -1) if sequences % k == 0) * length
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str], base: Mapping[str, Any] | None = None) -> "Hyperparameters":
@@ -450,7 +447,7 @@ class Hyperparameters:
         return cls(**values)
 
 
-SETTINGS = {f.name.upper(): f for f in dataclasses.fields(Hyperparameters)}
+SETTINGS = {f.name.upper(): f for f in dataclasses.fields(Hyperparameters)}  # by environment variable
 
 # Names that public scripts use for a setting we have under another name.
 PUBLIC_NAMES = {
@@ -1007,24 +1004,21 @@ class Signals:
         self.is_main, self.log = True, Log(None)
 
     def __enter__(self):
-        self.before, self.pipe = {}, None
-        if threading.current_thread() is threading.main_thread():
-            numbers = [signal.SIGTERM, signal.SIGINT]
-            if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # else nohup
-                numbers.append(signal.SIGHUP)
-            reads, self.pipe = os.pipe()
-            os.set_blocking(self.pipe, False)
-            self.pipe_before = signal.set_wakeup_fd(self.pipe, warn_on_full_buffer=False)
-            threading.Thread(target=self.watch, args=(reads, numbers), daemon=True, name="signals").start()
-            self.before = {s: signal.signal(s, self.handle) for s in numbers}
+        numbers = [signal.SIGTERM, signal.SIGINT]
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # else nohup
+            numbers.append(signal.SIGHUP)
+        reads, self.pipe = os.pipe()
+        os.set_blocking(self.pipe, False)
+        self.pipe_before = signal.set_wakeup_fd(self.pipe, warn_on_full_buffer=False)
+        threading.Thread(target=self.watch, args=(reads, numbers), daemon=True, name="signals").start()
+        self.before = {s: signal.signal(s, self.handle) for s in numbers}
         return self
 
     def __exit__(self, *_) -> None:
         for number, handler in self.before.items():
             signal.signal(number, handler)
-        if self.pipe is not None:
-            signal.set_wakeup_fd(self.pipe_before)
-            os.close(self.pipe)  # ends the thread
+        signal.set_wakeup_fd(self.pipe_before)
+        os.close(self.pipe)  # ends the thread
 
     @contextlib.contextmanager
     def waiting(self):
