@@ -888,6 +888,11 @@ class Log:
         old.close()
         return aside
 
+    def written(self) -> bytes:
+        """What the file has, also where its name is gone."""
+        self._file.seek(0)
+        return self._file.read()
+
     def rescue(self, name: str, data: bytes) -> Path | None:
         """Write a file that its own folder cannot take into one that has room; None where there is none."""
         for base in (tempfile.gettempdir, Path.home, lambda: "/dev/shm"):
@@ -904,8 +909,7 @@ class Log:
             return
         removed = not os.fstat(self._file.fileno()).st_nlink
         if self.unwritten or removed:
-            self._file.seek(0)
-            kept = self.rescue(self.path.name, self._file.read() + self.unwritten) or "nowhere: no folder takes it"
+            kept = self.rescue(self.path.name, self.written() + self.unwritten) or "nowhere: no folder takes it"
             complain(f"warning: {self.path} {'is gone' if removed else 'is not whole'}; the whole log is {kept}")
         self._file.close()
         self.path = self._file = None
