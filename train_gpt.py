@@ -99,16 +99,17 @@ LORA_TARGETS = ("q", "k", "v", "o", "mlp", "head")
 
 
 def opt(
-    section: str, default: Any, doc: str, lo: float = 0, hi: float | None = None, choices: str = "", off: Any = None
+    section: str, default: Any, doc: str, lo: float = 0, hi: float | None = None, others: str = "", off: Any = None
 ):
-    """One setting: its type is its default's type; lo and hi are a number's inclusive bounds, choices are words.
+    """One setting, of its default's type; lo and hi: a number's inclusive bounds; others: the words it may be instead.
 
     off is what an artifact means that was made before there was this setting: the technique's absence, or any value
     where only an absent technique reads it. Each new setting of model and evaluation states it: files outlive settings.
     """
     largest = LARGEST.get(type(default))
     lo, hi = (lo, largest if hi is None else hi) if largest else (None, None)
-    meta = dict(section=section, doc=doc, lo=lo, hi=hi, choices=tuple(choices.split()), off=off)
+    choices = (default, *others.split()) if others else ()
+    meta = dict(section=section, doc=doc, lo=lo, hi=hi, choices=choices, off=off)
     return dataclasses.field(default=default, metadata=meta)
 
 
@@ -124,14 +125,14 @@ class Hyperparameters:
     data_path: str = opt("run", "data/datasets/fineweb10B_sp1024", "folder of fineweb_{train,val}_*.bin")
     tokenizer_path: str = opt("run", "", "SentencePiece model; empty: the one .model in DATA_PATH")
     caseops_enabled: str = opt("run", "auto", "whether text is in CaseOps, as the tokenizer's pieces say: 0 and 1 have "
-                               "to agree", choices="auto 0 1")  # fmt: skip
+                               "to agree", others="0 1")  # fmt: skip
     run_id: str = opt("run", "", "names the log and the folder of results; empty: date, time and seed")
     out_dir: str = opt("run", ".", "where logs/ and runs/ go")
     seed: int = opt("run", 1337, "initial weights, and the order of SHUFFLE_SEQUENCES", hi=(1 << 64) - 1)
-    device: str = opt("run", "auto", "where to run", choices="auto cuda cpu")
-    dtype: str = opt("run", "auto", "activations, Newton-Schulz, gradient banks", choices="auto bf16 fp32")
-    compile: str = opt("run", "auto", "torch.compile; auto: where it pays", choices="auto 0 1")
-    attention: str = opt("run", "auto", "kernel; auto: the first that works", choices="auto fa3 fa2 flex sdpa matmul")
+    device: str = opt("run", "auto", "where to run", others="cuda cpu")
+    dtype: str = opt("run", "auto", "activations, Newton-Schulz, gradient banks", others="bf16 fp32")
+    compile: str = opt("run", "auto", "torch.compile; auto: where it pays", others="0 1")
+    attention: str = opt("run", "auto", "kernel; auto: the first that works", others="fa3 fa2 flex sdpa matmul")
     train_log_every: int = opt("run", 500, "steps between training lines, after the first ten; 0: none")
     val_loss_every: int = opt("run", 4000, "steps between validations of the raw weights; 0: only after the last")
     eval_only: bool = opt("run", False, "score ARTIFACT_PATH again; needs no training data")
@@ -149,9 +150,7 @@ class Hyperparameters:
     num_heads: int = opt("model", 8, "H, query heads", lo=1)
     num_kv_heads: int = opt("model", 4, "key/value heads (grouped-query attention)", lo=1)
     mlp_mult: float = opt("model", 3.0, "MLP hidden width, in multiples of D", lo=0.01, hi=64)
-    mlp_kind: str = opt(
-        "model", "leaky_relu2", "MLP nonlinearity", choices="leaky_relu2 swiglu star_relu", off="leaky_relu2"
-    )
+    mlp_kind: str = opt("model", "leaky_relu2", "MLP nonlinearity", others="swiglu star_relu", off="leaky_relu2")
     leaky_relu_slope: float = opt("model", 0.5, "leaky_relu2's negative slope; 0: relu squared", hi=1, off=0.5)
     tie_embeddings: bool = opt("model", True, "the head is the token embedding")
     rope_base: float = opt("model", 10000.0, "rotary base frequency", lo=1)
@@ -173,9 +172,7 @@ class Hyperparameters:
     loop_end: int = opt("model", 5, "last layer of the loop", off=5)
     parallel_start_layer: int = opt("model", 0, "first layer of two lanes, attention's and the MLP's; 0: none", off=0)
     smear_gate_enabled: bool = opt("model", True, "blend each position's embedding with its predecessor's", off=False)
-    smear_gate_kind: str = opt(
-        "model", "channel", "its share: per channel or token", choices="channel token", off="channel"
-    )
+    smear_gate_kind: str = opt("model", "channel", "its share: per channel or token", others="token", off="channel")
     bigram_vocab_size: int = opt("model", 3072, "rows of the hashed bigram table; 0: none", hi=1 << 24, off=0)
     bigram_dim: int = opt("model", 128, "width of the bigram table", lo=1, hi=16384, off=128)
     ve_enabled: bool = opt("model", True, "value embeddings: a token table added to the values of VE_LAYERS", off=False)
@@ -218,7 +215,7 @@ class Hyperparameters:
     ema_decay: float = opt("averaging", 0.997, "reached through the ramp (1+t)/(10+t)", hi=0.99999)
     swa_enabled: bool = opt("averaging", False, "tight SWA: mean of snapshots while the rate scale is below 0.2")
     swa_every: int = opt("averaging", 50, "steps between snapshots", lo=1)
-    swa_source: str = opt("averaging", "raw", "what a snapshot takes: EMA or raw weights", choices="raw ema")
+    swa_source: str = opt("averaging", "raw", "what a snapshot takes: EMA or raw weights", others="ema")
 
     qat_enabled: bool = opt("quantization", False, "fake quantization from the first step")
     late_qat: bool = opt("quantization", True, "fake quantization once the learning-rate scale is below the threshold")
@@ -230,10 +227,7 @@ class Hyperparameters:
     projection_bits: int = opt("quantization", 16, "of the tables' projections; 16: fp16", lo=5, hi=16)
     control_bits: int = opt("quantization", 32, "of vectors and single numbers; 32: fp32, 16: fp16", lo=16, hi=32)
     quant: str = opt(
-        "quantization",
-        "clip_search",
-        "steps: of a clip search, of sigmas, or rate-distortion",
-        choices="clip_search sdclip rd",
+        "quantization", "clip_search", "steps: of a clip search, of sigmas, or rate-distortion", others="sdclip rd"
     )
     attn_clip_sigmas: float = opt("quantization", 12.85, "sdclip, rd: standard deviations to the last level", 0.1, 1e3)
     mlp_clip_sigmas: float = opt("quantization", 12.85, "the same of the MLP's matrices", lo=0.1, hi=1e3)
@@ -249,7 +243,7 @@ class Hyperparameters:
     gptq_percdamp: float = opt("quantization", 0.01, "damping, in mean diagonals of the Hessian", lo=1e-6, hi=10)
     gptq_block_size: int = opt("quantization", 128, "columns between updates of all later ones", lo=1)
     crown_q: float = opt("quantization", 0.0, "weight of CROWN-Q's penalty in the warmdown; 0: none")
-    compressor: str = opt("quantization", "lzma", "of the artifact", choices="lzma zstd ans")
+    compressor: str = opt("quantization", "lzma", "of the artifact", others="zstd ans")
     artifact_cap_bytes: int = opt("quantization", 16_000_000, "code plus artifact; above it the exit code is 3", lo=1)
 
     eval_seq_len: int = opt("evaluation", 2048, "context when scoring; beyond TRAIN_SEQ_LEN: NTK", lo=2, hi=1 << 20)
@@ -258,9 +252,9 @@ class Hyperparameters:
     eval_max_seconds: float = opt("evaluation", 600.0, "evaluation clock; TTT stops adapting in time; 0: none", off=0.0)
     ttt_enabled: bool = opt("evaluation", True, "score-first test-time training after the sliding pass", off=False)
     ttt_params: str = opt(
-        "evaluation", "all", "what adapts: weights, control tensors, LoRA", choices="all scales lora", off="all"
+        "evaluation", "all", "what adapts: weights, control tensors, LoRA", others="scales lora", off="all"
     )
-    ttt_optimizer: str = opt("evaluation", "sgd", "of test-time training", choices="sgd adamw", off="sgd")
+    ttt_optimizer: str = opt("evaluation", "sgd", "of test-time training", others="adamw", off="sgd")
     ttt_lr: float = opt("evaluation", 0.002, "learning rate, cosine over the chunks (LoRA: constant)")
     ttt_warmup_chunks: int = opt("evaluation", 0, "chunks over which the learning rate first rises", off=0)
     ttt_max_chunks: int = opt("evaluation", 0, "chunks to learn from, then only score; 0: all but the last", off=0)
@@ -283,11 +277,7 @@ class Hyperparameters:
         "evaluation", False, "of new adapters B alone: A goes on from other documents", off=False
     )
     ttt_order: str = opt(
-        "evaluation",
-        "length",
-        "of LoRA's documents: the longest first, or as they come",
-        choices="length stream",
-        off="length",
+        "evaluation", "length", "of LoRA's documents: the longest first, or as they come", others="stream", off="length"
     )
     phased_ttt_num_phases: int = opt(
         "evaluation", 0, "LoRA: pauses in which all weights learn from the documents scored since the last", off=0
@@ -314,9 +304,8 @@ class Hyperparameters:
     @property
     def named(self) -> types.SimpleNamespace:
         """Every setting as messages write it: named.num_heads is NUM_HEADS=8."""
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        texts = {name: f"{v:g}" if isinstance(v, float) else str(v) for name, v in values.items()}
-        return types.SimpleNamespace(**{name: f"{name.upper()}={text}" for name, text in texts.items()})
+        values = {name: f"{v:g}" if isinstance(v, float) else v for name, v in dataclasses.asdict(self).items()}
+        return types.SimpleNamespace(**{name: f"{name.upper()}={value}" for name, value in values.items()})
 
     def illegal_combinations(self) -> Iterator[tuple[Any, str]]:
         """Pairs (is it broken, what to say). Lazy: a later rule may rely on the earlier ones. n.x is X=value."""
@@ -324,9 +313,8 @@ class Hyperparameters:
         yield s.model_dim % s.num_heads, f"{n.num_heads} must divide {n.model_dim}"
         yield s.num_heads % s.num_kv_heads, f"{n.num_kv_heads} must divide {n.num_heads}"
         yield s.head_dim % 2 or s.head_dim < 4, f"MODEL_DIM/NUM_HEADS={s.head_dim} must be even and at least 4"
-        rotated = s.rope_dims % 2 == 0 and 4 <= s.rope_dims <= s.head_dim
         says = f"{n.rope_dims} must be 0 or an even number from 4 to the head width {s.head_dim}"
-        yield s.rope_dims and not rotated, says
+        yield s.rope_dims not in (0, *range(4, s.head_dim + 1, 2)), says
         yield s.bigram_vocab_size == 1, f"{n.bigram_vocab_size} leaves no row to hash into; use 0 (none) or at least 2"
         first = max(s.num_layers // 2, 1, s.loop_end + 1 if s.num_loops else 0)
         says = f"{n.parallel_start_layer} must be 0 (none) or a layer of the second half, behind all loops: "
@@ -361,15 +349,11 @@ class Hyperparameters:
         yield s.ttt_freeze_blocks > s.num_layers, f"{n.ttt_freeze_blocks} exceeds {n.num_layers}"
         says = "TTT_PARAMS, TTT_TEMPERATURE and HEDGE_ENABLED belong to test-time training: TTT_ENABLED=1"
         yield not s.ttt_enabled and (s.ttt_params != "all" or s.ttt_temperature or s.hedge_enabled), says
-        says = (
-            "TTT_PARAMS=lora takes one plain step per piece of a document; leave out TTT_SAM_RHO, TTT_WARMUP_CHUNKS, "
-        )
-        says += "TTT_MAX_CHUNKS and TTT_FREEZE_BLOCKS"
+        says = "TTT_PARAMS=lora takes one plain step per piece of a document; leave out "
+        says += "TTT_SAM_RHO, TTT_WARMUP_CHUNKS, TTT_MAX_CHUNKS and TTT_FREEZE_BLOCKS"
         yield lora and (s.ttt_sam_rho or s.ttt_warmup_chunks or s.ttt_max_chunks or s.ttt_freeze_blocks), says
-        says = (
-            "TTT_PARAMS=lora scores documents side by side; TTT_TEMPERATURE and HEDGE_ENABLED need the stream's order"
-        )
-        yield lora and (s.ttt_temperature or s.hedge_enabled), says
+        says = "TTT_TEMPERATURE and HEDGE_ENABLED need the stream's order"
+        yield lora and (s.ttt_temperature or s.hedge_enabled), f"TTT_PARAMS=lora scores documents side by side; {says}"
         yield lora and s.ttt_lora_chunk > s.eval_seq_len, f"{n.ttt_lora_chunk} exceeds {n.eval_seq_len}"
         says = f"TTT_LORA={shown(s.ttt_lora)} must be some of {','.join(LORA_TARGETS)}, separated by commas"
         yield not set(s.ttt_lora.split(",")) <= set(LORA_TARGETS), says
@@ -412,7 +396,7 @@ class Hyperparameters:
 
     def changed(self) -> dict[str, Any]:
         """What differs from the defaults, by environment name."""
-        return {f.name.upper(): v for f in dataclasses.fields(self) if (v := getattr(self, f.name)) != f.default}
+        return {name: v for name, f in SETTINGS.items() if (v := getattr(self, f.name)) != f.default}
 
     def settings_hash(self) -> str:
         """The same for runs of one configuration: seed, names and paths do not enter."""
@@ -425,23 +409,20 @@ class Hyperparameters:
 
         Apart from the other rules because an artifact is scored at any world size, whatever batch trained it.
         """
-        named, per_rank = self.named, self.train_batch_tokens // world_size
-        if self.train_batch_tokens % (world_size * self.train_seq_len):
-            batch, length = named.train_batch_tokens, named.train_seq_len
-            raise UserError(f"{batch} must be a multiple of WORLD_SIZE={world_size} x {length}")
-        if self.micro_batch_tokens % self.train_seq_len:
-            raise UserError(f"{named.micro_batch_tokens} must be a multiple of {named.train_seq_len}")
+        n, length, per_rank = self.named, self.train_seq_len, self.train_batch_tokens // world_size
+        if self.train_batch_tokens % (world_size * length):
+            raise UserError(f"{n.train_batch_tokens} must be a multiple of WORLD_SIZE={world_size} x {n.train_seq_len}")
+        if self.micro_batch_tokens % length:
+            raise UserError(f"{n.micro_batch_tokens} must be a multiple of {n.train_seq_len}")
         if self.micro_batch_tokens and per_rank % self.micro_batch_tokens:
-            raise UserError(f"{named.micro_batch_tokens} must divide a rank's {per_rank} tokens")
-        sequences = per_rank // self.train_seq_len
-        most = max(1, min(sequences, 98_304 // self.train_seq_len))
-        automatic = next(n for n in range(most, 0, -1) if sequences % n == 0) * self.train_seq_len
-        return self.micro_batch_tokens or automatic
+            raise UserError(f"{n.micro_batch_tokens} must divide a rank's {per_rank} tokens")
+        sequences = per_rank // length
+        most = max(1, min(sequences, 98_304 // length))
+        return self.micro_batch_tokens or next(k for k in range(most, 0, -1) if sequences % k == 0) * length
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str], base: Mapping[str, Any] | None = None) -> "Hyperparameters":
         """Read the environment over `base` (an artifact's own settings), over the defaults. Raises UserError."""
-        known = {f.name.upper(): f for f in dataclasses.fields(cls)}
         values, given, refused = dict(base or {}), {}, {}
         for name, text in sorted(environ.items()):
             if name in NOT_HERE:
@@ -449,12 +430,12 @@ class Hyperparameters:
                 if comparable(text) not in map(comparable, accepted):
                     instead = "leave it out" + (f" or set {accepted[0]}" if accepted else "")
                     refused[name] = f"{name}={shown(text)} is not offered here: {advice}; {instead}"
-            elif (target := PUBLIC_NAMES.get(name, name)) in known:
+            elif (target := PUBLIC_NAMES.get(name, name)) in SETTINGS:
                 if given.setdefault(target, text) != text:
                     other = f"{target}={shown(given[target])}"
                     raise UserError(f"{name}={shown(text)} contradicts another spelling of {other}; keep one")
-                values[known[target].name] = parse_value(known[target], text)
-            elif close := near_miss(name, known):
+                values[target.lower()] = parse_value(SETTINGS[target], text)
+            elif close := near_miss(name):
                 raise UserError(f"unknown setting {shown(name)}; did you mean {close}?")
         if refused:
             first, *others = refused
@@ -465,6 +446,8 @@ class Hyperparameters:
                 raise UserError(f"{says}: set SMEAR_GATE_KIND=token, or SMEAR_GATE_KIND=channel for March's")
         return cls(**values)
 
+
+SETTINGS = {f.name.upper(): f for f in dataclasses.fields(Hyperparameters)}  # by environment variable
 
 # Names that public scripts use for a setting we have under another name.
 PUBLIC_NAMES = {
@@ -561,7 +544,7 @@ COMMON_WORDS = frozenset(
 
 def unused_names(environ: Mapping[str, str]) -> list[str]:
     """Variables that no line of this script reads though they look like settings, in one note for the log, or none."""
-    known = {f.name.upper() for f in dataclasses.fields(Hyperparameters)} | {*PUBLIC_NAMES, *NOT_HERE}
+    known = {*SETTINGS, *PUBLIC_NAMES, *NOT_HERE}
     ours = set().union(*map(name_words, known)) - COMMON_WORDS
     names = [name for name in sorted(environ) if name not in known and re.fullmatch(r"[A-Z][A-Z0-9_]*", name)]
     names = [name for name in names if not is_foreign(name) and ours & name_words(name)]
@@ -643,13 +626,13 @@ def edit_distance(a: str, b: str) -> int:
     return row[-1]
 
 
-def near_miss(name: str, known: Mapping[str, Any]) -> str | None:
+def near_miss(name: str) -> str | None:
     """The setting that an unknown variable probably means, or None.
 
     One slip, two in a name of eight characters or more, a longer last word (TRAIN_SEQ_LENGTH), a mixture of cases. Not
     where the slip makes a word of other programs: MODEL_DIR is not MODEL_DIM misspelt.
     """
-    upper, names = name.upper(), (*known, *PUBLIC_NAMES)
+    upper, names = name.upper(), (*SETTINGS, *PUBLIC_NAMES)
     if upper != name and upper in (*names, *NOT_HERE):
         return upper
     if len(upper) < 4 or is_foreign(upper):
@@ -666,7 +649,7 @@ def near_miss(name: str, known: Mapping[str, Any]) -> str | None:
 def settings_table() -> str:
     """The Markdown table that SETTINGS.md holds; `python train_gpt.py --settings` prints it."""
     lines, section = [], None
-    for f in dataclasses.fields(Hyperparameters):
+    for name, f in SETTINGS.items():
         meta = f.metadata
         if meta["section"] != section:
             section = meta["section"]
@@ -676,7 +659,7 @@ def settings_table() -> str:
         bounds = [(word, meta[key]) for key, word in (("lo", "from"), ("hi", "to"))]
         limits = [f"{word} {limit_text(bound)}" for word, bound in bounds if bound not in silent]
         extra = f" ({' · '.join(meta['choices'])})" if meta["choices"] else f" ({' '.join(limits)})" if limits else ""
-        lines.append(f"| `{f.name.upper()}` | {f'`{default}`' if default != '' else ''} | {meta['doc']}{extra} |")
+        lines.append(f"| `{name}` | {f'`{default}`' if default != '' else ''} | {meta['doc']}{extra} |")
     return "\n".join(lines[1:])
 
 
@@ -795,10 +778,9 @@ class Ranks:
 
     def broadcast_object(self, x: Any) -> Any:
         """The main rank's object, on every rank."""
-        if self.size == 1:
-            return x
         box = [x]
-        dist.broadcast_object_list(box, src=0, device=self.device)
+        if self.size > 1:
+            dist.broadcast_object_list(box, src=0, device=self.device)
         return box[0]
 
     def gather(self, x: Any) -> list:
@@ -1026,24 +1008,21 @@ class Signals:
         self.is_main, self.log = True, Log(None)
 
     def __enter__(self):
-        self.before, self.pipe = {}, None
-        if threading.current_thread() is threading.main_thread():
-            numbers = [signal.SIGTERM, signal.SIGINT]
-            if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # else nohup
-                numbers.append(signal.SIGHUP)
-            reads, self.pipe = os.pipe()
-            os.set_blocking(self.pipe, False)
-            self.pipe_before = signal.set_wakeup_fd(self.pipe, warn_on_full_buffer=False)
-            threading.Thread(target=self.watch, args=(reads, numbers), daemon=True, name="signals").start()
-            self.before = {s: signal.signal(s, self.handle) for s in numbers}
+        numbers = [signal.SIGTERM, signal.SIGINT]
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # else nohup
+            numbers.append(signal.SIGHUP)
+        reads, self.pipe = os.pipe()
+        os.set_blocking(self.pipe, False)
+        self.pipe_before = signal.set_wakeup_fd(self.pipe, warn_on_full_buffer=False)
+        threading.Thread(target=self.watch, args=(reads, numbers), daemon=True, name="signals").start()
+        self.before = {s: signal.signal(s, self.handle) for s in numbers}
         return self
 
     def __exit__(self, *_) -> None:
         for number, handler in self.before.items():
             signal.signal(number, handler)
-        if self.pipe is not None:
-            signal.set_wakeup_fd(self.pipe_before)
-            os.close(self.pipe)  # ends the thread
+        signal.set_wakeup_fd(self.pipe_before)
+        os.close(self.pipe)  # ends the thread
 
     @contextlib.contextmanager
     def waiting(self):
@@ -1058,10 +1037,6 @@ class Signals:
     def resume_from(self, checkpoint: Path) -> None:
         elsewhere = "" if self.is_main or checkpoint.exists() else ", which is on the host of rank 0"
         self.advice = f"go on with the same command and RESUME={checkpoint}{elsewhere}"
-
-    def run_ends(self) -> None:
-        """Whatever for: one reason is enough, and what comes now is ignored."""
-        self.deferred = self.ending = True
 
     def say(self, line: str, own: bool = False) -> None:
         """The last line, in the log and on the console: the main rank's or, where it has one of its own, any rank's."""
@@ -1434,7 +1409,7 @@ def find_resumed(hp: Hyperparameters, source: bytes) -> Checkpoint | None:
             return None
         path = found[-1]
     checkpoint = read_checkpoint(path)
-    if checkpoint.meta.get("code_sha256") != hashlib.sha256(source).hexdigest():
+    if checkpoint.meta["code_sha256"] != hashlib.sha256(source).hexdigest():
         raise UserError(f"{path} was made by another train_gpt.py; the log of its run holds that source")
     settings, theirs = dataclasses.asdict(hp), checkpoint.meta["settings"]
     if settings.keys() != theirs.keys() or not re.fullmatch(r"\w[\w.-]{0,127}", checkpoint.meta["run_id"]):
@@ -5650,7 +5625,7 @@ def main(argv: Sequence[str], environ: Mapping[str, str]) -> int:
             ranks.close()
             return code
         except BaseException as error:
-            signals.run_ends()
+            signals.deferred = signals.ending = True  # one reason is enough: what comes now is ignored
             if (ended := ending(error, ranks, environ, signals.advice)) is None:
                 raise
             code, line, own = ended
