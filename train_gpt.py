@@ -1008,21 +1008,24 @@ class Signals:
         self.is_main, self.log = True, Log(None)
 
     def __enter__(self):
-        numbers = [signal.SIGTERM, signal.SIGINT]
-        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # else nohup
-            numbers.append(signal.SIGHUP)
-        reads, self.pipe = os.pipe()
-        os.set_blocking(self.pipe, False)
-        self.pipe_before = signal.set_wakeup_fd(self.pipe, warn_on_full_buffer=False)
-        threading.Thread(target=self.watch, args=(reads, numbers), daemon=True, name="signals").start()
-        self.before = {s: signal.signal(s, self.handle) for s in numbers}
+        self.before, self.pipe = {}, None
+        if threading.current_thread() is threading.main_thread():
+            numbers = [signal.SIGTERM, signal.SIGINT]
+            if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # else nohup
+                numbers.append(signal.SIGHUP)
+            reads, self.pipe = os.pipe()
+            os.set_blocking(self.pipe, False)
+            self.pipe_before = signal.set_wakeup_fd(self.pipe, warn_on_full_buffer=False)
+            threading.Thread(target=self.watch, args=(reads, numbers), daemon=True, name="signals").start()
+            self.before = {s: signal.signal(s, self.handle) for s in numbers}
         return self
 
     def __exit__(self, *_) -> None:
         for number, handler in self.before.items():
             signal.signal(number, handler)
-        signal.set_wakeup_fd(self.pipe_before)
-        os.close(self.pipe)  # ends the thread
+        if self.pipe is not None:
+            signal.set_wakeup_fd(self.pipe_before)
+            os.close(self.pipe)  # ends the thread
 
     @contextlib.contextmanager
     def waiting(self):
