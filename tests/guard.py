@@ -44,6 +44,7 @@ VARIANTS = dict(
 def configurations(words: list[str]) -> dict[str, dict[str, str]]:
     """Settings of every run by its name."""
     recipes = {path.stem: SMALL | techniques(path) for path in sorted((ROOT / "records" / "recipes").glob("*.env"))}
+    recipes["frontier"]["PARALLEL_START_LAYER"] = "2"  # of three layers
     every = recipes | {name: SMALL | changes for name, changes in VARIANTS.items()}
     here = dict(DEVICE="cpu", COMPILE="0", CASEOPS_ENABLED="auto", SAVE_WEIGHTS="0", RUN_ID="-")
     named = {
