@@ -4402,27 +4402,25 @@ def score(
     ranks: Ranks,
     bar=None,
     temperatures: tuple[float, ...] = (),
-    whole: Callable | None = None,
 ) -> np.ndarray:
     """Nats (m,) float32 of every target of the windows (W, 3), in their order, the same on every rank; with
     temperatures (m, temperatures).
 
-    The windows are as long as each other, and the first alone may score more than `stride` targets, by `whole` if there
-    is one. Every forward has `batch` windows, so that a score does not depend on how many windows are asked for and no
-    further graph is compiled. A window that scores at most `stride` runs the head on those alone.
+    The windows are as long as each other, and the first alone may score more than `stride` targets. Every forward has
+    `batch` windows, so that a score does not depend on how many windows are asked for and no further graph is compiled.
+    A window that scores at most `stride` runs the head on those alone.
     """
     widths, length = windows[:, 2] - windows[:, 1], int(windows[0, 2] - windows[0, 0])
     columns = (temperatures,) if temperatures else ()
     nats = torch.zeros(int(widths.sum()), *map(len, columns), device=ranks.device)
     mine = ranks.part(np.column_stack([windows, np.cumsum(widths)]))
     wide = mine[:, 2] - mine[:, 1] > stride  # only the stream's first window
-    first = model if whole is None else whole
-    for group, width, forward in ((mine[wide], length, first), (mine[~wide], min(stride, length), model)):
+    for group, width in ((mine[wide], length), (mine[~wide], min(stride, length))):
         for i in range(0, len(group), batch):
             part = group[i : i + batch]
             inputs, targets, counted = gather(tokens, part[:, :3], batch, length, width, ranks.device)
             place = slice(part[0, 3] - part[0, 2] + part[0, 1], part[-1, 3])
-            nats[place] = forward(inputs, targets, *columns)[counted]
+            nats[place] = model(inputs, targets, *columns)[counted]
             if bar is not None:
                 bar.update(len(part))
     return ranks.sum_(nats).cpu().numpy()
@@ -4491,12 +4489,18 @@ class Method:
     apart = False  # whether each rank has segments of its own; else all go through the same ones together
     readout: "Readout | None" = None
 
-    def __init__(self, run: Run, model: GPT, forward: Callable, stride: int):
-        self.hp, self.ranks, self.model, self.stride = run.hp, run.ranks, model, stride
-        self.whole = forward if run.compile.whole else model  # a graph of another width for one window does not pay
-        narrow = stride < run.hp.eval_seq_len
-        self.forward = forward if (run.compile.sliding if narrow else run.compile.whole) else model
+    def __init__(self, run: Run, model: GPT, graph: Callable, stride: int):
+        self.hp, self.ranks, self.compile = run.hp, run.ranks, run.compile
+        self.model, self.graph, self.stride = model, graph, stride
         self.rows = score_batch_windows(run.hp, run.ranks, run.hp.eval_seq_len)  # windows of a forward
+
+    def forward(self, inputs: Tensor, targets: Tensor, *temperatures: tuple[float, ...]) -> Tensor:
+        """The model's, compiled where that pays: learning, or windows scored whole or by their last targets."""
+        if torch.is_grad_enabled():
+            pays = self.compile.learning
+        else:
+            pays = self.compile.whole if targets.size(1) == inputs.size(1) else self.compile.sliding
+        return (self.graph if pays else self.model)(inputs, targets, *temperatures)
 
     @staticmethod
     def check(hp: Hyperparameters, targets: int) -> None:
@@ -4513,8 +4517,8 @@ class Method:
         inputs, targets = synthetic(self.rows, self.hp.eval_seq_len)
         columns = () if self.readout is None else (self.readout.temperatures,)
         with torch.no_grad():
-            for forward, width in {(self.whole, self.hp.eval_seq_len), (self.forward, self.stride)}:
-                forward(inputs, targets[:, -width:].contiguous(), *columns)
+            for width in {self.hp.eval_seq_len, self.stride}:
+                self.forward(inputs, targets[:, -width:].contiguous(), *columns)
 
     def score(self, tokens: np.ndarray, segment: Segment, bar: Any) -> np.ndarray:
         """Nats (m,) float32 of the segment's targets, the network's or what a readout makes of them."""
@@ -4523,8 +4527,7 @@ class Method:
 
     def network_nats(self, tokens: np.ndarray, segment: Segment, bar: Any = None) -> np.ndarray:
         temperatures = () if self.readout is None else self.readout.temperatures
-        how = self.stride, self.rows, self.ranks, bar, temperatures, self.whole
-        return score(self.forward, tokens, segment.windows, *how)
+        return score(self.forward, tokens, segment.windows, self.stride, self.rows, self.ranks, bar, temperatures)
 
     @torch.no_grad()
     def distribution(self, tokens: np.ndarray, segment: Segment) -> np.ndarray:
@@ -4558,13 +4561,13 @@ class StreamTTT(Method):
 
     unit = "chunks"
 
-    def __init__(self, run: Run, model: GPT, forward: Callable):
-        super().__init__(run, model, forward, run.hp.eval_stride)
-        hp, ranks, self.learner = run.hp, run.ranks, forward if run.compile.learning else model
-        frozen = re.compile("|".join(rf"blocks\.{i}\..*" for i in range(hp.ttt_freeze_blocks)) or r"(?!)")
+    def __init__(self, run: Run, model: GPT, graph: Callable):
+        super().__init__(run, model, graph, run.hp.eval_stride)
+        hp, ranks = run.hp, run.ranks
+        frozen = tuple(f"blocks.{i}." for i in range(hp.ttt_freeze_blocks))
         for name, parameter in model.named_parameters():
             adapts = hp.ttt_params == "all" or label_of(name) == "control"
-            parameter.requires_grad_(adapts and not frozen.fullmatch(name))
+            parameter.requires_grad_(adapts and not name.startswith(frozen))
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.adapted_params = sum(p.numel() for p in self.parameters)
         self.optimizer = ttt_optimizer(self.parameters, hp)
@@ -4597,7 +4600,7 @@ class StreamTTT(Method):
 
     def warm_up(self, synthetic: Callable) -> None:
         super().warm_up(synthetic)
-        self.learner(*synthetic(self.step_rows, self.length)).sum().backward()
+        self.forward(*synthetic(self.step_rows, self.length)).sum().backward()
         self.optimizer.zero_grad(set_to_none=True)
 
     def reset(self) -> None:
@@ -4648,7 +4651,7 @@ class StreamTTT(Method):
         for i in range(0, len(mine), self.step_rows):
             part, shape = mine[i : i + self.step_rows], (self.step_rows, self.length, self.length)
             inputs, targets, counted = gather(tokens, part, *shape, self.ranks.device)
-            ((self.learner(inputs, targets) * counted).sum() / total).backward()
+            ((self.forward(inputs, targets) * counted).sum() / total).backward()
         gradients = (torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters)  # None: no share
         flat = torch.cat([gradient.flatten() for gradient in gradients])
         self.optimizer.zero_grad(set_to_none=True)
@@ -4679,20 +4682,18 @@ def ttt_optimizer(parameters: list[Tensor], hp: Hyperparameters) -> torch.optim.
     return torch.optim.AdamW(parameters, lr=hp.ttt_lr, betas=betas, weight_decay=decay, fused=True)
 
 
-class LoRA:
-    """Adds (x Aᵀ) Bᵀ · alpha/rank (Hu et al., 2021) to what a module makes of its input x (B, T, in): a forward hook,
-    with an A (rank, in) and a B (out, rank) for each of the module's passes and each sequence of a batch. The model
-    that it is hung into keeps its parameters' names.
-    """
+def lora_hook(pairs: list[list[Tensor]], scale: float) -> Callable:
+    """A forward hook that adds (x Aᵀ) Bᵀ · alpha/rank (Hu et al., 2021) to what a module makes of its input x
+    (B, T, in): with an A (rank, in) and a B (out, rank) for each of its passes and each sequence of a batch."""
+    turn = itertools.cycle(pairs)
 
-    def __init__(self, pairs: list[tuple[Tensor, Tensor]], scale: float):
-        self.pairs, self.turn, self.scale = pairs, itertools.cycle(pairs), scale
-
-    def __call__(self, module: nn.Module, inputs: tuple, output: Tensor | tuple) -> Tensor | tuple:
-        x, (a, b) = inputs[0], next(self.turn)
+    def add(module: nn.Module, inputs: tuple, output: Tensor | tuple) -> Tensor | tuple:
+        x, (a, b) = inputs[0], next(turn)
         a, b = (matrix[: len(x)].to(x.dtype).mT for matrix in (a, b))  # the shortest documents of a batch have ended
-        added = self.scale * torch.bmm(torch.bmm(x, a), b)
+        added = scale * torch.bmm(torch.bmm(x, a), b)
         return (output[0] + added, *output[1:]) if isinstance(output, tuple) else output + added
+
+    return add
 
 
 def lora_targets(model: GPT, names: Sequence[str]) -> Iterator[tuple[nn.Module, int, int]]:
@@ -4726,30 +4727,30 @@ class DocumentLoRA(Method):
 
     unit = "documents"
 
-    def __init__(self, run: Run, model: GPT, forward: Callable):
-        super().__init__(run, model, forward, run.hp.ttt_lora_chunk)
-        hp, self.carried, self.apart = run.hp, not run.hp.ttt_lora_reset, run.hp.ttt_lora_reset
+    def __init__(self, run: Run, model: GPT, graph: Callable):
+        super().__init__(run, model, graph, run.hp.ttt_lora_chunk)
+        hp, self.apart = run.hp, run.hp.ttt_lora_reset
         self.queues = 0  # no document hears of another
         if hp.ttt_warm_start_a or hp.phased_ttt_num_phases:
             self.queues = max(run.ranks.size, QUEUES // run.ranks.size * run.ranks.size)
             if self.queues != QUEUES:
                 run.log(f"ttt:queues {self.queues} on {run.ranks.size} ranks: other scores than with {QUEUES}")
         windows = score_batch_windows(hp, run.ranks, hp.eval_seq_len, self.queues)
-        self.rows = 1 if self.carried else windows  # documents at once
+        self.rows = windows if self.apart else 1  # documents at once
         self.phase = None
         if hp.phased_ttt_num_phases:
             how = dict(ttt_params="all", phased_ttt_num_phases=0, ttt_optimizer="sgd", ttt_weight_decay=0.0)
             how |= dict(ttt_lr=hp.global_ttt_lr, ttt_momentum=hp.global_ttt_momentum)
-            self.phase = StreamTTT(run._replace(hp=dataclasses.replace(hp, **how)), model, forward)
+            self.phase = StreamTTT(run._replace(hp=dataclasses.replace(hp, **how)), model, graph)
         model.requires_grad_(False)
         device, rank, generator = run.ranks.device, hp.ttt_lora_rank, torch.Generator().manual_seed(0)
         initial = torch.randn(rank, hp.model_dim, generator=generator) / math.sqrt(hp.model_dim)
-        self.initial, self.loras = initial.to(device), {}
+        self.initial, self.pairs = initial.to(device), {}  # (A, B) of each pass through a module
         for module, passes, width in lora_targets(model, hp.ttt_lora.split(",")):
             shapes = ((self.rows, rank, hp.model_dim), (self.rows, width, rank))
-            pairs = [[torch.zeros(s, device=device, requires_grad=True) for s in shapes] for _ in range(passes)]
-            self.loras[module] = LoRA(pairs, hp.ttt_lora_alpha / rank)
-        self.parameters = [p for lora in self.loras.values() for p in itertools.chain(*lora.pairs)]  # A, B, A, B, …
+            made = [[torch.zeros(s, device=device, requires_grad=True) for s in shapes] for _ in range(passes)]
+            self.pairs[module] = made
+        self.parameters = [p for pairs in self.pairs.values() for p in itertools.chain(*pairs)]  # A, B, A, B, …
         self.adapted_params = sum(p.numel() for p in self.parameters) // self.rows
         self.optimizer = ttt_optimizer(self.parameters, hp)
         self.reset()
@@ -4768,8 +4769,8 @@ class DocumentLoRA(Method):
     @torch.no_grad()
     def renew(self) -> None:
         """Adapters as at first."""
-        for a, b in zip(self.parameters[::2], self.parameters[1::2], strict=True):
-            a.copy_(self.initial.expand_as(a))
+        for a, b in itertools.chain(*self.pairs.values()):
+            a.copy_(self.initial)
             b.zero_()
         self.optimizer.state.clear()
 
@@ -4779,9 +4780,9 @@ class DocumentLoRA(Method):
         no mask, each in windows of its own; and pieces come in hundreds of shapes, each of which cuDNN's attention
         plans anew (120 to 145 ms forward and backward on an H200), so the flash kernel has it (1 to 5 ms a layer)."""
         with contextlib.ExitStack() as hooks:
-            for module, lora in self.loras.items():
-                lora.turn = itertools.cycle(lora.pairs)
-                hooks.callback(module.register_forward_hook(lora).remove)
+            for module, pairs in self.pairs.items():
+                hook = lora_hook(pairs, self.hp.ttt_lora_alpha / self.hp.ttt_lora_rank)
+                hooks.callback(module.register_forward_hook(hook).remove)
             hooks.callback(setattr, self.model, "document_mask", self.model.document_mask)
             hooks.callback(torch.backends.cuda.enable_cudnn_sdp, True)
             self.model.document_mask = None
@@ -4791,9 +4792,9 @@ class DocumentLoRA(Method):
     def plan(self, tokens: np.ndarray) -> Plan:
         """Shares of about as many targets, in each the turns of all queues, and a phase behind each but the last."""
         hp, ranks, documents, rounds = self.hp, self.ranks, plan_documents(tokens), []
-        mine = [0] if self.carried else range(ranks.rank, self.queues or ranks.size, ranks.size)
-        last = len(tokens) - 1 if self.carried else None
-        if hp.ttt_order == "length" and not self.carried:
+        mine = range(ranks.rank, self.queues or ranks.size, ranks.size) if self.apart else [0]
+        last = None if self.apart else len(tokens) - 1
+        if hp.ttt_order == "length" and self.apart:
             documents = longest_first(documents)
         lengths, shares, waiting = documents[:, 1] - documents[:, 0], hp.phased_ttt_num_phases + 1, [0] * self.queues
         share_of = (lengths.cumsum() - lengths) * shares // lengths.sum()
@@ -4816,7 +4817,7 @@ class DocumentLoRA(Method):
             return [longest_first(documents[i : i + self.rows]) for i in range(0, len(documents), self.rows)]
 
         if not waiting:
-            size = 1 if self.carried else self.ranks.size
+            size = self.ranks.size if self.apart else 1
             return [batches(documents)[rank::size] for rank in range(size)]
         queues = [[] for _ in waiting]
         for start, end in documents.tolist():
@@ -4841,7 +4842,7 @@ class DocumentLoRA(Method):
     @torch.no_grad()
     def begin(self, segment: Segment) -> None:
         """New adapters for new documents; A kept warm are those that the queue's last batch has left."""
-        if segment.fresh and not self.carried:
+        if segment.fresh and self.apart:
             ours = self.parameters[::2]
             if self.hp.ttt_warm_start_a:
                 self.kept[self.queue] = [a.clone() for a in ours]
@@ -5067,12 +5068,12 @@ class Evaluation:
         self.expected = 0.0  # seconds that the scores of a pass will take, before any is measured
         with run.phases("load"):
             model = self.model = run.build(hp.eval_seq_len).to(run.ranks.device)
-            forward, grid = compiled(model, run.compile.evaluation), main_grid(tensors)
-            self.passes = {f"final_{grid}_roundtrip": Method(run, model, forward, hp.eval_seq_len)}
+            graph, grid = compiled(model, run.compile.evaluation), main_grid(tensors)
+            self.passes = {f"final_{grid}_roundtrip": Method(run, model, graph, hp.eval_seq_len)}
             if hp.eval_stride:
-                self.passes[f"final_{grid}_sliding_window"] = Method(run, model, forward, hp.eval_stride)
+                self.passes[f"final_{grid}_sliding_window"] = Method(run, model, graph, hp.eval_stride)
             if hp.ttt_enabled:
-                self.passes["legal_ttt"] = TTT_METHODS[hp.ttt_params](run, model, forward)
+                self.passes["legal_ttt"] = TTT_METHODS[hp.ttt_params](run, model, graph)
             self.reset()
 
     def reset(self) -> None:
