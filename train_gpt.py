@@ -4584,9 +4584,8 @@ class StreamTTT(Method):
         windows = plan_windows(targets, context, hp.eval_stride)
         fits = (s for s in (size, max(1, targets // 4), 1) if len(plan_chunks(windows, s)) > 1)
         if (fit := next(fits, None)) is None:
-            raise UserError(
-                f"TTT_ENABLED=1 needs more than one window of EVAL_SEQ_LEN={context}; here are {targets} targets"
-            )
+            needed = f"more than one window of EVAL_SEQ_LEN={context}"
+            raise UserError(f"TTT_ENABLED=1 needs {needed}; here are {targets} targets")
         if fit != size:
             raise UserError(f"TTT_CHUNK_TOKENS={size} makes one chunk of {targets} targets; use TTT_CHUNK_TOKENS={fit}")
 
@@ -4670,7 +4669,7 @@ def plan_chunks(windows: np.ndarray, chunk_tokens: int) -> list[np.ndarray]:
 
 def ttt_lr(hp: Hyperparameters, k: int, updates: int) -> float:
     """Learning rate on chunk k: a half cosine over the chunks that are learned from, after a linear rise."""
-    rise = min(1.0, (k + 1) / hp.ttt_warmup_chunks) if hp.ttt_warmup_chunks else 1.0
+    rise = min(1.0, (k + 1) / max(1, hp.ttt_warmup_chunks))
     return hp.ttt_lr * rise * 0.5 * (1 + math.cos(math.pi * k / max(1, updates)))
 
 
@@ -4748,8 +4747,8 @@ class DocumentLoRA(Method):
         self.initial, self.pairs = initial.to(device), {}  # (A, B) of each pass through a module
         for module, passes, width in lora_targets(model, hp.ttt_lora.split(",")):
             shapes = ((self.rows, rank, hp.model_dim), (self.rows, width, rank))
-            made = [[torch.zeros(s, device=device, requires_grad=True) for s in shapes] for _ in range(passes)]
-            self.pairs[module] = made
+            pairs = [[torch.zeros(s, device=device, requires_grad=True) for s in shapes] for _ in range(passes)]
+            self.pairs[module] = pairs
         self.parameters = [p for pairs in self.pairs.values() for p in itertools.chain(*pairs)]  # A, B, A, B, …
         self.adapted_params = sum(p.numel() for p in self.parameters) // self.rows
         self.optimizer = ttt_optimizer(self.parameters, hp)
@@ -4887,9 +4886,10 @@ class DocumentLoRA(Method):
         text = np.append(BOS_ID, heard[heard > 0] - 1).astype(np.uint16)
         self.heard[:] = 0
         self.model.requires_grad_(True)
-        ends = np.linspace(0, len(text) - 1, 1 + -(-(len(text) - 1) // self.hp.ttt_chunk_tokens), dtype=int)
+        chunks = math.ceil((len(text) - 1) / self.hp.ttt_chunk_tokens)
+        ends = np.linspace(0, len(text) - 1, chunks + 1, dtype=int)
         for k, (start, end) in enumerate(itertools.pairwise(ends)):
-            self.phase.adapt(text[start : end + 1], ttt_lr(self.phase.hp, k, len(ends) - 1))
+            self.phase.adapt(text[start : end + 1], ttt_lr(self.phase.hp, k, chunks))
         self.phase.reset()
         self.model.requires_grad_(False)
 
@@ -5193,17 +5193,13 @@ class Evaluation:
             log(f"{self.label}:predicted evaluation_seconds:{predicted:.0f} limit:{limit:g}")
             if not plan.updates and predicted > limit > 0:
                 log(f"warning: the scores will not fit EVAL_MAX_SECONDS={limit:g}; raise EVAL_STRIDE")
-        if k >= plan.updates or self.cut is not None or not limit:
-            return k < plan.updates and self.cut is None
-        needed = to_score + step_s * (plan.steps[k + 1] - plan.steps[k])
-        if self.run.ranks.largest(self.elapsed() + needed) > (1 - EVAL_MARGIN) * limit:
-            rounds = len(plan.rounds)
-            self.cut = dict(chunks=rounds, adapted=k, scored=rounds)
-            log(
-                f"{self.label}:cut adapted_chunks:{k} of:{rounds - 1} to end before EVAL_MAX_SECONDS={limit:g}; "
-                "where it is cut depends on the machine, so this score does not repeat"
-            )
-        return self.cut is None
+        if limit and k < plan.updates and self.cut is None:
+            needed, rounds = to_score + step_s * (plan.steps[k + 1] - plan.steps[k]), len(plan.rounds)
+            if self.run.ranks.largest(self.elapsed() + needed) > (1 - EVAL_MARGIN) * limit:
+                self.cut = dict(chunks=rounds, adapted=k, scored=rounds)
+                cut = f"cut adapted_chunks:{k} of:{rounds - 1} to end before EVAL_MAX_SECONDS={limit:g}"
+                log(f"{self.label}:{cut}; where it is cut depends on the machine, so this score does not repeat")
+        return k < plan.updates and self.cut is None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -5224,17 +5220,10 @@ class Job(NamedTuple):
     def trains(self) -> bool:
         return self.tensors is None
 
-    @property
-    def reads_training_text(self) -> bool:
-        return self.trains or (self.hp.export_only and self.hp.calibrates)
-
 
 def read_job(environ: Mapping[str, str]) -> Job:
-    """Settings from the environment; with EVAL_ONLY or EXPORT_ONLY over those of the file. Raises UserError.
-
-    The file's architecture stands: a variable that contradicts it is an error. One that changes the evaluation is used
-    and named in the log.
-    """
+    """Settings from the environment; with EVAL_ONLY or EXPORT_ONLY over those of the file, whose architecture stands. A
+    variable that changes its evaluation is used and named in the log. Raises UserError."""
     modes = {"EVAL_ONLY", "ARTIFACT_PATH", "EXPORT_ONLY", "WEIGHTS_PATH"}
     mode = Hyperparameters.from_env({name: text for name, text in environ.items() if name in modes})
     if not (mode.eval_only or mode.export_only):
@@ -5250,8 +5239,7 @@ def read_job(environ: Mapping[str, str]) -> Job:
         for name, value in header["evaluation"].items()
         if getattr(hp, name) != value
     ]
-    sha256 = header["tokenizer_sha256"]
-    return Job(hp, blob if mode.eval_only else None, tensors, sha256, tuple(notes))
+    return Job(hp, blob if mode.eval_only else None, tensors, header["tokenizer_sha256"], tuple(notes))
 
 
 class Checks(Log):
@@ -5334,16 +5322,13 @@ def device_memory(device: torch.device) -> int:
 
 
 def check_memory(hp: Hyperparameters, device: torch.device) -> None:
-    """Whether there can be room for the weights and what training keeps of each. Raises UserError.
-
-    Without this the kernel kills the run, and no line says why.
-    """
-    memory = device_memory(device)
-    count, names = count_weights(hp), "MODEL_DIM, NUM_LAYERS, MLP_MULT or BIGRAM_VOCAB_SIZE"
+    """Raises UserError where there is no room for the weights and what training keeps of each: the kernel would kill
+    the run, and no line say why."""
+    count, memory = count_weights(hp), device_memory(device)
     needed = 4 * count * (1 if hp.eval_only or hp.export_only else 2 + hp.ema_enabled)  # weights, gradients, averages
     if needed > memory:
         sizes = f"{count:,} weights take {needed >> 30} GiB at least and {device.type} has {memory >> 30}"
-        raise UserError(f"{sizes}; lower {names}")
+        raise UserError(f"{sizes}; lower MODEL_DIM, NUM_LAYERS, MLP_MULT or BIGRAM_VOCAB_SIZE")
 
 
 def bytes_to_write(hp: Hyperparameters) -> int:
@@ -5405,10 +5390,8 @@ def check_alike(every: Sequence[Mapping[str, Any]]) -> None:
 
 
 def prepare(job: Job, ranks: Ranks, signals: Signals, checks: Checks | None = None) -> Run:
-    """All that can go wrong before any work goes wrong here, on all ranks alike. Raises UserError.
-
-    With `checks` nothing is written.
-    """
+    """All that can go wrong before any work goes wrong here, on all ranks alike. With `checks` nothing is written.
+    Raises UserError."""
     hp, device, source = job.hp, ranks.device, Path(__file__).read_bytes()
     dtype = activation_dtype(hp.dtype, device)
     must_compile = hp.compile == "1" or (hp.compile == "auto" and device.type == "cuda")
@@ -5422,7 +5405,8 @@ def prepare(job: Job, ranks: Ranks, signals: Signals, checks: Checks | None = No
             made = "the tokenizer that the file was made with"
             raise UserError(f"{val.tokenizer_path} is not {made}; set TOKENIZER_PATH")
         check_ttt(hp, val.targets)
-        stream = TokenStream(find_shards(hp, "train"), hp.vocab_size) if job.reads_training_text else None
+        reads = job.trains or (hp.export_only and hp.calibrates)
+        stream = TokenStream(find_shards(hp, "train"), hp.vocab_size) if reads else None
         check_memory(hp, device)
         return attention, attend, val, stream, find_resumed(hp, source) if ranks.is_main else None
 
@@ -5525,12 +5509,11 @@ def check_size(run: Run, job: Job, log: Log) -> None:
     if job.blob is not None:
         label, size = "artifact", len(job.blob)
     else:
-        generator = torch.Generator().manual_seed(0)
-        with torch.device("meta"):
-            shapes = {name: p.shape for name, p in GPT(hp, 2, sdpa, torch.float32).named_parameters()}
-        weights = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
         if job.tensors:
             weights = {name: stored.dequantize() for name, stored in job.tensors.items()}
+        else:
+            generator, shaped = torch.Generator().manual_seed(0), run.build(2).named_parameters()
+            weights = {name: torch.randn(p.shape, generator=generator) for name, p in shaped}
         simple = dataclasses.replace(hp, gptq_enabled=False, gptq_head_enabled=False, quant=uncalibrated(hp))
         exporter = Exporter(run._replace(hp=simple), weights, Calibration())
         size = round(exporter.predict(exporter.solve(room) if hp.fit_to_cap else 1.0))
@@ -5584,13 +5567,8 @@ def check_evaluation(run: Run, tensors: Mapping[str, Stored] | None, flops: floa
     n = min(val.targets, max(2 * context, int(TRIED_SECONDS / target_s)))
     chunk = 0 if lora else min(hp.ttt_chunk_tokens, n // 2)
     batch = max(1, n // 4 // (hp.eval_stride or context)) * context * run.ranks.size  # more would be padding
-    less = dict(
-        val_batch_size=min(batch, hp.val_batch_size),
-        ttt_chunk_tokens=chunk or hp.ttt_chunk_tokens,
-        ttt_max_chunks=0,
-        eval_max_seconds=0.0,
-    )
-    less = dataclasses.replace(hp, **less)
+    less = dict(val_batch_size=min(batch, hp.val_batch_size), ttt_chunk_tokens=chunk or hp.ttt_chunk_tokens)
+    less = dataclasses.replace(hp, **less, ttt_max_chunks=0, eval_max_seconds=0.0)
     run = run._replace(hp=less, val=val._replace(tokens=val.tokens[: n + 1], bytes=val.bytes[:n]))
     if tensors is None:
         init_weights(model := run.build(context), hp)
@@ -5767,15 +5745,13 @@ def ending(
 
 def show(argv: Sequence[str]) -> int:
     """Print a table instead of a run. Raises UserError."""
-    try:
-        if list(argv) == ["--settings"]:
-            print(settings_table(), flush=True)
-            return 0
-        if argv[0] == "--inspect":
-            raise UserError("--inspect has moved: python records/submit.py inspect ARTIFACT [--png]")
+    if argv[0] == "--inspect":
+        raise UserError("--inspect has moved: python records/submit.py inspect ARTIFACT [--png]")
+    if list(argv) != ["--settings"]:
         raise UserError(f"unknown argument {argv[0]}; settings are environment variables: `--settings`, `--check`")
-    except BrokenPipeError:  # `| head`: who reads has enough
-        return 0
+    with contextlib.suppress(BrokenPipeError):  # `| head`: who reads has enough
+        print(settings_table(), flush=True)
+    return 0
 
 
 if __name__ == "__main__":
