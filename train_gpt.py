@@ -4811,19 +4811,14 @@ class DocumentLoRA(Method):
     def deal(self, documents: np.ndarray, waiting: list[int]) -> list[list[np.ndarray]]:
         """Each queue's batches of documents (D, 2), the longest first in each. The next document goes to the queue with
         the least `waiting`, in targets, and is added there; without queues, the next batch to the next rank."""
-
-        def batches(documents: np.ndarray) -> list[np.ndarray]:
-            return [longest_first(documents[i : i + self.rows]) for i in range(0, len(documents), self.rows)]
-
-        if not waiting:
-            size = self.ranks.size if self.apart else 1
-            return [batches(documents)[rank::size] for rank in range(size)]
-        queues = [[] for _ in waiting]
-        for start, end in documents.tolist():
-            emptiest = waiting.index(min(waiting))
-            queues[emptiest].append((start, end))
-            waiting[emptiest] += end - start
-        return [batches(np.array(queue).reshape(-1, 2)) for queue in queues]
+        count = len(waiting) or (self.ranks.size if self.apart else 1)
+        queue_of = np.arange(len(documents)) // self.rows % count
+        if waiting:
+            for i, (start, end) in enumerate(documents.tolist()):
+                queue_of[i] = waiting.index(min(waiting))
+                waiting[queue_of[i]] += end - start
+        queues = (documents[queue_of == q] for q in range(count))
+        return [[longest_first(queue[i : i + self.rows]) for i in range(0, len(queue), self.rows)] for queue in queues]
 
     def batch_of(self, tokens: np.ndarray, windows: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
         length = int(windows[0, 1] - windows[0, 0]) + self.stride
@@ -5222,8 +5217,8 @@ class Job(NamedTuple):
 
 
 def read_job(environ: Mapping[str, str]) -> Job:
-    """Settings from the environment; with EVAL_ONLY or EXPORT_ONLY over those of the file, whose architecture stands. A
-    variable that changes its evaluation is used and named in the log. Raises UserError."""
+    """Settings from the environment; with EVAL_ONLY or EXPORT_ONLY over those of the file. Raises UserError, also where
+    one contradicts the file's architecture; one that changes its evaluation is used and named in the log."""
     modes = {"EVAL_ONLY", "ARTIFACT_PATH", "EXPORT_ONLY", "WEIGHTS_PATH"}
     mode = Hyperparameters.from_env({name: text for name, text in environ.items() if name in modes})
     if not (mode.eval_only or mode.export_only):
