@@ -4306,27 +4306,25 @@ def score(
     ranks: Ranks,
     bar=None,
     temperatures: tuple[float, ...] = (),
-    whole: Callable | None = None,
 ) -> np.ndarray:
     """Nats (m,) float32 of every target of the windows (W, 3), in their order, the same on every rank; with
     temperatures (m, temperatures).
 
-    The windows are as long as each other, and the first alone may score more than `stride` targets, by `whole` if there
-    is one. Every forward has `batch` windows, so that a score does not depend on how many windows are asked for and no
-    further graph is compiled. A window that scores at most `stride` runs the head on those alone.
+    The windows are as long as each other, and the first alone may score more than `stride` targets. Every forward has
+    `batch` windows, so that a score does not depend on how many windows are asked for and no further graph is compiled.
+    A window that scores at most `stride` runs the head on those alone.
     """
     widths, length = windows[:, 2] - windows[:, 1], int(windows[0, 2] - windows[0, 0])
     columns = (temperatures,) if temperatures else ()
     nats = torch.zeros(int(widths.sum()), *map(len, columns), device=ranks.device)
     mine = ranks.part(np.column_stack([windows, np.cumsum(widths)]))
     wide = mine[:, 2] - mine[:, 1] > stride  # only the stream's first window
-    first = model if whole is None else whole
-    for group, width, forward in ((mine[wide], length, first), (mine[~wide], min(stride, length), model)):
+    for group, width in ((mine[wide], length), (mine[~wide], min(stride, length))):
         for i in range(0, len(group), batch):
             part = group[i : i + batch]
             inputs, targets, counted = gather(tokens, part[:, :3], batch, length, width, ranks.device)
             place = slice(part[0, 3] - part[0, 2] + part[0, 1], part[-1, 3])
-            nats[place] = forward(inputs, targets, *columns)[counted]
+            nats[place] = model(inputs, targets, *columns)[counted]
             if bar is not None:
                 bar.update(len(part))
     return ranks.sum_(nats).cpu().numpy()
@@ -4395,12 +4393,18 @@ class Method:
     apart = False  # whether each rank has segments of its own; else all go through the same ones together
     readout: "Readout | None" = None
 
-    def __init__(self, run: Run, model: GPT, forward: Callable, stride: int):
-        self.hp, self.ranks, self.model, self.stride = run.hp, run.ranks, model, stride
-        self.whole = forward if run.compile.whole else model  # a graph of another width for one window does not pay
-        narrow = stride < run.hp.eval_seq_len
-        self.forward = forward if (run.compile.sliding if narrow else run.compile.whole) else model
+    def __init__(self, run: Run, model: GPT, graph: Callable, stride: int):
+        self.hp, self.ranks, self.compile = run.hp, run.ranks, run.compile
+        self.model, self.graph, self.stride = model, graph, stride
         self.rows = score_batch_windows(run.hp, run.ranks, run.hp.eval_seq_len)  # windows of a forward
+
+    def forward(self, inputs: Tensor, targets: Tensor, *temperatures: tuple[float, ...]) -> Tensor:
+        """The model's, compiled where that pays: learning, or windows scored whole or by their last targets."""
+        if torch.is_grad_enabled():
+            pays = self.compile.learning
+        else:
+            pays = self.compile.whole if targets.size(1) == inputs.size(1) else self.compile.sliding
+        return (self.graph if pays else self.model)(inputs, targets, *temperatures)
 
     @staticmethod
     def check(hp: Hyperparameters, targets: int) -> None:
@@ -4417,8 +4421,8 @@ class Method:
         inputs, targets = synthetic(self.rows, self.hp.eval_seq_len)
         columns = () if self.readout is None else (self.readout.temperatures,)
         with torch.no_grad():
-            for forward, width in {(self.whole, self.hp.eval_seq_len), (self.forward, self.stride)}:
-                forward(inputs, targets[:, -width:].contiguous(), *columns)
+            for width in {self.hp.eval_seq_len, self.stride}:
+                self.forward(inputs, targets[:, -width:].contiguous(), *columns)
 
     def score(self, tokens: np.ndarray, segment: Segment, bar: Any) -> np.ndarray:
         """Nats (m,) float32 of the segment's targets, the network's or what a readout makes of them."""
@@ -4427,8 +4431,7 @@ class Method:
 
     def network_nats(self, tokens: np.ndarray, segment: Segment, bar: Any = None) -> np.ndarray:
         temperatures = () if self.readout is None else self.readout.temperatures
-        how = self.stride, self.rows, self.ranks, bar, temperatures, self.whole
-        return score(self.forward, tokens, segment.windows, *how)
+        return score(self.forward, tokens, segment.windows, self.stride, self.rows, self.ranks, bar, temperatures)
 
     @torch.no_grad()
     def distribution(self, tokens: np.ndarray, segment: Segment) -> np.ndarray:
@@ -4462,13 +4465,13 @@ class StreamTTT(Method):
 
     unit = "chunks"
 
-    def __init__(self, run: Run, model: GPT, forward: Callable):
-        super().__init__(run, model, forward, run.hp.eval_stride)
-        hp, ranks, self.learner = run.hp, run.ranks, forward if run.compile.learning else model
-        frozen = re.compile("|".join(rf"blocks\.{i}\..*" for i in range(hp.ttt_freeze_blocks)) or r"(?!)")
+    def __init__(self, run: Run, model: GPT, graph: Callable):
+        super().__init__(run, model, graph, run.hp.eval_stride)
+        hp, ranks = run.hp, run.ranks
+        frozen = tuple(f"blocks.{i}." for i in range(hp.ttt_freeze_blocks))
         for name, parameter in model.named_parameters():
             adapts = hp.ttt_params == "all" or label_of(name) == "control"
-            parameter.requires_grad_(adapts and not frozen.fullmatch(name))
+            parameter.requires_grad_(adapts and not name.startswith(frozen))
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.adapted_params = sum(p.numel() for p in self.parameters)
         self.optimizer = ttt_optimizer(self.parameters, hp)
@@ -4485,9 +4488,8 @@ class StreamTTT(Method):
         windows = plan_windows(targets, context, hp.eval_stride)
         fits = (s for s in (size, max(1, targets // 4), 1) if len(plan_chunks(windows, s)) > 1)
         if (fit := next(fits, None)) is None:
-            raise UserError(
-                f"TTT_ENABLED=1 needs more than one window of EVAL_SEQ_LEN={context}; here are {targets} targets"
-            )
+            needed = f"more than one window of EVAL_SEQ_LEN={context}"
+            raise UserError(f"TTT_ENABLED=1 needs {needed}; here are {targets} targets")
         if fit != size:
             raise UserError(f"TTT_CHUNK_TOKENS={size} makes one chunk of {targets} targets; use TTT_CHUNK_TOKENS={fit}")
 
@@ -4501,7 +4503,7 @@ class StreamTTT(Method):
 
     def warm_up(self, synthetic: Callable) -> None:
         super().warm_up(synthetic)
-        self.learner(*synthetic(self.step_rows, self.length)).sum().backward()
+        self.forward(*synthetic(self.step_rows, self.length)).sum().backward()
         self.optimizer.zero_grad(set_to_none=True)
 
     def reset(self) -> None:
@@ -4552,7 +4554,7 @@ class StreamTTT(Method):
         for i in range(0, len(mine), self.step_rows):
             part, shape = mine[i : i + self.step_rows], (self.step_rows, self.length, self.length)
             inputs, targets, counted = gather(tokens, part, *shape, self.ranks.device)
-            ((self.learner(inputs, targets) * counted).sum() / total).backward()
+            ((self.forward(inputs, targets) * counted).sum() / total).backward()
         gradients = (torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters)  # None: no share
         flat = torch.cat([gradient.flatten() for gradient in gradients])
         self.optimizer.zero_grad(set_to_none=True)
@@ -4571,7 +4573,7 @@ def plan_chunks(windows: np.ndarray, chunk_tokens: int) -> list[np.ndarray]:
 
 def ttt_lr(hp: Hyperparameters, k: int, updates: int) -> float:
     """Learning rate on chunk k: a half cosine over the chunks that are learned from, after a linear rise."""
-    rise = min(1.0, (k + 1) / hp.ttt_warmup_chunks) if hp.ttt_warmup_chunks else 1.0
+    rise = min(1.0, (k + 1) / max(1, hp.ttt_warmup_chunks))
     return hp.ttt_lr * rise * 0.5 * (1 + math.cos(math.pi * k / max(1, updates)))
 
 
@@ -4583,20 +4585,18 @@ def ttt_optimizer(parameters: list[Tensor], hp: Hyperparameters) -> torch.optim.
     return torch.optim.AdamW(parameters, lr=hp.ttt_lr, betas=betas, weight_decay=decay, fused=True)
 
 
-class LoRA:
-    """Adds (x Aᵀ) Bᵀ · alpha/rank (Hu et al., 2021) to what a module makes of its input x (B, T, in): a forward hook,
-    with an A (rank, in) and a B (out, rank) for each of the module's passes and each sequence of a batch. The model
-    that it is hung into keeps its parameters' names.
-    """
+def lora_hook(pairs: list[list[Tensor]], scale: float) -> Callable:
+    """A forward hook that adds (x Aᵀ) Bᵀ · alpha/rank (Hu et al., 2021) to what a module makes of its input x
+    (B, T, in): with an A (rank, in) and a B (out, rank) for each of its passes and each sequence of a batch."""
+    turn = itertools.cycle(pairs)
 
-    def __init__(self, pairs: list[tuple[Tensor, Tensor]], scale: float):
-        self.pairs, self.turn, self.scale = pairs, itertools.cycle(pairs), scale
-
-    def __call__(self, module: nn.Module, inputs: tuple, output: Tensor | tuple) -> Tensor | tuple:
-        x, (a, b) = inputs[0], next(self.turn)
+    def add(module: nn.Module, inputs: tuple, output: Tensor | tuple) -> Tensor | tuple:
+        x, (a, b) = inputs[0], next(turn)
         a, b = (matrix[: len(x)].to(x.dtype).mT for matrix in (a, b))  # the shortest documents of a batch have ended
-        added = self.scale * torch.bmm(torch.bmm(x, a), b)
+        added = scale * torch.bmm(torch.bmm(x, a), b)
         return (output[0] + added, *output[1:]) if isinstance(output, tuple) else output + added
+
+    return add
 
 
 def lora_targets(model: GPT, names: Sequence[str]) -> Iterator[tuple[nn.Module, int, int]]:
@@ -4630,30 +4630,30 @@ class DocumentLoRA(Method):
 
     unit = "documents"
 
-    def __init__(self, run: Run, model: GPT, forward: Callable):
-        super().__init__(run, model, forward, run.hp.ttt_lora_chunk)
-        hp, self.carried, self.apart = run.hp, not run.hp.ttt_lora_reset, run.hp.ttt_lora_reset
+    def __init__(self, run: Run, model: GPT, graph: Callable):
+        super().__init__(run, model, graph, run.hp.ttt_lora_chunk)
+        hp, self.apart = run.hp, run.hp.ttt_lora_reset
         self.queues = 0  # no document hears of another
         if hp.ttt_warm_start_a or hp.phased_ttt_num_phases:
             self.queues = max(run.ranks.size, QUEUES // run.ranks.size * run.ranks.size)
             if self.queues != QUEUES:
                 run.log(f"ttt:queues {self.queues} on {run.ranks.size} ranks: other scores than with {QUEUES}")
         windows = score_batch_windows(hp, run.ranks, hp.eval_seq_len, self.queues)
-        self.rows = 1 if self.carried else windows  # documents at once
+        self.rows = windows if self.apart else 1  # documents at once
         self.phase = None
         if hp.phased_ttt_num_phases:
             how = dict(ttt_params="all", phased_ttt_num_phases=0, ttt_optimizer="sgd", ttt_weight_decay=0.0)
             how |= dict(ttt_lr=hp.global_ttt_lr, ttt_momentum=hp.global_ttt_momentum)
-            self.phase = StreamTTT(run._replace(hp=dataclasses.replace(hp, **how)), model, forward)
+            self.phase = StreamTTT(run._replace(hp=dataclasses.replace(hp, **how)), model, graph)
         model.requires_grad_(False)
         device, rank, generator = run.ranks.device, hp.ttt_lora_rank, torch.Generator().manual_seed(0)
         initial = torch.randn(rank, hp.model_dim, generator=generator) / math.sqrt(hp.model_dim)
-        self.initial, self.loras = initial.to(device), {}
+        self.initial, self.pairs = initial.to(device), {}  # (A, B) of each pass through a module
         for module, passes, width in lora_targets(model, hp.ttt_lora.split(",")):
             shapes = ((self.rows, rank, hp.model_dim), (self.rows, width, rank))
             pairs = [[torch.zeros(s, device=device, requires_grad=True) for s in shapes] for _ in range(passes)]
-            self.loras[module] = LoRA(pairs, hp.ttt_lora_alpha / rank)
-        self.parameters = [p for lora in self.loras.values() for p in itertools.chain(*lora.pairs)]  # A, B, A, B, …
+            self.pairs[module] = pairs
+        self.parameters = [p for pairs in self.pairs.values() for p in itertools.chain(*pairs)]  # A, B, A, B, …
         self.adapted_params = sum(p.numel() for p in self.parameters) // self.rows
         self.optimizer = ttt_optimizer(self.parameters, hp)
         self.reset()
@@ -4672,8 +4672,8 @@ class DocumentLoRA(Method):
     @torch.no_grad()
     def renew(self) -> None:
         """Adapters as at first."""
-        for a, b in zip(self.parameters[::2], self.parameters[1::2], strict=True):
-            a.copy_(self.initial.expand_as(a))
+        for a, b in itertools.chain(*self.pairs.values()):
+            a.copy_(self.initial)
             b.zero_()
         self.optimizer.state.clear()
 
@@ -4683,9 +4683,9 @@ class DocumentLoRA(Method):
         no mask, each in windows of its own; and pieces come in hundreds of shapes, each of which cuDNN's attention
         plans anew (120 to 145 ms forward and backward on an H200), so the flash kernel has it (1 to 5 ms a layer)."""
         with contextlib.ExitStack() as hooks:
-            for module, lora in self.loras.items():
-                lora.turn = itertools.cycle(lora.pairs)
-                hooks.callback(module.register_forward_hook(lora).remove)
+            for module, pairs in self.pairs.items():
+                hook = lora_hook(pairs, self.hp.ttt_lora_alpha / self.hp.ttt_lora_rank)
+                hooks.callback(module.register_forward_hook(hook).remove)
             hooks.callback(setattr, self.model, "document_mask", self.model.document_mask)
             hooks.callback(torch.backends.cuda.enable_cudnn_sdp, True)
             self.model.document_mask = None
@@ -4695,9 +4695,9 @@ class DocumentLoRA(Method):
     def plan(self, tokens: np.ndarray) -> Plan:
         """Shares of about as many targets, in each the turns of all queues, and a phase behind each but the last."""
         hp, ranks, documents, rounds = self.hp, self.ranks, plan_documents(tokens), []
-        mine = [0] if self.carried else range(ranks.rank, self.queues or ranks.size, ranks.size)
-        last = len(tokens) - 1 if self.carried else None
-        if hp.ttt_order == "length" and not self.carried:
+        mine = range(ranks.rank, self.queues or ranks.size, ranks.size) if self.apart else [0]
+        last = None if self.apart else len(tokens) - 1
+        if hp.ttt_order == "length" and self.apart:
             documents = longest_first(documents)
         lengths, shares, waiting = documents[:, 1] - documents[:, 0], hp.phased_ttt_num_phases + 1, [0] * self.queues
         share_of = (lengths.cumsum() - lengths) * shares // lengths.sum()
@@ -4715,19 +4715,14 @@ class DocumentLoRA(Method):
     def deal(self, documents: np.ndarray, waiting: list[int]) -> list[list[np.ndarray]]:
         """Each queue's batches of documents (D, 2), the longest first in each. The next document goes to the queue with
         the least `waiting`, in targets, and is added there; without queues, the next batch to the next rank."""
-
-        def batches(documents: np.ndarray) -> list[np.ndarray]:
-            return [longest_first(documents[i : i + self.rows]) for i in range(0, len(documents), self.rows)]
-
-        if not waiting:
-            size = 1 if self.carried else self.ranks.size
-            return [batches(documents)[rank::size] for rank in range(size)]
-        queues = [[] for _ in waiting]
-        for start, end in documents.tolist():
-            emptiest = waiting.index(min(waiting))
-            queues[emptiest].append((start, end))
-            waiting[emptiest] += end - start
-        return [batches(np.array(queue).reshape(-1, 2)) for queue in queues]
+        count = len(waiting) or (self.ranks.size if self.apart else 1)
+        queue_of = np.arange(len(documents)) // self.rows % count
+        if waiting:
+            for i, (start, end) in enumerate(documents.tolist()):
+                queue_of[i] = waiting.index(min(waiting))
+                waiting[queue_of[i]] += end - start
+        queues = (documents[queue_of == q] for q in range(count))
+        return [[longest_first(queue[i : i + self.rows]) for i in range(0, len(queue), self.rows)] for queue in queues]
 
     def batch_of(self, tokens: np.ndarray, windows: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
         length = int(windows[0, 1] - windows[0, 0]) + self.stride
@@ -4745,7 +4740,7 @@ class DocumentLoRA(Method):
     @torch.no_grad()
     def begin(self, segment: Segment) -> None:
         """New adapters for new documents; A kept warm are those that the queue's last batch has left."""
-        if segment.fresh and not self.carried:
+        if segment.fresh and self.apart:
             ours = self.parameters[::2]
             if self.hp.ttt_warm_start_a:
                 self.kept[self.queue] = [a.clone() for a in ours]
@@ -4790,9 +4785,10 @@ class DocumentLoRA(Method):
         text = np.append(BOS_ID, heard[heard > 0] - 1).astype(np.uint16)
         self.heard[:] = 0
         self.model.requires_grad_(True)
-        ends = np.linspace(0, len(text) - 1, 1 + -(-(len(text) - 1) // self.hp.ttt_chunk_tokens), dtype=int)
+        chunks = math.ceil((len(text) - 1) / self.hp.ttt_chunk_tokens)
+        ends = np.linspace(0, len(text) - 1, chunks + 1, dtype=int)
         for k, (start, end) in enumerate(itertools.pairwise(ends)):
-            self.phase.adapt(text[start : end + 1], ttt_lr(self.phase.hp, k, len(ends) - 1))
+            self.phase.adapt(text[start : end + 1], ttt_lr(self.phase.hp, k, chunks))
         self.phase.reset()
         self.model.requires_grad_(False)
 
@@ -4971,12 +4967,12 @@ class Evaluation:
         self.expected = 0.0  # seconds that the scores of a pass will take, before any is measured
         with run.phases("load"):
             model = self.model = run.build(hp.eval_seq_len).to(run.ranks.device)
-            forward, grid = compiled(model, run.compile.evaluation), main_grid(tensors)
-            self.passes = {f"final_{grid}_roundtrip": Method(run, model, forward, hp.eval_seq_len)}
+            graph, grid = compiled(model, run.compile.evaluation), main_grid(tensors)
+            self.passes = {f"final_{grid}_roundtrip": Method(run, model, graph, hp.eval_seq_len)}
             if hp.eval_stride:
-                self.passes[f"final_{grid}_sliding_window"] = Method(run, model, forward, hp.eval_stride)
+                self.passes[f"final_{grid}_sliding_window"] = Method(run, model, graph, hp.eval_stride)
             if hp.ttt_enabled:
-                self.passes["legal_ttt"] = TTT_METHODS[hp.ttt_params](run, model, forward)
+                self.passes["legal_ttt"] = TTT_METHODS[hp.ttt_params](run, model, graph)
             self.reset()
 
     def reset(self) -> None:
@@ -5096,17 +5092,13 @@ class Evaluation:
             log(f"{self.label}:predicted evaluation_seconds:{predicted:.0f} limit:{limit:g}")
             if not plan.updates and predicted > limit > 0:
                 log(f"warning: the scores will not fit EVAL_MAX_SECONDS={limit:g}; raise EVAL_STRIDE")
-        if k >= plan.updates or self.cut is not None or not limit:
-            return k < plan.updates and self.cut is None
-        needed = to_score + step_s * (plan.steps[k + 1] - plan.steps[k])
-        if self.run.ranks.largest(self.elapsed() + needed) > (1 - EVAL_MARGIN) * limit:
-            rounds = len(plan.rounds)
-            self.cut = dict(chunks=rounds, adapted=k, scored=rounds)
-            log(
-                f"{self.label}:cut adapted_chunks:{k} of:{rounds - 1} to end before EVAL_MAX_SECONDS={limit:g}; "
-                "where it is cut depends on the machine, so this score does not repeat"
-            )
-        return self.cut is None
+        if limit and k < plan.updates and self.cut is None:
+            needed, rounds = to_score + step_s * (plan.steps[k + 1] - plan.steps[k]), len(plan.rounds)
+            if self.run.ranks.largest(self.elapsed() + needed) > (1 - EVAL_MARGIN) * limit:
+                self.cut = dict(chunks=rounds, adapted=k, scored=rounds)
+                cut = f"cut adapted_chunks:{k} of:{rounds - 1} to end before EVAL_MAX_SECONDS={limit:g}"
+                log(f"{self.label}:{cut}; where it is cut depends on the machine, so this score does not repeat")
+        return k < plan.updates and self.cut is None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -5127,17 +5119,10 @@ class Job(NamedTuple):
     def trains(self) -> bool:
         return self.tensors is None
 
-    @property
-    def reads_training_text(self) -> bool:
-        return self.trains or (self.hp.export_only and self.hp.calibrates)
-
 
 def read_job(environ: Mapping[str, str]) -> Job:
-    """Settings from the environment; with EVAL_ONLY or EXPORT_ONLY over those of the file. Raises UserError.
-
-    The file's architecture stands: a variable that contradicts it is an error. One that changes the evaluation is used
-    and named in the log.
-    """
+    """Settings from the environment; with EVAL_ONLY or EXPORT_ONLY over those of the file. Raises UserError, also where
+    one contradicts the file's architecture; one that changes its evaluation is used and named in the log."""
     modes = {"EVAL_ONLY", "ARTIFACT_PATH", "EXPORT_ONLY", "WEIGHTS_PATH"}
     mode = Hyperparameters.from_env({name: text for name, text in environ.items() if name in modes})
     if not (mode.eval_only or mode.export_only):
@@ -5153,8 +5138,7 @@ def read_job(environ: Mapping[str, str]) -> Job:
         for name, value in header["evaluation"].items()
         if getattr(hp, name) != value
     ]
-    sha256 = header["tokenizer_sha256"]
-    return Job(hp, blob if mode.eval_only else None, tensors, sha256, tuple(notes))
+    return Job(hp, blob if mode.eval_only else None, tensors, header["tokenizer_sha256"], tuple(notes))
 
 
 class Checks(Log):
@@ -5237,16 +5221,13 @@ def device_memory(device: torch.device) -> int:
 
 
 def check_memory(hp: Hyperparameters, device: torch.device) -> None:
-    """Whether there can be room for the weights and what training keeps of each. Raises UserError.
-
-    Without this the kernel kills the run, and no line says why.
-    """
-    memory = device_memory(device)
-    count, names = count_weights(hp), "MODEL_DIM, NUM_LAYERS, MLP_MULT or BIGRAM_VOCAB_SIZE"
+    """Raises UserError where there is no room for the weights and what training keeps of each: the kernel would kill
+    the run, and no line say why."""
+    count, memory = count_weights(hp), device_memory(device)
     needed = 4 * count * (1 if hp.eval_only or hp.export_only else 2 + hp.ema_enabled)  # weights, gradients, averages
     if needed > memory:
         sizes = f"{count:,} weights take {needed >> 30} GiB at least and {device.type} has {memory >> 30}"
-        raise UserError(f"{sizes}; lower {names}")
+        raise UserError(f"{sizes}; lower MODEL_DIM, NUM_LAYERS, MLP_MULT or BIGRAM_VOCAB_SIZE")
 
 
 def bytes_to_write(hp: Hyperparameters) -> int:
@@ -5308,10 +5289,8 @@ def check_alike(every: Sequence[Mapping[str, Any]]) -> None:
 
 
 def prepare(job: Job, ranks: Ranks, signals: Signals, checks: Checks | None = None) -> Run:
-    """All that can go wrong before any work goes wrong here, on all ranks alike. Raises UserError.
-
-    With `checks` nothing is written.
-    """
+    """All that can go wrong before any work goes wrong here, on all ranks alike. With `checks` nothing is written.
+    Raises UserError."""
     hp, device, source = job.hp, ranks.device, Path(__file__).read_bytes()
     dtype = activation_dtype(hp.dtype, device)
     must_compile = hp.compile == "1" or (hp.compile == "auto" and device.type == "cuda")
@@ -5325,7 +5304,8 @@ def prepare(job: Job, ranks: Ranks, signals: Signals, checks: Checks | None = No
             made = "the tokenizer that the file was made with"
             raise UserError(f"{val.tokenizer_path} is not {made}; set TOKENIZER_PATH")
         check_ttt(hp, val.targets)
-        stream = TokenStream(find_shards(hp, "train"), hp.vocab_size) if job.reads_training_text else None
+        reads = job.trains or (hp.export_only and hp.calibrates)
+        stream = TokenStream(find_shards(hp, "train"), hp.vocab_size) if reads else None
         check_memory(hp, device)
         return attention, attend, val, stream, find_resumed(hp, source) if ranks.is_main else None
 
@@ -5428,12 +5408,11 @@ def check_size(run: Run, job: Job, log: Log) -> None:
     if job.blob is not None:
         label, size = "artifact", len(job.blob)
     else:
-        generator = torch.Generator().manual_seed(0)
-        with torch.device("meta"):
-            shapes = {name: p.shape for name, p in GPT(hp, 2, sdpa, torch.float32).named_parameters()}
-        weights = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
         if job.tensors:
             weights = {name: stored.dequantize() for name, stored in job.tensors.items()}
+        else:
+            generator, shaped = torch.Generator().manual_seed(0), run.build(2).named_parameters()
+            weights = {name: torch.randn(p.shape, generator=generator) for name, p in shaped}
         simple = dataclasses.replace(hp, gptq_enabled=False, gptq_head_enabled=False, quant=uncalibrated(hp))
         exporter = Exporter(run._replace(hp=simple), weights, Calibration())
         size = round(exporter.predict(exporter.solve(room) if hp.fit_to_cap else 1.0))
@@ -5487,13 +5466,8 @@ def check_evaluation(run: Run, tensors: Mapping[str, Stored] | None, flops: floa
     n = min(val.targets, max(2 * context, int(TRIED_SECONDS / target_s)))
     chunk = 0 if lora else min(hp.ttt_chunk_tokens, n // 2)
     batch = max(1, n // 4 // (hp.eval_stride or context)) * context * run.ranks.size  # more would be padding
-    less = dict(
-        val_batch_size=min(batch, hp.val_batch_size),
-        ttt_chunk_tokens=chunk or hp.ttt_chunk_tokens,
-        ttt_max_chunks=0,
-        eval_max_seconds=0.0,
-    )
-    less = dataclasses.replace(hp, **less)
+    less = dict(val_batch_size=min(batch, hp.val_batch_size), ttt_chunk_tokens=chunk or hp.ttt_chunk_tokens)
+    less = dataclasses.replace(hp, **less, ttt_max_chunks=0, eval_max_seconds=0.0)
     run = run._replace(hp=less, val=val._replace(tokens=val.tokens[: n + 1], bytes=val.bytes[:n]))
     if tensors is None:
         init_weights(model := run.build(context), hp)
@@ -5670,15 +5644,13 @@ def ending(
 
 def show(argv: Sequence[str]) -> int:
     """Print a table instead of a run. Raises UserError."""
-    try:
-        if list(argv) == ["--settings"]:
-            print(settings_table(), flush=True)
-            return 0
-        if argv[0] == "--inspect":
-            raise UserError("--inspect has moved: python records/submit.py inspect ARTIFACT [--png]")
+    if argv[0] == "--inspect":
+        raise UserError("--inspect has moved: python records/submit.py inspect ARTIFACT [--png]")
+    if list(argv) != ["--settings"]:
         raise UserError(f"unknown argument {argv[0]}; settings are environment variables: `--settings`, `--check`")
-    except BrokenPipeError:  # `| head`: who reads has enough
-        return 0
+    with contextlib.suppress(BrokenPipeError):  # `| head`: who reads has enough
+        print(settings_table(), flush=True)
+    return 0
 
 
 if __name__ == "__main__":

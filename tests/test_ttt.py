@@ -128,7 +128,7 @@ def test_no_forward_sees_a_token_that_is_not_yet_due():
             return self.model(text, targets)
 
     adapter = adapter_for(hp)
-    adapter.forward = adapter.whole = adapter.learner = Spy(adapter.model)
+    adapter.forward = Spy(adapter.model)
     run(adapter, tokens)
     scored = 0
     for training, deepest, target, targets in seen:
@@ -156,7 +156,7 @@ def test_an_epoch_covers_every_scored_target_once_in_sequences_of_the_training_l
             return nats
 
         adapter = pg.StreamTTT(make_run(hp), model, model)
-        adapter.learner = spy
+        adapter.forward = spy
         adapter.adapt(tokens, 0.01)
         assert sorted(seen) == sorted(2 * list(range(1, targets + 1)))
     assert set(lengths) == {16}
