@@ -280,8 +280,11 @@ def test_the_runs_of_one_log_are_several(needs_scipy, tmp_path, capsys):
     runs = [Path(path).read_text() for path in write_side(tmp_path, "a", [2.0, 2.01])]
     (tmp_path / "both.log").write_text("".join(runs))
     b = write_side(tmp_path, "b", [2.1, 2.11])
-    report = report_of(capsys, str(tmp_path / "both.log"), "--", *b)
-    assert report["a"]["seeds"] == [0, 1] and report["a"]["val_loss"]["mean"] == pytest.approx(2.005)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "train.log").write_text("".join(runs))
+    for both in ("both.log", "folder"):
+        report = report_of(capsys, str(tmp_path / both), "--", *b)
+        assert report["a"]["seeds"] == [0, 1] and report["a"]["val_loss"]["mean"] == pytest.approx(2.005)
     (tmp_path / "twice.log").write_text(runs[0] * 2)
     assert "is the same log as" in error_of(capsys, str(tmp_path / "twice.log"), "--", *b)
 

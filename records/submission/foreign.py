@@ -312,14 +312,12 @@ def read_log(submission: Submission, name: str) -> None:
     try:
         data = submission.read(name, MAX_LOG_BYTES)
         log = runlog.parse_text(runlog.decode(data, Path(name))[0], Path(name))
+        log.sha256 = hashlib.sha256(data).hexdigest()
     except (LogError, OSError) as error:
         submission.problems.append(Note("FAIL", f"{name}: cannot be read ({error})"))
         return
     each = log.each()
-    found = {name: log} if len(each) == 1 else {f"{name}, run {i}": part for i, part in enumerate(each, 1)}
-    for part in found.values():
-        part.sha256 = hashlib.sha256(data).hexdigest()
-    submission.logs |= found
+    submission.logs |= {name: log} if len(each) == 1 else {f"{name}, run {i}": run for i, run in enumerate(each, 1)}
 
 
 def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
