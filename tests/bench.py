@@ -540,8 +540,7 @@ def compare(args: argparse.Namespace, environ: dict[str, str], out: Path) -> dic
     names = dict(old=args.against, new=args.script)
     scripts = {side: fetch_script(name, out) for side, name in names.items()}
     launch = shlex.split(args.launch) or [sys.executable]
-    # Threads that spin while they wait would take another process's core.
-    environ = dict(OMP_WAIT_POLICY="PASSIVE") | environ | dict(ITERATIONS=str(args.steps))
+    environ = environ | dict(ITERATIONS=str(args.steps))
     pairs = []
     for number in range(args.pairs):
         load, seconds = Load(), {}

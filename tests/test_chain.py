@@ -50,7 +50,7 @@ EXACT = r"val_loss:\d+\.\d{8} val_bpb:\d+\.\d{8}"
 IN_ORDER = [
     r"code_sha256:[0-9a-f]{64} settings_hash:[0-9a-f]{16}",
     r"torch:\S+ cuda:\S+ python:\S+ device:cpu .+",
-    r"threads:\d+ omp_wait_policy:\S+",
+    r"threads:\d+ omp_wait_policy:\S+ spin:\S+",
     r"setting:MODEL_DIM=32",
     r"seed:1337",
     r"val_bpb:enabled tokenizer_kind=sentencepiece tokenizer_path=\S+\.model",

@@ -22,7 +22,7 @@ PAGES = [
 ]
 README = (ROOT / "README.md").read_text("utf-8")
 SETTINGS = {f.name.upper() for f in dataclasses.fields(pg.Hyperparameters)}
-NOT_OF_THE_SCRIPT = {"OMP_WAIT_POLICY", "OMP_NUM_THREADS", "REAL_TEXT_DIR", "GLOO_SOCKET_IFNAME"}
+NOT_OF_THE_SCRIPT = {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "OMP_NUM_THREADS", "REAL_TEXT_DIR", "GLOO_SOCKET_IFNAME"}
 
 
 def blocks(text: str, language: str = "") -> list[str]:

@@ -63,6 +63,21 @@ def test_a_table_is_printed_without_utf8_and_as_far_as_somebody_reads(tmp_path):
     assert ran.stderr == "code 0\n" and ran.stdout.splitlines() == pg.settings_table().splitlines()[:2]
 
 
+@pytest.mark.parametrize(
+    ("given", "spins"), [({}, 10000), (dict(OMP_WAIT_POLICY="PASSIVE"), 0), (dict(GOMP_SPINCOUNT=7), 7)]
+)
+def test_threads_spin_for_as_long_as_they_should_unless_told_otherwise(given, spins, tmp_path):
+    """What libgomp says when it is loaded: by then it must know."""
+    environ = {name: text for name, text in clean_environ().items() if name != "OMP_WAIT_POLICY"}
+    environ |= dict(OMP_DISPLAY_ENV="VERBOSE") | {name: str(value) for name, value in given.items()}
+    ran = subprocess.run(
+        [*SCRIPT, "--settings"], cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=120
+    )
+    if "GOMP_" not in ran.stderr:
+        pytest.skip("this torch was built with another OpenMP than GCC's")
+    assert f"GOMP_SPINCOUNT = '{spins}'" in ran.stderr
+
+
 def test_an_error_that_nobody_reads_keeps_its_exit_code(tmp_path):
     reads, writes = os.pipe()
     os.close(reads)

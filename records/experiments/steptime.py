@@ -53,7 +53,7 @@ def time_one(job: Job, out: Path, names: Sequence[str], steps: int, tag: str) ->
     """(median milliseconds of a step, cores that other work took meanwhile). The run ends with its last step."""
     run_id = f"time-{job.run_id}-{tag}"
     environ = shell(names) | job.environ | STEPS | dict(ITERATIONS=str(steps), SEED=str(job.row["seed"]), RUN_ID=run_id)
-    environ |= dict(OUT_DIR=str(out), OMP_NUM_THREADS=str(job.row["threads"]), OMP_WAIT_POLICY="PASSIVE")
+    environ |= dict(OUT_DIR=str(out), OMP_NUM_THREADS=str(job.row["threads"]))
     command = [*(shlex.split(job.row["launch"]) or [sys.executable]), str(job.script)]
     marks, tail, load = [], deque(maxlen=5), Load()
     process = subprocess.Popen(
