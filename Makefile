@@ -38,9 +38,9 @@ $(DEMO_DATA)/manifest.json: | .venv/run
 
 # A Python that has torch already (a competition pod, with its own attention kernels) lends it to the environment.
 .venv/run: requirements.txt
-	@if $(PYTHON) -c "import torch" 2>/dev/null; then $(PYTHON) -m venv --system-site-packages .venv; \
-	else $(PYTHON) -m venv .venv && $(INSTALL) $(TORCH); fi
-	$(INSTALL) -r requirements.txt
+	@if $(PYTHON) -c "import torch" 2>/dev/null; \
+	then $(PYTHON) -m venv --system-site-packages .venv && $(INSTALL) -r requirements.txt; \
+	else $(PYTHON) -m venv .venv && $(INSTALL) $(TORCH) -r requirements.txt; fi
 	@touch $@
 
 .venv/dev: .venv/run requirements-dev.txt
