@@ -702,13 +702,23 @@ def torchrun_number(environ: Mapping[str, str], name: str, default: int) -> int:
 
 
 def keep_freed_memory() -> None:
-    """Keep what tensors free for the next ones (of glibc's malloc; others are left as they are). It gives large blocks
-    back to the system at once, which then clears every page of the next: a sixth of an eager forward on a CPU."""
+    """Keep what tensors free for the next ones, on huge pages (of glibc's malloc; others are left as they are).
+
+    It gives large blocks back to the system at once, which then clears every page of the next: a sixth of an eager
+    forward on a CPU. Where pages are small unless asked for, looking them up is a fifteenth of a step.
+    """
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if hasattr(libc, "mallopt"):
-        m_trim_threshold, m_mmap_max = -1, -4  # malloc.h
-        libc.mallopt(m_trim_threshold, -1)
-        libc.mallopt(m_mmap_max, 0)
+    if not hasattr(libc, "mallopt"):
+        return
+    m_trim_threshold, m_mmap_max, madv_hugepage, huge = -1, -4, 14, 2 << 20  # malloc.h, sys/mman.h
+    libc.mallopt(m_trim_threshold, -1)
+    libc.mallopt(m_mmap_max, 0)
+    # Addresses for the heap to grow into, freed untouched: they take no memory until they are used.
+    libc.malloc.restype, size = ctypes.c_void_p, 4 << 30
+    if block := libc.malloc(ctypes.c_size_t(size)):
+        start = -(-block // huge) * huge
+        libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(block + size - start), madv_hugepage)
+        libc.free(ctypes.c_void_p(block))
 
 
 NOTHING_TO_WAIT_FOR = types.SimpleNamespace(wait=lambda: None)  # the handle of what one rank need not send

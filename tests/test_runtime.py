@@ -377,6 +377,25 @@ def test_what_a_tensor_frees_the_next_one_takes():
     assert given_back > 10_000 and kept < given_back / 10
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's malloc")
+def test_tensors_lie_on_huge_pages_and_take_no_more_memory_than_they_fill():
+    how = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    if not how.exists() or "[never]" in how.read_text():
+        pytest.skip("this system has no huge pages")
+    code = """if True:
+        import torch, train_gpt as pg
+        def memory(name):  # kB
+            lines = open("/proc/self/smaps_rollup").read().splitlines()
+            return int(next(line for line in lines if line.startswith(name + ":")).split()[1])
+        before = memory("Rss")
+        pg.keep_freed_memory()
+        reserved, tensor = memory("Rss"), torch.ones(64 << 18)
+        print(reserved - before, memory("AnonHugePages"), memory("Rss") - reserved)"""
+    ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=clean_environ(), capture_output=True, text=True)
+    reserved, huge, filled = (int(kb) / 1024 for kb in ran.stdout.split())
+    assert reserved < 8 and huge >= 32 and filled < 80
+
+
 def test_a_full_memory_is_one_line_that_names_the_settings(tiny_data, tmp_path, monkeypatch):
     def fill(*_) -> None:
         torch.empty(1 << 50)  # beyond any address space
