@@ -1827,6 +1827,17 @@ class Run(NamedTuple):
 NORM_EPS = torch.finfo(torch.float32).eps  # for bf16 too: the mean square of a fresh token table is only 2.5e-5
 
 
+def scale_rows(x: Tensor, factor: Tensor) -> Tensor:
+    """x (…, D) times factor (…, 1) fp32, rounded once; not differentiable."""
+    if x.device.type != "cpu" or x.dtype != torch.bfloat16 or not x.numel() or torch.compiler.is_compiling():
+        return (x * factor).to(x.dtype)
+    # A batch norm for inference, each row a channel of mean 0 and variance 1: one pass, where an eager CPU takes three
+    # to convert, multiply and round; a twentieth of a step.
+    factor = factor.flatten()
+    rows, mean, variance = x.reshape(1, len(factor), -1), torch.zeros_like(factor), torch.ones_like(factor)
+    return torch.batch_norm(rows, factor, None, mean, variance, False, 0.0, 0.0, False).view(x.shape)
+
+
 class RMSNorm(torch.autograd.Function):
     """scale x / sqrt(mean(x²) + eps) over the last dimension, without weights; in fp32, rounded once.
 
@@ -1837,7 +1848,7 @@ class RMSNorm(torch.autograd.Function):
     def forward(ctx, x: Tensor, scale: float) -> Tensor:
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
         factor = scale * (norm.square() / x.size(-1) + NORM_EPS).rsqrt()
-        y = (x * factor).to(x.dtype)
+        y = scale_rows(x, factor)
         ctx.save_for_backward(y, factor)
         ctx.scale = scale
         return y

@@ -422,6 +422,19 @@ def test_the_norm_and_its_own_backward_are_those_of_the_formula(scale):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.parametrize("shape", [(3, 5, 16), (2, 7, 4, 6), (1, 1, 33), (0, 4, 8)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_rows_are_scaled_in_fp32_and_rounded_once(shape, dtype):
+    generator = torch.Generator().manual_seed(0)
+    x = (100 * torch.randn(*shape[::-1], generator=generator)).to(dtype).permute(*range(len(shape))[::-1])
+    powers = torch.randint(-9, 3, (*shape[:-1], 1), generator=generator)
+    factor = torch.rand(*shape[:-1], 1, generator=generator) * torch.tensor(10.0) ** powers
+    y = pg.scale_rows(x, factor)
+    assert y.dtype == dtype and torch.equal(y, (x * factor).to(dtype))
+    if dtype == torch.bfloat16 and x.numel():
+        assert torch.equal(y.float(), (x.float() * factor).bfloat16().float())
+
+
 def test_short_attention_is_plain_products_to_learn_and_sdpa_to_score():
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, 32, heads, 8, generator=generator).bfloat16() for heads in (4, 2, 2))
