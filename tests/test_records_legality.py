@@ -624,6 +624,20 @@ def test_a_condition_on_the_parameter_of_a_lambda_is_read_beside_calls_without_a
     assert rules(source) == set()
 
 
+@pytest.mark.parametrize(
+    ("signature", "call", "level"),
+    [
+        ("model, *rest, on=True", "model, 0", "FAIL"),  # a surplus value is no parameter's of a keyword
+        ("model, *rest, on=True", "model, 0, on=False", "note"),
+        ("model, /, on=False", "model", "note"),
+        ("model, *on", "model, 0", "FAIL"),  # (0,) is true
+    ],
+)
+def test_a_value_goes_to_the_parameter_that_python_gives_it_to(signature, call, level):
+    run = f"def run({signature}):\n    if on:\n        eval_val_slot(None, model, load_validation_tokens(''), [0])\n"
+    assert "scored_region" in rules(script(textwrap.dedent(SLOT) + run, f"run({call})"), level)
+
+
 def test_a_finding_points_at_its_line():
     source = script(PRE_QUANT_TTT, "ttt_adapt(args, model, val_tokens, optimizer)")
     (finding,) = legality.examine(source)

@@ -285,15 +285,16 @@ class Settings:
             return UNKNOWN
         if any(is_open(call) for call, _ in calls):
             return UNKNOWN
-        names, given = parameters(function), []
-        defaults = dict(zip(reversed(names[: len(function.args.args)]), reversed(function.args.defaults), strict=False))
-        defaults |= {
-            arg.arg: d for arg, d in zip(function.args.kwonlyargs, function.args.kw_defaults, strict=True) if d
-        }
+        arguments, given = function.args, []
+        if name in {argument.arg for argument in (arguments.vararg, arguments.kwarg) if argument}:
+            return UNKNOWN
+        names = [argument.arg for argument in arguments.posonlyargs + arguments.args]
+        defaults = dict(zip(reversed(names), reversed(arguments.defaults), strict=False))
+        defaults |= {arg.arg: d for arg, d in zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True) if d}
         for call, scope in calls:
             method = isinstance(call.func, ast.Attribute) and names[:1] in (["self"], ["cls"])
-            arguments = dict(zip(names[method:], call.args, strict=False)) | {k.arg: k.value for k in call.keywords}
-            given.append((arguments.get(name, defaults.get(name, UNKNOWN)), scope))
+            values = dict(zip(names[method:], call.args, strict=False)) | {k.arg: k.value for k in call.keywords}
+            given.append((values.get(name, defaults.get(name, UNKNOWN)), scope))
         return self.agreed(given)
 
     def environment(self, node: ast.Call) -> Any:
