@@ -1830,7 +1830,8 @@ NORM_EPS = torch.finfo(torch.float32).eps  # for bf16 too: the mean square of a 
 def scale_rows(x: Tensor, factor: Tensor) -> Tensor:
     """x (…, D) times factor (…, 1) fp32, rounded once; not differentiable."""
     if x.device.type != "cpu" or x.dtype != torch.bfloat16 or not x.numel() or torch.compiler.is_compiling():
-        return (x * factor).to(x.dtype)
+        y = x * factor
+        return y if y.dtype == x.dtype else y.to(x.dtype)  # compiled by torch 2.11, an idle cast here has no gradient
     # A batch norm for inference, each row a channel of mean 0 and variance 1: one pass, where an eager CPU takes three
     # to convert, multiply and round; a twentieth of a step.
     factor = factor.flatten()
