@@ -2343,16 +2343,28 @@ def additive_mask(starts: Tensor, dtype: torch.dtype) -> Tensor:
 def flex_mask(starts: Tensor, dtype: torch.dtype):
     """The same as blocks for flex attention, which skips those that see nothing. Outside of a compiled graph additive:
     there flex attention would hold all scores."""
-    if not torch.compiler.is_compiling():
-        return additive_mask(starts, dtype)
-    from torch.nn.attention.flex_attention import create_block_mask
+    return document_blocks(starts) if torch.compiler.is_compiling() else additive_mask(starts, dtype)
 
-    document, (batch, length) = starts.cumsum(1), starts.shape
+
+def document_blocks(starts: Tensor, width: int = 128):
+    """starts (B, T) bool -> BlockMask. torch's create_block_mask looks at every pair of positions for it, and cannot
+    be compiled by torch 2.9; documents follow one another, so the ends of a block say whom all of it sees."""
+    from torch.nn.attention.flex_attention import BlockMask
+
+    document, length = starts.cumsum(1), starts.size(1)
 
     def seen(row: Tensor, _, query: Tensor, key: Tensor) -> Tensor:
         return (query >= key) & (document[row, query] == document[row, key])
 
-    return create_block_mask(seen, batch, None, length, length, device=starts.device)
+    block = torch.arange(-(-length // width), device=starts.device)
+    first, last = document[:, block * width], document[:, (block * width + width - 1).clamp(max=length - 1)]
+    before, itself = block[:, None] > block, block[:, None] == block
+    whole = before & (first[:, None] == last[:, :, None])
+    part = (itself | before & (last[:, None] == first[:, :, None])) & ~whole
+    lists = []  # of the blocks that each block of queries sees: how many, and which
+    for some in (part[:, None].int(), whole[:, None].int()):
+        lists += [some.sum(-1).int(), some.sort(dim=-1, descending=True, stable=True).indices.int()]
+    return BlockMask.from_kv_blocks(*lists, BLOCK_SIZE=width, mask_mod=seen, seq_lengths=(length, length))
 
 
 def flex(q: Tensor, k: Tensor, v: Tensor, mask: Any = None) -> Tensor:

@@ -351,6 +351,31 @@ def test_compiled_flex_attention_is_the_masked_sdpa(monkeypatch):
         torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-3)
 
 
+@pytest.mark.parametrize("length", [1, 8, 24, 45, 64])
+def test_blocks_of_documents_are_those_that_each_pair_of_positions_would_give(length):
+    """torch's own look at every pair, on documents of one token to several blocks: which are seen, which as a whole."""
+    generator = torch.Generator().manual_seed(length)
+    starts = torch.rand(40, length, generator=generator) < torch.logspace(-3, 0, 40)[:, None]
+    starts[:, 0] = True
+    ours = pg.document_blocks(starts, width=8)
+    theirs = torch.nn.attention.flex_attention.create_block_mask(
+        ours.mask_mod, 40, None, length, length, device="cpu", BLOCK_SIZE=8
+    )
+    causal = torch.ones(length, length).tril().bool()
+    document = starts.cumsum(1)
+    rows, places = torch.arange(40)[:, None, None], torch.arange(length)
+    seen = ours.mask_mod(rows, None, places[:, None], places)
+    assert torch.equal(seen, causal & (document[:, :, None] == document[:, None]))
+    assert torch.equal(ours.to_dense(), theirs.to_dense())
+    whole = [
+        {(row, query, int(key)) for row in range(40) for query, count in enumerate(mask.full_kv_num_blocks[row, 0])
+         for key in mask.full_kv_indices[row, 0, query, :count]}
+        for mask in (ours, theirs)
+    ]  # fmt: skip
+    # A last block that the text does not fill is not whole for torch, which asks for the places behind the text, too.
+    assert whole[1] == {at for at in whole[0] if at[1] < length // 8} and (length < 16 or whole[0])
+
+
 @pytest.mark.parametrize("kernel", [pg.sdpa, pg.matmul_attention], ids=["sdpa", "matmul"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_no_token_of_another_document_moves_a_masked_score(kernel, dtype):
