@@ -376,6 +376,20 @@ def test_blocks_of_documents_are_those_that_each_pair_of_positions_would_give(le
     assert whole[1] == {at for at in whole[0] if at[1] < length // 8} and (length < 16 or whole[0])
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("length", [512, 1000])
+def test_flex_attention_skips_blocks_and_nothing_that_a_position_sees(length):
+    """Forward, by the kernel that torch has for CPUs: it reads the lists of blocks."""
+    generator = torch.Generator().manual_seed(0)
+    starts = torch.rand(3, length, generator=generator) < 0.01
+    starts[:, 0] = True
+    q, k, v = (torch.randn(3, length, heads, 32, generator=generator) for heads in (4, 2, 2))
+    attend = torch.compile(lambda *qkv: pg.flex(*qkv, pg.flex_mask(starts, q.dtype)), fullgraph=True, dynamic=False)
+    with torch.no_grad():
+        torch.testing.assert_close(attend(q, k, v), pg.sdpa(q, k, v, pg.additive_mask(starts, q.dtype)))
+    assert pg.document_blocks(starts).sparsity() > 50  # percent of all pairs of blocks
+
+
 @pytest.mark.parametrize("kernel", [pg.sdpa, pg.matmul_attention], ids=["sdpa", "matmul"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_no_token_of_another_document_moves_a_masked_score(kernel, dtype):
