@@ -349,13 +349,12 @@ def test_much_text_on_a_cpu_is_scored_compiled_where_there_is_a_compiler(whole, 
     assert plain.code == 0 and plain.result["scores"] == ran.result["scores"]
 
 
+@pytest.mark.skipif(torch.__version__.startswith("2.9."), reason="makes no cache for a run that compiles nothing")
 def test_a_cache_that_torch_cannot_make_is_not_blamed_on_out_dir(tiny_data, tmp_path):
     (tmp_path / "file").touch()
     environ = {**TINY_ENV, **QUICK, "DATA_PATH": tiny_data, "TORCHINDUCTOR_CACHE_DIR": tmp_path / "file" / "cache"}
     environ = clean_environ(**environ)
     ran = subprocess.run(SCRIPT, cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=120)
-    if ran.returncode == 0:
-        pytest.skip("this torch makes no cache for a run that compiles nothing")
     assert ran.returncode == 2 and said(ran.stderr).startswith("error: torch makes no cache: [Errno 20]")
     assert "set TORCHINDUCTOR_CACHE_DIR" in ran.stderr and not (tmp_path / "logs").exists()
 
